@@ -1,0 +1,1 @@
+"""The optimizer core: units, buckets and the step loop."""

@@ -1,0 +1,220 @@
+"""A stack of units that share everything but their values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from structprecond.core.state import Rows, State, rows_of, select
+from structprecond.core.units import Unit
+from structprecond.core.windows import Window, find_windows
+from structprecond.strategies.base import StepContext, Strategy
+from structprecond.structures.spec import Structure
+
+
+@dataclass(frozen=True)
+class BucketKey:
+    """What units must have in common to be stacked."""
+
+    rule: Any
+    shape: Size
+    structures: tuple[Structure, ...]
+    dtypes: tuple[torch.dtype, ...]
+    param_dtype: torch.dtype
+    device: torch.device
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of stacks and states: float32, or float64 for float64 parameters."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Bucket:
+    """A stack of units of one user param group, and the truth about their state.
+
+    Args:
+        group: The user's param group, read at every step.
+        strategy: The strategy.
+        key: What the units have in common.
+        units: The units; unit i owns the rows `spans[i]` of every stacked tensor.
+
+    Attributes:
+        state: The strategy's state, stacked along dimension 0.
+        steps: The number of updates that each row has had, `(b,)`, int64 on the CPU.
+        skipped: How often each row was skipped for a non-finite gradient, like `steps`.
+        overdue: Rows that missed a refresh because they were not live, `(b,)`, bool on the CPU.
+    """
+
+    def __init__(
+        self, group: dict[str, Any], strategy: Strategy[Any], key: BucketKey, units: Sequence[Unit]
+    ) -> None:
+        self.group, self.strategy, self.key, self.units = group, strategy, key, list(units)
+        self.params: list[nn.Parameter] = [p for unit in units for p in unit.params]
+        self.spans: list[slice] = []
+        self.windows: list[Window] | None = []
+        row_numel = key.shape.numel()
+        start = 0
+        for unit in units:
+            self.spans.append(slice(start, start + unit.rows))
+            windows = find_windows(unit)
+            if windows is None:
+                self.windows = None
+            elif self.windows is not None:
+                shift = start * row_numel
+                self.windows += [replace(w, offset=w.offset + shift) for w in windows]
+            start += unit.rows
+        self.rows = start
+        self.device = key.device
+        self.state: State = strategy.init(self._empty(), key.structures, key.dtypes)
+        self.steps = torch.zeros(start, dtype=torch.int64)
+        self.skipped = torch.zeros(start, dtype=torch.int64)
+        self.overdue = torch.zeros(start, dtype=torch.bool)
+
+    @property
+    def shape(self) -> Size:
+        """The shape `(b, *dims)` of the stack."""
+        return Size([self.rows, *self.key.shape])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the stack."""
+        return compute_dtype(self.key.param_dtype)
+
+    def _empty(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Return all state by name, stacked, the counters included."""
+        counters = {"step": self.steps, "skipped": self.skipped, "overdue": self.overdue}
+        return counters | self.state.named_tensors()
+
+    def unit_tensors(self, unit: int) -> dict[str, Tensor]:
+        """Return views of one unit's rows by name, without the row dimension if it has one row."""
+        span = self.spans[unit]
+        rows = span if self.units[unit].rule.stacked else span.start
+        return {name: tensor[rows] for name, tensor in self.named_tensors().items()}
+
+    def move(self, device: torch.device) -> None:
+        """Move the state to another device; all views of it become stale."""
+        self.state = self.state.map(lambda t: t.to(device))
+        self.device = device
+
+    # --- one step --------------------------------------------------------------------------------
+
+    def step(
+        self,
+        live: Sequence[bool],
+        scratch: Tensor,
+        every: int | bool,
+        global_step: int,
+        batch_size: int | None,
+        maximize: bool,
+    ) -> None:
+        """Update the live units' parameters and state.
+
+        Args:
+            live: Whether each unit takes part.
+            scratch: A contiguous tensor of the stack's shape, to be overwritten.
+            every: The steps between two refreshes of a row, or whether all are refreshed now.
+            global_step: The number of steps that the optimizer has made before.
+            batch_size: The number of samples behind the gradients.
+            maximize: Whether to ascend.
+        """
+        mask = torch.tensor(live).repeat_interleave(
+            torch.tensor([unit.rows for unit in self.units])
+        )
+        due = self._due(mask, every)
+        rows = select(mask)
+        if rows is None:
+            return
+        params = [p for p, on in zip(self.params, self._per_param(live), strict=True) if on]
+        self._gather([p.grad for p in params if p.grad is not None], live, scratch)
+        grad = scratch[rows]
+        if maximize:
+            grad.neg_()
+        ctx = StepContext(
+            steps=self.steps[rows],
+            due=select(due[rows]),
+            global_step=global_step,
+            batch_size=batch_size,
+            params=lambda: self._stacked_params(rows),
+        )
+        with rows_of(self.state, rows) as state:
+            direction = self.strategy.update(state, grad, self.group, ctx)
+        self.steps[rows] += 1
+        self.overdue[rows] = False
+        if isinstance(rows, Tensor):
+            direction = torch.zeros_like(scratch).index_copy_(0, rows.to(self.device), direction)
+        self._apply(params, direction, live, self.group)
+
+    def _per_param(self, live: Sequence[bool]) -> list[bool]:
+        return [on for on, unit in zip(live, self.units, strict=True) for _ in unit.params]
+
+    def _due(self, live: Tensor, every: int | bool) -> Tensor:
+        """Return the mask of live rows to refresh; rows that are not live stay overdue."""
+        if isinstance(every, bool):
+            self.overdue |= every
+            return self.overdue & live
+        return (self.steps % every == 0) & live
+
+    def _views(self, stack: Tensor, live: Sequence[bool]) -> list[Tensor]:
+        assert self.windows is not None
+        return [
+            window.of(stack)
+            for window, on in zip(self.windows, self._per_param(live), strict=True)
+            if on
+        ]
+
+    def _gather(self, tensors: Sequence[Tensor], live: Sequence[bool], into: Tensor) -> None:
+        """Copy one tensor per live parameter into the rows of a stack."""
+        if self.windows is not None:
+            torch._foreach_copy_(self._views(into, live), list(tensors))
+            return
+        rest = iter(tensors)
+        for unit, span, on in zip(self.units, self.spans, live, strict=True):
+            if on:
+                members = [next(rest) for _ in unit.params]
+                into[span].view(self._grouped_shape(unit)).copy_(unit.rule.group(members))
+
+    def _grouped_shape(self, unit: Unit) -> tuple[int, ...]:
+        return (unit.rows, *unit.shape) if unit.rule.stacked else tuple(unit.shape)
+
+    def _stacked_params(self, rows: Rows) -> Tensor:
+        stack = self._empty()
+        self._gather(self.params, [True] * len(self.units), stack)
+        return stack[rows]
+
+    def _apply(
+        self,
+        params: list[nn.Parameter],
+        direction: Tensor,
+        live: Sequence[bool],
+        hp: Mapping[str, Any],
+    ) -> None:
+        """Subtract lr times the directions from the parameters, and decay them."""
+        lr: float | Tensor = hp["lr"]
+        rate = 1.0
+        if isinstance(lr, Tensor):
+            # a tensor stays on its device: reading it would stall an accelerator
+            direction = direction * lr.to(direction.device)
+        else:
+            rate = lr
+        if self.windows is not None:
+            updates = self._views(direction.contiguous(), live)
+        else:
+            updates = []
+            for unit, span, on in zip(self.units, self.spans, live, strict=True):
+                if on:
+                    grouped = direction[span].view(self._grouped_shape(unit))
+                    updates += unit.rule.ungroup(grouped, unit.shapes)
+        targets: list[Tensor] = list(params)
+        decays = self.strategy.decay != "inside" and hp["weight_decay"] != 0
+        if decays and self.strategy.decay == "before":
+            torch._foreach_mul_(targets, 1 - lr * hp["weight_decay"])
+        torch._foreach_add_(targets, updates, alpha=-rate)
+        if decays and self.strategy.decay == "after":
+            torch._foreach_mul_(targets, 1 - lr * hp["weight_decay"])

@@ -1,0 +1,171 @@
+"""Saving and loading: tensors and plain values only, checked as a whole before it is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from structprecond.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from structprecond.core.optimizer import StructuredOptimizer
+
+FORMAT = 1
+"""Version of the layout, saved as `format` in every param group."""
+
+_MOST_PROBLEMS = 20
+
+
+def save(optimizer: StructuredOptimizer) -> dict[str, Any]:
+    """Return the optimizer's state as torch lays it out, in tensors of their own."""
+    index: dict[Tensor, int] = {}
+    groups = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            index.setdefault(p, len(index))
+        plain = {key: _plain(value) for key, value in group.items() if key != "params"}
+        plain |= {"format": FORMAT, "params": [index[p] for p in group["params"]]}
+        groups.append(plain)
+    # cloned row by row: a view of a stack would drag the whole stack into the file
+    state = {
+        index[p]: {name: tensor.clone() for name, tensor in entry.items()}
+        for p, entry in optimizer.state.items()
+    }
+    return {"state": state, "param_groups": groups}
+
+
+def _plain(value: Any) -> Any:
+    """Return what `torch.load` reads without trust; a description of what it does not."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(v) for v in value) if type(value) in (list, tuple) else str(value)
+    return describe_object(value)
+
+
+def describe_object(value: Any) -> str:
+    """Describe a callable, strategy, rule or structure by what makes two of them equal."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k!r}: {describe_object(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(describe_object(v) for v in value) + ")"
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        return f"{value.__module__}.{value.__qualname__}"
+    if getattr(type(value), "__repr__") is object.__repr__:  # noqa: B009
+        return type(value).__qualname__
+    return repr(value)
+
+
+def load(optimizer: StructuredOptimizer, checkpoint: Mapping[str, Any]) -> None:
+    """Load a checkpoint whole or not at all.
+
+    Tensors are copied into the optimizer's own: dtypes and devices stay. Numbers of the param
+    groups are taken over; callables, strategies, rules and structures stay the live ones.
+
+    Raises:
+        CheckpointError: If the checkpoint does not fit; the message lists what differs.
+    """
+    saved_groups, saved_state = _parts(checkpoint)
+    live_groups = optimizer.param_groups
+    if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in live_groups]:
+        raise CheckpointError(
+            f"The checkpoint has param groups of {[len(g['params']) for g in saved_groups]} "
+            f"parameters, the optimizer of {[len(g['params']) for g in live_groups]}. "
+            "Build the optimizer as it was when the checkpoint was written."
+        )
+    problems: list[str] = []
+    copies: list[tuple[Tensor, Tensor]] = []
+    for number, (saved, live) in enumerate(zip(saved_groups, live_groups, strict=True)):
+        problems += _compare_groups(number, saved, live)
+        for i, p in zip(_match(saved, live), live["params"], strict=True):
+            label, mine = optimizer.name_of(p), dict(optimizer.state.get(p, {}))
+            theirs = saved_state.get(i, {})
+            if set(mine) != set(theirs):
+                problems += [f"{label}: missing {n}" for n in sorted(set(mine) - set(theirs))]
+                problems += [f"{label}: unexpected {n}" for n in sorted(set(theirs) - set(mine))]
+                continue
+            for name, target in mine.items():
+                source = theirs[name]
+                if not isinstance(source, Tensor) or source.shape != target.shape:
+                    got = tuple(source.shape) if isinstance(source, Tensor) else repr(source)
+                    problems.append(f"{label}: {name} is {got}, expected {tuple(target.shape)}")
+                else:
+                    copies.append((target, source))
+    if problems:
+        rest = len(problems) - _MOST_PROBLEMS
+        more = [f"... and {rest} more"] if rest > 0 else []
+        raise CheckpointError(
+            "The checkpoint does not fit the optimizer; nothing was loaded.\n  "
+            + "\n  ".join(problems[:_MOST_PROBLEMS] + more)
+        )
+    with torch.no_grad():
+        for target, source in copies:
+            target.copy_(source)
+        for saved, live in zip(saved_groups, live_groups, strict=True):
+            _load_group(saved, live)
+
+
+def _parts(checkpoint: Any) -> tuple[Sequence[Mapping[str, Any]], Mapping[Any, Any]]:
+    """Return param groups and state, if they look like what `save` writes."""
+    try:
+        groups, state = checkpoint["param_groups"], checkpoint["state"]
+        formats = {group["format"] for group in groups}
+        complete = all(isinstance(g["params"], list) for g in groups) and isinstance(state, Mapping)
+        complete = complete and all(isinstance(entry, Mapping) for entry in state.values())
+    except (KeyError, TypeError, IndexError, AttributeError):
+        complete = False
+    if not complete:
+        raise CheckpointError(
+            "This is no checkpoint of a structured optimizer: expected what its state_dict() "
+            "returned, a dict with 'state' and 'param_groups' that name their 'format'."
+        )
+    if formats - {FORMAT}:
+        raise CheckpointError(
+            f"The checkpoint has format {sorted(formats)}, this version reads format {FORMAT}."
+        )
+    return groups, state
+
+
+def _match(saved: Mapping[str, Any], live: Mapping[str, Any]) -> Iterable[Any]:
+    """Return the saved index of every live parameter: by name if both sides know names."""
+    theirs, mine = saved.get("param_names"), live.get("param_names")
+    if theirs and mine and set(theirs) == set(mine):
+        by_name = dict(zip(theirs, saved["params"], strict=True))
+        return [by_name[name] for name in mine]
+    return list(saved["params"])
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a live value is described in checkpoints instead of being saved."""
+    return not isinstance(value, Tensor) and _plain(value) is not value
+
+
+def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
+    problems = []
+    theirs, mine = saved.get("param_names"), live.get("param_names")
+    if theirs and mine and set(theirs) != set(mine):
+        problems += [f"{n}: not in the checkpoint" for n in mine if n not in set(theirs)]
+        problems += [f"{n}: not in the optimizer" for n in theirs if n not in set(mine)]
+    for key in ("strategy", "structures", "combine_params"):
+        if key in live and saved.get(key) != _plain(live[key]):
+            problems.append(
+                f"param group {number}: {key} is {saved.get(key)!r} in the checkpoint, "
+                f"{_plain(live[key])!r} in the optimizer"
+            )
+    return problems
+
+
+def _load_group(saved: Mapping[str, Any], live: dict[str, Any]) -> None:
+    for key, value in saved.items():
+        if key in ("params", "param_names", "format"):
+            continue
+        current = live.get(key)
+        if isinstance(current, Tensor):
+            current.copy_(torch.as_tensor(value))
+        elif key not in live or not (_is_object(current) or isinstance(value, Tensor)):
+            live[key] = value

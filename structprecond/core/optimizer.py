@@ -1,0 +1,483 @@
+"""The optimizer: the only step loop."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from structprecond.core import checkpoint
+from structprecond.core.batch_size import BatchSizeCounter, GetBatchSize
+from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
+from structprecond.core.entry import Entry
+from structprecond.core.units import Unit, find_units
+from structprecond.errors import (
+    GradientError,
+    GroupError,
+    HyperparameterError,
+    StructPrecondError,
+)
+from structprecond.groups import PerParameter, PreconditionerGroup
+from structprecond.strategies.base import Strategy
+from structprecond.structures.spec import PerAxis, StructureSpec, per_axis, resolve_structures
+
+Nonfinite = Literal["skip", "raise", "ignore"]
+
+# keys of a param group that are no hyperparameters: torch's own, ours, and what users may add
+_TORCH_KEYS = {"params", "param_names", "name", "initial_lr"}
+_CONFIGURATION = ("strategy", "structures", "preconditioner_dtypes", "combine_params")
+
+
+class StructuredOptimizer(Optimizer):
+    """An optimizer that runs a strategy over stacks of a model's parameters.
+
+    Named optimizers such as `SIRFShampoo` are facades of this class. The user's `param_groups` stay
+    as given. A param group may carry its own `strategy`, `structures`, `preconditioner_dtypes` and
+    `combine_params` beside its hyperparameters.
+
+    `optimizer.state[p]` shows the state of the unit whose first parameter is `p`, as views under
+    stable names; it exists from construction on.
+
+    Args:
+        model: The model; or parameters, named parameters or group dicts, as torch optimizers take
+            them, for rules that do not look at modules.
+        params: The parameters to optimize, or group dicts. Default: all parameters of the model,
+            the frozen ones included, which take part as soon as they are thawed.
+        strategy: The rule that turns gradients into update directions.
+        hyperparameters: Values for the strategy's hyperparameters; the rest get their defaults.
+        structures: The structure of every Kronecker factor: a name for all, or a dict from the
+            order of a tensor to a name or a tuple of names. Default: `"dense"`.
+        preconditioner_dtypes: The dtype of every Kronecker factor, given like `structures`; None
+            for the dtype of the computation, float32, or float64 for float64 parameters.
+        combine_params: The grouping rules, most important first. Default: `(PerParameter(),)`.
+        batch_size: The number of samples behind a gradient, or a callable from a forward's inputs
+            to it; only for strategies that need it.
+        nonfinite: What to do with a unit whose gradient is not finite: "skip" it (it stays as it
+            is, and is counted), "raise" before anything is changed, or "ignore" the check.
+        maximize: Whether to maximize. Default: False.
+        verbose_init: Whether to print what is treated how. Default: False.
+
+    Attributes:
+        global_step: The number of steps made.
+        skipped: How often a unit was skipped for a non-finite gradient.
+
+    Raises:
+        StructPrecondError: If an argument is wrong; the subclasses say which kind.
+
+    Example:
+        >>> from structprecond import SIRFShampooStrategy
+        >>> model = nn.Linear(3, 2)
+        >>> optimizer = StructuredOptimizer(model, strategy=SIRFShampooStrategy(), batch_size=8)
+        >>> model(torch.ones(8, 3)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    STATE_ATTRIBUTES: tuple[str, ...] = ("global_step", "batch_size")
+    """Attributes beside `state` that checkpoints carry."""
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[Any],
+        params: Iterable[Any] | None = None,
+        *,
+        strategy: Strategy[Any],
+        hyperparameters: Mapping[str, Any] | None = None,
+        structures: StructureSpec = "dense",
+        preconditioner_dtypes: PerAxis[torch.dtype | None] = None,
+        combine_params: Sequence[PreconditionerGroup] = (PerParameter(),),
+        batch_size: int | GetBatchSize | None = None,
+        nonfinite: Nonfinite = "skip",
+        maximize: bool = False,
+        verbose_init: bool = False,
+    ) -> None:
+        if nonfinite not in ("skip", "raise", "ignore"):
+            raise StructPrecondError(
+                f"nonfinite must be 'skip', 'raise' or 'ignore', got {nonfinite!r}."
+            )
+        if isinstance(model, nn.Module):
+            params = model.named_parameters() if params is None else params
+        elif params is not None:
+            raise StructPrecondError(
+                f"params= selects parameters of a model, but the first argument is a "
+                f"{type(model).__name__}. Pass the model first, or the parameters alone."
+            )
+        self.model = model if isinstance(model, nn.Module) else None
+        self.nonfinite, self.maximize = nonfinite, maximize
+        self.buckets: list[Bucket] = []
+        self._names: dict[nn.Parameter, str] = {}
+        self._entries: dict[nn.Parameter, Entry] = {}
+        self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._global_step = torch.zeros((), dtype=torch.int64)
+        self._samples = torch.zeros((), dtype=torch.int64)
+        self._counter: BatchSizeCounter | None = None
+        self._warned = False
+        defaults = {
+            **{name: h.default for name, h in strategy.hyperparameters.items()},
+            **(hyperparameters or {}),
+            "strategy": strategy,
+            "structures": structures,
+            "preconditioner_dtypes": preconditioner_dtypes,
+            "combine_params": tuple(combine_params),
+        }
+        super().__init__(model if params is None else params, defaults)  # type: ignore[arg-type]
+        if batch_size is not None:
+            self.batch_size = batch_size
+        if verbose_init:
+            from structprecond.report import describe
+
+            print(describe(self))
+
+    # --- parameters ------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, with its own hyperparameters and configuration if it has some.
+
+        Raises:
+            StructPrecondError: If the group is wrong; then nothing is added.
+        """
+        group = self._named_group(param_group)
+        strategy = group.get("strategy", self.defaults["strategy"])
+        known = set(strategy.hyperparameters)
+        if unknown := set(group) - known - set(_CONFIGURATION) - _TORCH_KEYS:
+            raise HyperparameterError(
+                f"Unknown keys {sorted(unknown)} in a param group of {type(strategy).__name__}. "
+                f"Its hyperparameters are {', '.join(sorted(known))}."
+            )
+        if type(strategy) is not type(self.defaults["strategy"]):
+            # hyperparameters of another strategy may share a name but not a meaning, except for lr
+            for name, hyperparameter in strategy.hyperparameters.items():
+                group.setdefault(
+                    name, self.defaults["lr"] if name == "lr" else hyperparameter.default
+                )
+        super().add_param_group(group)
+        try:
+            for name in set(group) - known - set(_CONFIGURATION) - _TORCH_KEYS:
+                del group[name]
+            for name, hyperparameter in strategy.hyperparameters.items():
+                hyperparameter.validate(name, group[name])
+            buckets = self._make_buckets(group)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self.buckets += buckets
+        for bucket in buckets:
+            self._show(bucket)
+
+    def _named_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of a param group with the model's names of its parameters."""
+        group = dict(param_group)
+        if self.model is None or isinstance(group.get("params"), set):
+            return group
+        names = {p: name for name, p in self.model.named_parameters()}
+        params = group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        params = [p[1] if isinstance(p, tuple) else p for p in params]
+        if foreign := [tuple(p.shape) for p in params if p not in names]:
+            raise GroupError(
+                f"Parameters of shapes {foreign} do not belong to the model. Pass parameters of "
+                "the model that is the first argument."
+            )
+        group["params"] = [(names[p], p) for p in params]
+        return group
+
+    def name_of(self, param: nn.Parameter) -> str:
+        """Return the name of a parameter: the model's, or else its place in `param_groups`."""
+        return self._names[param]
+
+    def _make_buckets(self, group: dict[str, Any]) -> list[Bucket]:
+        number, params = len(self.param_groups) - 1, group["params"]
+        labels = group.get("param_names") or [
+            f"param_groups[{number}]['params'][{i}]" for i in range(len(params))
+        ]
+        names = dict(zip(params, labels, strict=True))
+        for p, name in names.items():
+            if not p.is_floating_point():
+                raise GroupError(
+                    f"{name} is of {p.dtype}; only real floating-point parameters work."
+                )
+        together: dict[BucketKey, list[Unit]] = {}
+        for unit in find_units(self.model, params, group["combine_params"], names):
+            if unit.shape.numel() and unit.rows:
+                together.setdefault(self._bucket_key(unit, group), []).append(unit)
+        self._names |= names
+        return [Bucket(group, group["strategy"], key, units) for key, units in together.items()]
+
+    @staticmethod
+    def _bucket_key(unit: Unit, group: Mapping[str, Any]) -> BucketKey:
+        label = f"{unit.label} (grouped shape {tuple(unit.shape)})"
+        order, dtype, device = len(unit.shape), unit.params[0].dtype, unit.params[0].device
+        structures = resolve_structures(group["structures"], order, label)
+        group["strategy"].check_structures(structures, label)
+        given = per_axis(group["preconditioner_dtypes"], order, "preconditioner_dtypes", label)
+        for entry in given:
+            if entry is not None and not (
+                isinstance(entry, torch.dtype) and entry.is_floating_point
+            ):
+                raise StructPrecondError(
+                    f"preconditioner_dtypes takes floating-point dtypes and None, got {entry!r}."
+                )
+        dtypes = tuple(compute_dtype(dtype) if entry is None else entry for entry in given)
+        return BucketKey(unit.rule, unit.shape, structures, dtypes, dtype, device)
+
+    def _show(self, bucket: Bucket) -> None:
+        """Let `state` show the rows of a bucket."""
+        shared = {"global_step": self._global_step, "batch_size": self._samples}
+        for i, unit in enumerate(bucket.units):
+            entry = Entry(unit.label, bucket.unit_tensors(i) | shared)
+            self.state[unit.params[0]] = self._entries[unit.params[0]] = entry
+
+    def _per_unit(self, part: Callable[[Any], tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """Return a part of the state, a tuple of stacked matrices, for every unit."""
+        return [
+            tuple(
+                None if m is None else m[span if unit.rule.stacked else span.start]
+                for m in part(bucket.state)
+            )
+            for bucket in self.buckets
+            for unit, span in zip(bucket.units, bucket.spans, strict=True)
+        ]
+
+    # --- counters --------------------------------------------------------------------------------
+
+    @property
+    def global_step(self) -> int:
+        """The number of steps made."""
+        return int(self._global_step)
+
+    @property
+    def skipped(self) -> int:
+        """How often a unit was skipped because its gradient was not finite."""
+        return sum(int(b.skipped[span.start]) for b in self.buckets for span in b.spans)
+
+    @property
+    def batch_size(self) -> int | None:
+        """The number of samples behind the gradients; None if it is not known.
+
+        Assign an integer to fix it, or a callable on a forward's inputs to have it counted.
+        """
+        return int(self._samples) or None
+
+    @batch_size.setter
+    def batch_size(self, value: int | GetBatchSize) -> None:
+        if callable(value):
+            if self.model is None:
+                raise StructPrecondError(
+                    "The batch size is counted in the forward passes of the model, but the "
+                    "optimizer was given parameters only. Pass the model as the first argument, "
+                    "or batch_size= as an integer."
+                )
+            counter = BatchSizeCounter(value, self._samples)
+            counter.watch(self.model, list(self._names))
+        elif isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            counter = None
+            self._samples.fill_(value)
+        else:
+            raise HyperparameterError(
+                f"batch_size must be an integer of at least 1, or a callable from the tuple of a "
+                f"forward's inputs to one, got {value!r}."
+            )
+        if self._counter is not None:
+            self._counter.close()
+        self._counter = counter
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as `torch.optim.Optimizer.zero_grad`."""
+        super().zero_grad(set_to_none)
+        if self._counter is not None:
+            self._counter.stale = True
+
+    # --- the step --------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Make one step.
+
+        Args:
+            closure: Computes the loss and the gradients; called once, before anything else.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            GradientError: If a gradient is sparse, or not finite with `nonfinite="raise"`; nothing
+                has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._follow()
+        live = [[unit.live() for unit in bucket.units] for bucket in self.buckets]
+        self._check_layouts(live)
+        if self.nonfinite != "ignore":
+            self._drop_nonfinite(live)
+        batch_size = self._known_batch_size()
+        refresh = self._refresh_now()
+        for bucket, alive in zip(self.buckets, live, strict=True):
+            bucket.step(
+                alive,
+                self._scratch_for(bucket),
+                refresh[id(bucket.group)],
+                self.global_step,
+                batch_size,
+                self.maximize,
+            )
+        self._global_step += 1
+        if self._counter is not None:
+            self._counter.stale = True
+        return loss
+
+    def _follow(self) -> None:
+        """Notice parameters that were moved and state entries that were replaced."""
+        for bucket in self.buckets:
+            devices = {p.device for p in bucket.params}
+            if devices != {bucket.device}:
+                if len(devices) > 1:
+                    raise StructPrecondError(
+                        f"Parameters that are stacked together are on several devices: "
+                        f"{', '.join(f'{self._names[p]} on {p.device}' for p in bucket.params)}. "
+                        "Move the whole model, or build a new optimizer."
+                    )
+                bucket.move(devices.pop())
+                self._show(bucket)
+        for first, entry in self._entries.items():
+            shown = self.state.get(first, {})
+            if shown is not entry:
+                entry.adopt(shown)
+                self.state[first] = entry
+
+    def _check_layouts(self, live: Sequence[Sequence[bool]]) -> None:
+        for p in self._live_params(live):
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise GradientError(
+                    f"The gradient of {self._names[p]} has the layout {p.grad.layout}; only dense "
+                    "gradients work. Build the embedding with sparse=False."
+                )
+
+    def _live_params(self, live: Sequence[Sequence[bool]]) -> list[nn.Parameter]:
+        return [
+            p
+            for bucket, alive in zip(self.buckets, live, strict=True)
+            for unit, on in zip(bucket.units, alive, strict=True)
+            if on
+            for p in unit.params
+        ]
+
+    def _drop_nonfinite(self, live: list[list[bool]]) -> None:
+        """Take units with a non-finite gradient out of `live`, with one look at the device."""
+        params = self._live_params(live)
+        by_device: dict[torch.device, list[nn.Parameter]] = {}
+        for p in params:
+            by_device.setdefault(p.device, []).append(p)
+        bad: set[int] = set()
+        for members in by_device.values():
+            # the largest entry, because a sum of squares overflows on finite gradients
+            norms = torch._foreach_norm([p.grad for p in members], torch.inf)  # type: ignore[misc]
+            finite = torch.stack([norm.float() for norm in norms]).isfinite().tolist()
+            bad |= {id(p) for p, ok in zip(members, finite, strict=True) if not ok}
+        if not bad:
+            return
+        labels = [self._names[p] for p in params if id(p) in bad]
+        message = f"The gradients of {', '.join(labels)} are not finite at step {self.global_step}"
+        if self.nonfinite == "raise":
+            raise GradientError(f"{message}; nothing was changed.")
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{message}. Their parameters and state stay as they are for this step; further "
+                "steps are skipped without a warning and counted in optimizer.skipped.",
+                stacklevel=4,
+            )
+        for bucket, alive in zip(self.buckets, live, strict=True):
+            for i, unit in enumerate(bucket.units):
+                if alive[i] and any(id(p) in bad for p in unit.params):
+                    alive[i] = False
+                    bucket.skipped[bucket.spans[i]] += 1
+
+    def _known_batch_size(self) -> int | None:
+        if self.batch_size is None:
+            for bucket in self.buckets:
+                if bucket.strategy.needs_batch_size:
+                    raise StructPrecondError(
+                        f"{type(bucket.strategy).__name__} needs the batch size, but no gradient "
+                        "flowed back through a forward pass of the model in training mode. Pass "
+                        "batch_size= as an integer, or assign one to optimizer.batch_size."
+                    )
+        return self.batch_size
+
+    def _refresh_now(self) -> dict[int, int | bool]:
+        """Return every group's refresh interval, with callables asked once about this step."""
+        answers: dict[int, int | bool] = {}
+        for group in self.param_groups:
+            name = group["strategy"].refresh_interval
+            every = group[name] if name is not None else False
+            answers[id(group)] = bool(every(self.global_step)) if callable(every) else every
+        return answers
+
+    def _scratch_for(self, bucket: Bucket) -> Tensor:
+        """Return memory for a bucket's stack, shared by all buckets, which run one by one."""
+        key, numel = (bucket.device, bucket.dtype), bucket.shape.numel()
+        if key not in self._scratch or self._scratch[key].numel() < numel:
+            largest = max(b.shape.numel() for b in self.buckets if (b.device, b.dtype) == key)
+            self._scratch[key] = torch.empty(largest, dtype=bucket.dtype, device=bucket.device)
+        return self._scratch[key][:numel].view(bucket.shape)
+
+    # --- checkpoints and copies ------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in torch's layout: tensors (copies) and plain values only.
+
+        The state of a unit stands under its first parameter. Callables, strategies, rules and
+        structures are described, not saved.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = checkpoint.save(self)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            result = post_hook(self, state_dict)
+            state_dict = state_dict if result is None else result
+        return state_dict
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned, whole or not at all.
+
+        State keeps the dtypes and devices it has here. Parameters are matched by name if both sides
+        know names, else by order.
+
+        Raises:
+            CheckpointError: If it does not fit; the message lists what differs.
+        """
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = pre_hook(self, state_dict)
+            state_dict = state_dict if result is None else result
+        checkpoint.load(self, state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles need: the stacks themselves, not hundreds of views."""
+        left_out = {"state", "_entries", "_scratch"}
+        return {
+            key: value
+            for key, value in self.__dict__.items()
+            if key not in left_out and not key.startswith("_optimizer_")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy or pickle."""
+        fresh: dict[str, Any] = {"state": defaultdict(dict), "_entries": {}, "_scratch": {}}
+        super().__setstate__({**state, **fresh})
+        for bucket in self.buckets:
+            self._show(bucket)
+        if self._counter is not None and self.model is not None:
+            self._counter.watch(self.model, list(self._names))

@@ -1,0 +1,104 @@
+"""A strategy's state: nested stacked tensors, with names and rows derived from the fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from structprecond.structures import StructuredMatrix
+
+Rows = slice | Tensor
+"""Rows of a stack: `slice(None)` for all of them, else their indices."""
+
+ALL_ROWS = slice(None)
+
+
+class State:
+    """Base of all states: subclasses are dataclasses of stacked tensors `(b, ...)`.
+
+    A field is a tensor, a `StructuredMatrix`, None, or a tuple of these. Every tensor has the b
+    rows of the stack as dimension 0.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Momentum(State):
+        ...     buffer: Tensor
+        >>> Momentum(torch.zeros(2, 3)).named_tensors().keys()
+        dict_keys(['buffer'])
+    """
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by dotted name, e.g. `preconditioners.0.mat`."""
+        return dict(_named(self, ""))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Any:
+        """Return a state of the same layout with `fn` applied to every tensor."""
+        return _map(self, fn)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take."""
+        return sum(t.numel() * t.element_size() for t in self.named_tensors().values())
+
+
+def _children(node: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, tuple):
+        yield from ((str(i), child) for i, child in enumerate(node))
+    elif is_dataclass(node):
+        yield from ((field.name, getattr(node, field.name)) for field in fields(node))
+
+
+def _named(node: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(node, Tensor):
+        yield name, node
+    for key, child in _children(node):
+        yield from _named(child, f"{name}.{key}" if name else key)
+
+
+def _map(node: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(node, Tensor):
+        return fn(node)
+    if isinstance(node, StructuredMatrix):
+        return node._map(fn)
+    if isinstance(node, tuple):
+        return tuple(_map(child, fn) for child in node)
+    if is_dataclass(node) and not isinstance(node, type):
+        return replace(node, **{key: _map(child, fn) for key, child in _children(node)})
+    return node
+
+
+S = TypeVar("S", bound=State)
+
+
+@contextmanager
+def rows_of(state: S, rows: Rows) -> Iterator[S]:
+    """Work on some rows of a state: what is written to the yielded state is written to the rows.
+
+    All rows are yielded as they are, without a copy. If the block raises, rows that were copied
+    out stay as they were.
+    """
+    if isinstance(rows, slice) and rows == ALL_ROWS:
+        yield state
+        return
+    part: S = state.map(lambda t: t[_on(rows, t)])
+    yield part
+    targets, sources = state.named_tensors(), part.named_tensors()
+    for name, target in targets.items():
+        target[_on(rows, target)] = sources[name]
+
+
+def _on(rows: Rows, tensor: Tensor) -> Rows:
+    return rows if isinstance(rows, slice) else rows.to(tensor.device)
+
+
+def select(rows: torch.Tensor) -> Rows | None:
+    """Turn a mask `(b,)` on the CPU into rows: None if it is False everywhere."""
+    if bool(rows.all()):
+        return ALL_ROWS
+    return rows.nonzero().squeeze(1) if bool(rows.any()) else None

@@ -1,0 +1,16 @@
+"""Grouping rules: which parameters form one tensor."""
+
+from structprecond.groups.base import FlattenAndConcatenate, PreconditionerGroup
+from structprecond.groups.embedding import FlattenEmbedding
+from structprecond.groups.linear import LinearWeightBias
+from structprecond.groups.per_parameter import PerParameter
+from structprecond.groups.split import SplitHeads
+
+__all__ = [
+    "FlattenAndConcatenate",
+    "FlattenEmbedding",
+    "LinearWeightBias",
+    "PerParameter",
+    "PreconditionerGroup",
+    "SplitHeads",
+]

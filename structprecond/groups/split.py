@@ -1,0 +1,78 @@
+"""One parameter as several independent problems: attention heads, fused projections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from einops import rearrange
+from torch import Size, Tensor, nn
+
+from structprecond.errors import GroupError
+from structprecond.groups.base import PreconditionerGroup, squeeze_axes
+
+
+@dataclass(frozen=True)
+class SplitHeads(PreconditionerGroup):
+    """Treat the heads (or fused blocks) of a parameter as independent rows of a stack.
+
+    A weight `(heads * d, in)` becomes a stack `(heads, d, in)` whose rows have Kronecker factors of
+    their own, and a bias `(heads * d,)` a stack `(heads, d)`. Three blocks split a fused
+    query-key-value projection; `3 * num_heads` split it into its heads. With `axis=1` the heads are
+    along the input, as in an output projection `(out, heads * d)`.
+
+    Args:
+        pattern: Names of parameters, as in `model.named_parameters()`, with shell wildcards.
+        heads: The number of equal pieces, at least 1.
+        axis: The axis that is split, 0 or 1.
+
+    Raises:
+        GroupError: If `heads` or `axis` is out of range, nothing matches the pattern, or an axis
+            cannot be split evenly.
+
+    Example:
+        >>> SplitHeads("*.qkv.weight", heads=3).group([torch.zeros(12, 4)]).shape
+        torch.Size([3, 4, 4])
+    """
+
+    pattern: str
+    heads: int
+    axis: int = 0
+    stacked = True
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.heads < 1 or self.axis not in (0, 1):
+            raise GroupError(f"{self}: heads must be at least 1, and axis 0 or 1.")
+
+    def identify(self, model: nn.Module) -> list[list[nn.Parameter]]:
+        """Return every parameter whose name fits the pattern."""
+        named = dict(model.named_parameters(remove_duplicate=False))
+        found = {name: p for name, p in named.items() if fnmatchcase(name, self.pattern)}
+        if not found:
+            raise GroupError(f"{self}: no parameter has such a name. Names are {', '.join(named)}.")
+        for name, p in found.items():
+            if p.ndim <= self.axis or p.shape[self.axis] % self.heads:
+                raise GroupError(
+                    f"{self}: axis {self.axis} of {name} {tuple(p.shape)} has no {self.heads} "
+                    "equal pieces."
+                )
+        return [[p] for p in dict.fromkeys(found.values())]
+
+    def group(self, tensors: list[Tensor]) -> Tensor:
+        """Return the stack of the pieces, without axes of size 1 inside a piece."""
+        (tensor,) = tensors
+        pattern = (
+            "(heads d) ... -> heads d ..."
+            if self.axis == 0
+            else ("out (heads d) ... -> heads out d ...")
+        )
+        return squeeze_axes(rearrange(tensor, pattern, heads=self.heads), first=1)
+
+    def ungroup(self, grouped_tensor: Tensor, tensor_shapes: list[Size]) -> list[Tensor]:
+        """Put the pieces together again."""
+        (shape,) = tensor_shapes
+        if self.axis == 0:
+            return [grouped_tensor.reshape(shape)]
+        pieces = grouped_tensor.reshape(self.heads, shape[0], -1, *shape[2:])
+        return [rearrange(pieces, "heads out d ... -> out (heads d) ...")]

@@ -1,0 +1,149 @@
+"""What an optimizer treats how: `describe`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from structprecond.core.checkpoint import describe_object
+from structprecond.core.optimizer import StructuredOptimizer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stack of the optimizer.
+
+    Args:
+        group: The number of the user's param group.
+        strategy: The name of the strategy.
+        rule: The grouping rule.
+        names: The names of the parameters of every unit, joined by ` + `.
+        shape: The shape of one problem.
+        rows: The number of problems in the stack.
+        structures: The structure of every axis.
+        dtypes: The dtype of every factor.
+        state_bytes: The bytes of the stack's state.
+        live: Whether any of the parameters requires a gradient.
+    """
+
+    group: int
+    strategy: str
+    rule: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    rows: int
+    structures: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    state_bytes: int
+    live: bool
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an optimizer treats how; print it for a table.
+
+    Args:
+        rows: One entry per stack.
+        parameter_bytes: The bytes of all parameters.
+    """
+
+    rows: tuple[Row, ...]
+    parameter_bytes: int
+
+    @property
+    def state_bytes(self) -> int:
+        """The bytes of all state."""
+        return sum(row.state_bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        """Return a table with one line per stack and the totals."""
+        header = ("group", "parameters", "rule", "shape", "rows", "structures", "state")
+        table = [header]
+        for row in self.rows:
+            more = f" (+{len(row.names) - 1})" if len(row.names) > 1 else ""
+            frozen = "" if row.live else " (frozen)"
+            table.append(
+                (
+                    str(row.group),
+                    _shorten(row.names[0], 40) + more + frozen,
+                    _shorten(row.rule, 30),
+                    "x".join(map(str, row.shape)),
+                    str(row.rows),
+                    " ".join(_compress(row.structures, row.dtypes)),
+                    _human(row.state_bytes),
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+            for line in table
+        ]
+        rule = "-" * max(map(len, lines))
+        strategies = ", ".join(dict.fromkeys(row.strategy for row in self.rows))
+        ratio = (
+            f" = {self.state_bytes / self.parameter_bytes:.2f} x" if self.parameter_bytes else ""
+        )
+        total = (
+            f"{strategies}: state {_human(self.state_bytes)}{ratio} parameters "
+            f"({_human(self.parameter_bytes)})"
+        )
+        return "\n".join([lines[0], rule, *lines[1:], rule, total])
+
+
+def describe(optimizer: StructuredOptimizer) -> Description:
+    """Describe how an optimizer treats the parameters: stacks, structures and state bytes.
+
+    Args:
+        optimizer: The optimizer.
+
+    Returns:
+        The description; `print` shows it as a table.
+
+    Example:
+        >>> import torch
+        >>> from structprecond import SIRFShampoo
+        >>> print(describe(SIRFShampoo(torch.nn.Linear(3, 2), batch_size=1)))
+        group  parameters  rule            shape  rows  structures   state
+        ------------------------------------------------------------------
+        0      weight      PerParameter()  2x3    1     dense dense  145 B
+        0      bias        PerParameter()  2      1     dense        57 B
+        ------------------------------------------------------------------
+        SIRFShampooStrategy: state 202 B = 6.31 x parameters (32 B)
+    """
+    numbers = {id(group): i for i, group in enumerate(optimizer.param_groups)}
+    rows = [
+        Row(
+            group=numbers[id(bucket.group)],
+            strategy=type(bucket.strategy).__name__,
+            rule=describe_object(bucket.key.rule),
+            names=tuple(unit.label for unit in bucket.units),
+            shape=tuple(bucket.key.shape),
+            rows=bucket.rows,
+            structures=tuple("none" if s is None else s.name for s in bucket.key.structures),
+            dtypes=tuple(str(d).removeprefix("torch.") for d in bucket.key.dtypes),
+            state_bytes=sum(t.numel() * t.element_size() for t in bucket.named_tensors().values()),
+            live=any(p.requires_grad for p in bucket.params),
+        )
+        for bucket in optimizer.buckets
+    ]
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return Description(tuple(rows), sum(p.numel() * p.element_size() for p in parameters))
+
+
+def _compress(structures: tuple[str, ...], dtypes: tuple[str, ...]) -> list[str]:
+    """Name the dtype of a factor only where it is not the usual one."""
+    return [
+        s if d in ("float32", "float64") else f"{s}:{d}"
+        for s, d in zip(structures, dtypes, strict=True)
+    ]
+
+
+def _shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _human(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

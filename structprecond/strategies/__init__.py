@@ -1,0 +1,1 @@
+"""Strategies: one optimization rule a file, with the optimizer that runs it."""

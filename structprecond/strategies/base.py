@@ -1,0 +1,142 @@
+"""What a strategy is: a rule that turns a stack of gradients into a stack of update directions."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal
+
+import torch
+from torch import Tensor
+
+from structprecond.core.state import Rows, S
+from structprecond.errors import HyperparameterError, StructureError
+from structprecond.structures.spec import Structure
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """A number that lives in the param group, where it may be scheduled.
+
+    Args:
+        default: Its value if none is given.
+        check: Whether a value is allowed.
+        requirement: What the check asks for, in words.
+    """
+
+    default: Any
+    check: Callable[[Any], bool]
+    requirement: str
+
+    def validate(self, name: str, value: Any) -> None:
+        """Raise `HyperparameterError` unless the value is allowed."""
+        try:
+            allowed = bool(self.check(value))
+        except (TypeError, ValueError, RuntimeError):
+            allowed = False
+        if not allowed:
+            raise HyperparameterError(f"{name} must be {self.requirement}, got {value!r}.")
+
+
+def nonnegative(default: Any) -> Hyperparameter:
+    """Return a hyperparameter for finite numbers of at least 0 (also as a one-element tensor)."""
+    return Hyperparameter(default, lambda v: 0 <= v < math.inf, "a finite number of at least 0")
+
+
+def positive(default: Any) -> Hyperparameter:
+    """Return a hyperparameter for finite numbers above 0."""
+    return Hyperparameter(default, lambda v: 0 < v < math.inf, "a finite number above 0")
+
+
+def fraction(default: Any) -> Hyperparameter:
+    """Return a hyperparameter for numbers from 0 to below 1."""
+    return Hyperparameter(default, lambda v: 0 <= v < 1, "a number from 0 to below 1")
+
+
+def interval(default: Any) -> Hyperparameter:
+    """Return a hyperparameter for a number of steps, or a callable of the global step."""
+
+    def check(value: Any) -> bool:
+        return callable(value) or (isinstance(value, int) and value is not True and value >= 1)
+
+    return Hyperparameter(
+        default, check, "an integer of at least 1, or a callable from the step to a bool"
+    )
+
+
+@dataclass
+class StepContext:
+    """What a strategy may know about the step besides gradients and hyperparameters.
+
+    Args:
+        steps: How many updates each row has had before this one, `(b,)`, int64 on the CPU.
+        due: The rows whose interval says refresh, None if no row is due.
+        global_step: How many steps the optimizer has made before this one.
+        batch_size: The number of samples behind the gradients; None if the optimizer does not know.
+        params: Returns the stacked parameters `(b, *dims)`; gathered at every call.
+    """
+
+    steps: Tensor
+    due: Rows | None
+    global_step: int
+    batch_size: int | None
+    params: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Strategy(ABC, Generic[S]):
+    """An optimization rule for stacks `(b, *dims)` whose b rows are independent problems.
+
+    Subclasses are frozen dataclasses: their fields are the static configuration. What may be
+    scheduled is declared in `hyperparameters` and lives in the param group.
+
+    Attributes:
+        hyperparameters: The strategy's hyperparameters by name; `lr` always exists.
+        decay: Where the core applies decoupled weight decay, `p <- p - lr * weight_decay * p`:
+            before or after the update; "inside" leaves all decay to the strategy.
+        refresh_interval: The name of the hyperparameter that says how often rows are refreshed.
+        structures: The names of the structures that it can work with; None for all.
+        needs_batch_size: Whether the update depends on the batch size.
+    """
+
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]]
+    decay: ClassVar[Literal["before", "after", "inside"]]
+    refresh_interval: ClassVar[str | None] = None
+    structures: ClassVar[tuple[str, ...] | None] = None
+    needs_batch_size: ClassVar[bool] = False
+
+    @abstractmethod
+    def init(
+        self,
+        like: Tensor,
+        structures: tuple[Structure, ...],
+        dtypes: tuple[torch.dtype, ...],
+    ) -> S:
+        """Return the state at the start.
+
+        Args:
+            like: An empty stack `(b, *dims)` of the shape, dtype and device that gradients will
+                have; may be on the meta device, and its values are undefined.
+            structures: The class of structured matrices of every axis, None for no factor.
+            dtypes: The dtype of the factor of every axis.
+        """
+
+    @abstractmethod
+    def update(self, state: S, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext) -> Tensor:
+        """Update the state in place and return the update directions `(b, *dims)`.
+
+        The core applies `p <- p - lr * direction`. `grad` is the core's own copy and may be
+        overwritten, also with the directions.
+        """
+
+    def check_structures(self, structures: tuple[Structure, ...], units: str) -> None:
+        """Raise `StructureError` if the strategy cannot work with one of the structures."""
+        for structure in structures:
+            if self.structures is None or structure is None or structure.name in self.structures:
+                continue
+            raise StructureError(
+                f"{type(self).__name__} cannot use the structure {structure.name!r}, given for "
+                f"{units}. It can use {', '.join(self.structures)}."
+            )

@@ -1,0 +1,247 @@
+"""SIRF-Shampoo: structured, inverse-free and root-free Shampoo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod, sqrt
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from structprecond.core.batch_size import GetBatchSize, get_batch_size
+from structprecond.core.optimizer import Nonfinite, StructuredOptimizer
+from structprecond.core.state import State, rows_of
+from structprecond.groups import PerParameter, PreconditionerGroup
+from structprecond.strategies.base import (
+    Hyperparameter,
+    StepContext,
+    Strategy,
+    fraction,
+    interval,
+    nonnegative,
+)
+from structprecond.structures import SUPPORTED_STRUCTURES, StructuredMatrix
+from structprecond.structures.mode_product import matricize, mode_product
+from structprecond.structures.spec import PerAxis, Structure, StructureSpec
+
+Factors = tuple[StructuredMatrix | None, ...]
+
+
+@dataclass
+class SIRFShampooState(State):
+    """State of SIRF-Shampoo for a stack `(b, d1, ..., dN)`.
+
+    Args:
+        preconditioner: The Kronecker factors `(b, dk, dk)`, None for an axis without one.
+        preconditioner_momenta: The momenta of the factors, alike.
+        momentum_buffer: The momentum of the update `(b, d1, ..., dN)`.
+    """
+
+    preconditioner: Factors
+    preconditioner_momenta: Factors
+    momentum_buffer: Tensor
+
+
+@dataclass(frozen=True)
+class SIRFShampooStrategy(Strategy[SIRFShampooState]):
+    r"""The SIRF-Shampoo rule.
+
+    For gradients G of shape \(d_1 \times \dots \times d_N\), averaged over b samples, with
+    \(D = \prod_k d_k\). Every T steps, from the factors of before,
+
+    \[ H = \sqrt{b} \, G \times_1 K_1^\top / \sqrt{d_1} \dots \times_N K_N^\top / \sqrt{d_N}, \quad
+       A_k = \Pi(K_k^\top K_k) / d_k, \quad t_k = \mathrm{tr}(A_k) / d_k, \]
+    \[ m_k \leftarrow \alpha_2 m_k + (1 - \alpha_2) \left( \tfrac{\lambda}{2} D \prod_{j \ne k} t_j
+       A_k + \tfrac{d_k}{2} \Pi(H_{(k)} H_{(k)}^\top) - \tfrac{1}{2} I \right), \quad
+       K_k \leftarrow K_k - \frac{\beta_2}{\max(1, \|m_k\|_F)} K_k m_k, \]
+
+    and at every step
+    \(U = G \times_1 K_1 K_1^\top \dots \times_N K_N K_N^\top + \kappa p\),
+    \(u \leftarrow \alpha_1 u + U\), direction u.
+
+    An axis without a factor has \(K_k = I\), fixed.
+
+    Source: Lin et al. 2024, "Can We Remove the Square-Root in Adaptive Gradient Methods?"
+    (arXiv 2402.03496).
+    """
+
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
+        "lr": nonnegative(1e-3),
+        "beta2": nonnegative(0.01),
+        "alpha1": fraction(0.9),
+        "alpha2": fraction(0.5),
+        "lam": nonnegative(1e-3),
+        "kappa": nonnegative(0.0),
+        "T": interval(1),
+    }
+    decay = "inside"
+    refresh_interval = "T"
+    needs_batch_size = True
+
+    def init(
+        self, like: Tensor, structures: tuple[Structure, ...], dtypes: tuple[torch.dtype, ...]
+    ) -> SIRFShampooState:
+        """Return identity factors and zero momenta."""
+        rows, axes = like.shape[0], list(zip(structures, like.shape[1:], dtypes, strict=True))
+        eyes, zeros = (
+            tuple(
+                getattr(cls, make)(dim, (rows,), dtype=dtype, device=like.device) if cls else None
+                for cls, dim, dtype in axes
+            )
+            for make in ("eye", "zeros")
+        )
+        return SIRFShampooState(eyes, zeros, torch.zeros_like(like))
+
+    def update(
+        self, state: SIRFShampooState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
+    ) -> Tensor:
+        """Refresh the factors of the rows that are due, then precondition and average."""
+        if ctx.due is not None:
+            assert ctx.batch_size is not None
+            with rows_of(state, ctx.due) as part:
+                self._refresh(part, grad[ctx.due], hp, ctx.batch_size)
+        for axis, factor in enumerate(_as(grad.dtype, state.preconditioner)):
+            if factor is not None:
+                grad = mode_product(grad, factor, axis, transpose=True)
+                grad = mode_product(grad, factor, axis)
+        if hp["kappa"]:
+            grad.add_(ctx.params(), alpha=hp["kappa"])
+        return state.momentum_buffer.mul_(hp["alpha1"]).add_(grad)
+
+    def _refresh(
+        self, state: SIRFShampooState, grad: Tensor, hp: Mapping[str, Any], batch_size: int
+    ) -> None:
+        dims = grad.shape[1:]
+        factors = _as(grad.dtype, state.preconditioner)
+        rotated = grad * (sqrt(batch_size) / sqrt(prod(dims)))
+        for axis, factor in enumerate(factors):
+            if factor is not None:
+                rotated = mode_product(rotated, factor, axis, transpose=True)
+        inner = [
+            None if f is None else f.from_inner() * (1 / d)
+            for f, d in zip(factors, dims, strict=True)
+        ]
+        traces = [
+            1 / d if a is None else a.average_trace() for a, d in zip(inner, dims, strict=True)
+        ]
+        for axis, (factor, a) in enumerate(zip(factors, inner, strict=True)):
+            if factor is None or a is None:
+                continue
+            others = prod((t for j, t in enumerate(traces) if j != axis), start=1.0)
+            step = factor.from_mat_inner(matricize(rotated, axis)).mul_(dims[axis] / 2)
+            step.add_(a, alpha=others * (hp["lam"] / 2 * prod(dims))).diag_add_(-0.5)
+            momentum = state.preconditioner_momenta[axis]
+            stored = state.preconditioner[axis]
+            assert momentum is not None
+            assert stored is not None
+            momentum.mul_(hp["alpha2"]).add_(step, alpha=1 - hp["alpha2"])
+            descent = momentum.to(grad.dtype)
+            norm = descent.frobenius_norm().clamp(min=1.0)
+            stored.copy_((factor @ descent).mul_(-hp["beta2"] / norm).add_(factor))
+
+
+def _as(dtype: torch.dtype, factors: Factors) -> Factors:
+    """Convert the factors to the dtype of the computation, without a copy if they have it."""
+    return tuple(None if factor is None else factor.to(dtype) for factor in factors)
+
+
+class SIRFShampoo(StructuredOptimizer):
+    """Structured, inverse-free and root-free Shampoo (Lin et al. 2024, arXiv 2402.03496).
+
+    Assumes that the loss is a mean over the samples of a batch. The update rule stands at
+    `SIRFShampooStrategy`.
+
+    Args:
+        model: The model, or parameters as torch optimizers take them.
+        params: The parameters to optimize, or group dicts. Default: all of the model's.
+        lr: Learning rate. Default: 1e-3.
+        beta2: Learning rate of the Kronecker factors. Default: 0.01.
+        alpha1: Momentum of the update, from 0 to below 1. Default: 0.9.
+        alpha2: Momentum of the factors, from 0 to below 1. Default: 0.5.
+        lam: Damping. Default: 1e-3.
+        kappa: Weight decay, added to the preconditioned gradient. Default: 0.0.
+        batch_size: The number of samples behind a gradient, or a callable from the tuple of a
+            forward's inputs to it, by which forward passes of the model are counted. Default: the
+            size of dimension 0 of the first tensor among the inputs.
+        T: The factors are updated every T steps, or when a callable of the global step says so.
+            Default: 1.
+        structures: The structure of every factor: a name of `SUPPORTED_STRUCTURES` for all, or a
+            dict from the order of a tensor to a name or a tuple of names, e.g.
+            `{1: "diagonal", 2: ("dense", "block64diagonal")}`. Default: `"dense"`.
+        preconditioner_dtypes: The dtype in which factors are stored, given like `structures`.
+            Default: float32, or float64 for float64 parameters.
+        combine_params: The grouping rules, most important first. Default: each parameter by itself.
+        nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
+            "skip".
+        maximize: Whether to maximize. Default: False.
+        verbose_init: Whether to print what is treated how. Default: False.
+
+    Raises:
+        StructPrecondError: If an argument is wrong; the message says what to do.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> optimizer = SIRFShampoo(model, lr=0.01, structures={1: "diagonal", 2: "dense"})
+        >>> loss = model(torch.ones(16, 4)).square().mean()
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> optimizer.batch_size
+        16
+    """
+
+    SUPPORTED_STRUCTURES = SUPPORTED_STRUCTURES
+    STATE_ATTRIBUTES = ("global_step", "batch_size", "preconditioner", "preconditioner_momenta")
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[Any],
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float | Tensor = 1e-3,
+        beta2: float = 0.01,
+        alpha1: float = 0.9,
+        alpha2: float = 0.5,
+        lam: float = 1e-3,
+        kappa: float = 0.0,
+        batch_size: int | GetBatchSize = get_batch_size,
+        T: int | Callable[[int], bool] = 1,
+        structures: StructureSpec = "dense",
+        preconditioner_dtypes: PerAxis[torch.dtype | None] = None,
+        combine_params: Sequence[PreconditionerGroup] = (PerParameter(),),
+        nonfinite: Nonfinite = "skip",
+        maximize: bool = False,
+        verbose_init: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            params,
+            strategy=SIRFShampooStrategy(),
+            hyperparameters={
+                "lr": lr,
+                "beta2": beta2,
+                "alpha1": alpha1,
+                "alpha2": alpha2,
+                "lam": lam,
+                "kappa": kappa,
+                "T": T,
+            },
+            structures=structures,
+            preconditioner_dtypes=preconditioner_dtypes,
+            combine_params=combine_params,
+            batch_size=batch_size,
+            nonfinite=nonfinite,
+            maximize=maximize,
+            verbose_init=verbose_init,
+        )
+
+    @property
+    def preconditioner(self) -> list[Factors]:
+        """The Kronecker factors of every unit, as views."""
+        return self._per_unit(lambda state: state.preconditioner)
+
+    @property
+    def preconditioner_momenta(self) -> list[Factors]:
+        """The momenta of the Kronecker factors of every unit, as views."""
+        return self._per_unit(lambda state: state.preconditioner_momenta)

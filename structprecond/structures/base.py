@@ -1,0 +1,266 @@
+"""The interface of all structured matrices, with a dense fallback of every operation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from structprecond.errors import StructureError
+
+
+class StructuredMatrix(ABC):
+    r"""A stack `(*b, n, n)` of matrices in a linear space that is closed under `@`.
+
+    A structure is a linear space of matrices with a projection \(\Pi\) of symmetric matrices onto
+    it. Subclasses are dataclasses (`@dataclass(eq=False)`) whose fields are the tensors that hold
+    the elements of the space: all leading dimensions of a field are the batch dimensions `*b`, and
+    the fields depend linearly on the matrix. A new structure needs `from_dense` and `to_dense`
+    only; every other operation has a dense fallback here, and is overridden for speed alone.
+
+    Source: Lin et al. 2024, "Structured Inverse-Free Natural Gradient Descent" (arXiv 2312.05705),
+    section 3.2 and figure 5.
+
+    Example:
+        >>> from structprecond import DiagonalMatrix
+        >>> A = DiagonalMatrix.from_dense(torch.tensor([[2.0, 1.0], [1.0, 3.0]]))
+        >>> (A @ A).to_dense()
+        tensor([[4., 0.],
+                [0., 9.]])
+    """
+
+    name: ClassVar[str]
+    """How the structure is called in `structures=`; the class's name if not given."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Name the structure after its class unless it says otherwise."""
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__
+
+    # --- the two methods that make a structure ---------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def from_dense(cls, sym_mat: Tensor) -> Self:
+        r"""Project matrices onto the structure: \(\Pi(S)\).
+
+        The projection is linear. A space that holds only one of two mirrored entries adds up both,
+        so it is also the identity on the elements of the space, and every dense fallback is right.
+
+        Args:
+            sym_mat: Symmetric matrices `(*b, n, n)`, or dense elements of the space.
+
+        Returns:
+            The projection; never shares memory with `sym_mat`.
+        """
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """Return the matrices as a new tensor `(*b, n, n)`."""
+
+    # --- derived from the fields -----------------------------------------------------------------
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Return the stored tensors by field name; writing to them changes the matrix."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    def _map(self, fn: Callable[..., Tensor], *others: StructuredMatrix) -> Self:
+        matrices: tuple[StructuredMatrix, ...] = (self, *others)
+        tensors = (m.named_tensors().values() for m in matrices)
+        return type(self)(*(fn(*ts) for ts in zip(*tensors, strict=True)))
+
+    def _check_same(self, other: object) -> None:
+        if type(other) is not type(self):
+            raise StructureError(
+                f"{self.name} can only be combined with {self.name}, got {type(other).__name__}. "
+                "Convert with to_dense() and from_dense()."
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type of the stored tensors."""
+        return next(iter(self.named_tensors().values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the stored tensors."""
+        return next(iter(self.named_tensors().values())).device
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape `(*b, n, n)` of the dense stack."""
+        return self.to_dense().shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stored tensors take."""
+        return sum(t.numel() * t.element_size() for t in self.named_tensors().values())
+
+    def __getitem__(self, rows: Any) -> Self:
+        """Index the batch dimensions: a view for integers and slices, else a copy."""
+        return self._map(lambda t: t[rows])
+
+    def clone(self) -> Self:
+        """Return a copy with memory of its own."""
+        return self._map(torch.clone)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Convert all stored tensors as `torch.Tensor.to` does."""
+        return self._map(lambda t: t.to(*args, **kwargs))
+
+    def copy_(self, other: Self) -> Self:
+        """Overwrite with the values of `other`, keeping this matrix's memory, dtype and device."""
+        self._check_same(other)
+        self._map(lambda mine, theirs: mine.copy_(theirs), other)
+        return self
+
+    def __add__(self, other: Self) -> Self:
+        """Return the sum."""
+        self._check_same(other)
+        return self._map(torch.add, other)
+
+    def __sub__(self, other: Self) -> Self:
+        """Return the difference."""
+        self._check_same(other)
+        return self._map(torch.sub, other)
+
+    def __mul__(self, factor: float | Tensor) -> Self:
+        """Return the product with a number, or with one number per matrix `(*b,)`."""
+        return self._map(lambda t: t * _per_matrix(factor, t))
+
+    __rmul__ = __mul__
+
+    def mul_(self, factor: float | Tensor) -> Self:
+        """Multiply in place with a number, or with one number per matrix `(*b,)`."""
+        self._map(lambda t: t.mul_(_per_matrix(factor, t)))
+        return self
+
+    def add_(self, other: Self, alpha: float | Tensor = 1.0) -> Self:
+        """Add `alpha * other` in place; `alpha` is a number or one number per matrix `(*b,)`."""
+        self._check_same(other)
+        if isinstance(alpha, Tensor):
+            self._map(lambda mine, theirs: mine.addcmul_(theirs, _per_matrix(alpha, mine)), other)
+        else:
+            self._map(lambda mine, theirs: mine.add_(theirs, alpha=alpha), other)
+        return self
+
+    # --- constructors ----------------------------------------------------------------------------
+
+    @classmethod
+    def zeros(
+        cls,
+        dim: int,
+        batch_shape: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Return a stack `(*batch_shape, dim, dim)` of zero matrices."""
+        one = cls.from_dense(torch.zeros(dim, dim, dtype=dtype, device=device))
+        return one._map(lambda t: t.expand(*batch_shape, *t.shape).clone())
+
+    @classmethod
+    def eye(
+        cls,
+        dim: int,
+        batch_shape: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Return a stack `(*batch_shape, dim, dim)` of identity matrices."""
+        return cls.zeros(dim, batch_shape, dtype, device).diag_add_(1.0)
+
+    # --- multiplication --------------------------------------------------------------------------
+
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, other: Self) -> Self: ...
+    def __matmul__(self, other: Self | Tensor) -> Self | Tensor:
+        """Multiply with a tensor `(*b, n, m)` (dense result) or with a matrix of this structure."""
+        if isinstance(other, Tensor):
+            return self.matmat(other)
+        self._check_same(other)
+        return self._compose(other)
+
+    def matmat(self, X: Tensor) -> Tensor:
+        r"""Return \(A X\) for `X` of shape `(*b, n, m)`."""
+        return self.to_dense() @ X
+
+    def rmatmat(self, X: Tensor) -> Tensor:
+        r"""Return \(A^\top X\) for `X` of shape `(*b, n, m)`."""
+        return self.to_dense().mT @ X
+
+    def matmat_right(self, X: Tensor) -> Tensor:
+        r"""Return \(X A\) for `X` of shape `(*b, m, n)`."""
+        return self.rmatmat(X.mT).mT
+
+    def rmatmat_right(self, X: Tensor) -> Tensor:
+        r"""Return \(X A^\top\) for `X` of shape `(*b, m, n)`."""
+        return self.matmat(X.mT).mT
+
+    def _compose(self, other: Self) -> Self:
+        return self.from_dense(self.to_dense() @ other.to_dense())
+
+    # --- projected inner products ----------------------------------------------------------------
+
+    @classmethod
+    def from_mat_inner(cls, X: Tensor) -> Self:
+        r"""Return \(\Pi(X X^\top)\) for `X` of shape `(*b, n, m)`."""
+        return cls.from_dense(X @ X.mT)
+
+    def from_inner(self, X: Tensor | None = None) -> Self:
+        r"""Return \(\Pi(A^\top X X^\top A)\); `X` of shape `(*b, n, m)`, the identity if None."""
+        return self.from_mat_inner(self.to_dense().mT if X is None else self.rmatmat(X))
+
+    # --- numbers per matrix ----------------------------------------------------------------------
+
+    def diag_add_(self, value: float | Tensor) -> Self:
+        """Add a number, or one number per matrix `(*b,)`, to every diagonal entry in place."""
+        dense = self.to_dense()
+        diagonal = dense.diagonal(dim1=-2, dim2=-1)
+        diagonal.add_(_per_matrix(value, diagonal))
+        return self.copy_(self.from_dense(dense))
+
+    def average_trace(self) -> Tensor:
+        r"""Return \(\mathrm{tr}(A) / n\), shape `(*b,)`."""
+        return self.to_dense().diagonal(dim1=-2, dim2=-1).mean(-1)
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norms, shape `(*b,)`."""
+        norms: Tensor = torch.linalg.vector_norm(self.to_dense(), dim=(-2, -1))
+        return norms
+
+    def infinity_vector_norm(self) -> Tensor:
+        """Return the largest absolute entries, shape `(*b,)`."""
+        return self.to_dense().abs().amax(dim=(-2, -1))
+
+
+class EntrywiseMatrix(StructuredMatrix):
+    """A structure each of whose entries is zero or stored exactly once."""
+
+    def _entries(self) -> Tensor:
+        """Return all stored entries, shape `(*b, entries)`."""
+        batch_ndim = len(self.shape) - 2
+        return torch.cat([t.flatten(batch_ndim) for t in self.named_tensors().values()], dim=-1)
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norms, shape `(*b,)`."""
+        norms: Tensor = torch.linalg.vector_norm(self._entries(), dim=-1)
+        return norms
+
+    def infinity_vector_norm(self) -> Tensor:
+        """Return the largest absolute entries, shape `(*b,)`."""
+        return self._entries().abs().amax(-1)
+
+
+def _per_matrix(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """Let one number per matrix `(*b,)` broadcast against a field `(*b, ...)`."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim)).to(like.dtype)

@@ -1,0 +1,80 @@
+"""Dense matrices: the structure without structure, and the oracle of all others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from structprecond.structures.base import EntrywiseMatrix, _per_matrix
+
+
+@dataclass(eq=False)
+class DenseMatrix(EntrywiseMatrix):
+    r"""Dense matrices, \(\Pi(S) = S\).
+
+    Args:
+        mat: The matrices `(*b, n, n)`; not copied.
+
+    Example:
+        >>> DenseMatrix(2 * torch.eye(2)).from_inner().to_dense()
+        tensor([[4., 0.],
+                [0., 4.]])
+    """
+
+    mat: Tensor
+    name = "dense"
+
+    @classmethod
+    def from_dense(cls, sym_mat: Tensor) -> Self:
+        r"""Copy the matrices `(*b, n, n)`."""
+        return cls(sym_mat.clone())
+
+    def to_dense(self) -> Tensor:
+        """Return a copy of the matrices."""
+        return self.mat.clone()
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape `(*b, n, n)`."""
+        return self.mat.shape
+
+    def matmat(self, X: Tensor) -> Tensor:
+        r"""Return \(A X\)."""
+        return self.mat @ X
+
+    def rmatmat(self, X: Tensor) -> Tensor:
+        r"""Return \(A^\top X\)."""
+        return self.mat.mT @ X
+
+    def matmat_right(self, X: Tensor) -> Tensor:
+        r"""Return \(X A\)."""
+        return X @ self.mat
+
+    def rmatmat_right(self, X: Tensor) -> Tensor:
+        r"""Return \(X A^\top\)."""
+        return X @ self.mat.mT
+
+    def _compose(self, other: Self) -> Self:
+        return type(self)(self.mat @ other.mat)
+
+    @classmethod
+    def from_mat_inner(cls, X: Tensor) -> Self:
+        r"""Return \(X X^\top\)."""
+        return cls(X @ X.mT)
+
+    def from_inner(self, X: Tensor | None = None) -> Self:
+        r"""Return \(A^\top X X^\top A\), with X the identity if None."""
+        return self.from_mat_inner(self.mat.mT if X is None else self.rmatmat(X))
+
+    def diag_add_(self, value: float | Tensor) -> Self:
+        """Add to the diagonal in place."""
+        diagonal = self.mat.diagonal(dim1=-2, dim2=-1)
+        diagonal.add_(_per_matrix(value, diagonal))
+        return self
+
+    def average_trace(self) -> Tensor:
+        r"""Return \(\mathrm{tr}(A) / n\)."""
+        return self.mat.diagonal(dim1=-2, dim2=-1).mean(-1)

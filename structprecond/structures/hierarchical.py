@@ -1,0 +1,183 @@
+"""Hierarchical matrices: dense corner blocks, a diagonal middle, and two coupling blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from structprecond.structures.base import EntrywiseMatrix, _per_matrix
+
+
+@dataclass(eq=False)
+class HierarchicalMatrix(EntrywiseMatrix):
+    r"""Hierarchical matrices with dense corner blocks and a diagonal middle.
+
+        [ A  B1  B2 ]     A: k1 x k1     B = [B1 B2]: k1 x (n - k1)
+        [ 0  C   0  ]     C: diagonal    D: k2 x (n - k1 - k2)
+        [ 0  D   E  ]     E: k2 x k2
+
+    \(\Pi(S)\) keeps the blocks of S that the picture shows; B and D, which have no mirror image in
+    the space, add the mirrored block. The sizes belong to the class:
+    `structure_class("hierarchical15_15")`. A matrix with \(n \le k_1\) is A alone, one with
+    \(n \le k_1 + k_2\) has no middle.
+
+    Args:
+        a: `(*b, k1, k1)`. b: `(*b, k1, n - k1)`. c: `(*b, n - k1 - k2)`.
+        d: `(*b, k2, n - k1 - k2)`. e: `(*b, k2, k2)`. None is copied.
+
+    Source: Lin et al. 2024 (arXiv 2312.05705), figure 5.
+
+    Example:
+        >>> from structprecond.structures import structure_class
+        >>> structure_class("hierarchical1_1").from_dense(torch.ones(4, 4)).to_dense()
+        tensor([[1., 2., 2., 2.],
+                [0., 1., 0., 0.],
+                [0., 0., 1., 0.],
+                [0., 2., 2., 1.]])
+    """
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    d: Tensor
+    e: Tensor
+    top: ClassVar[int]
+    bottom: ClassVar[int]
+
+    @classmethod
+    def _sizes(cls, n: int) -> tuple[int, int, int]:
+        """Return the sizes of A, C and E for matrices of size n."""
+        top = min(cls.top, n)
+        bottom = min(cls.bottom, n - top)
+        return top, n - top - bottom, bottom
+
+    @classmethod
+    def from_dense(cls, sym_mat: Tensor) -> Self:
+        """Project `(*b, n, n)` onto the structure."""
+        top, middle, _ = cls._sizes(sym_mat.shape[-1])
+        split = top + middle
+        return cls(
+            sym_mat[..., :top, :top].clone(),
+            sym_mat[..., :top, top:] + sym_mat[..., top:, :top].mT,
+            sym_mat.diagonal(dim1=-2, dim2=-1)[..., top:split].clone(),
+            sym_mat[..., split:, top:split] + sym_mat[..., top:split, split:].mT,
+            sym_mat[..., split:, split:].clone(),
+        )
+
+    def to_dense(self) -> Tensor:
+        """Return the dense matrices."""
+        top, middle, _ = self._sizes(self.shape[-1])
+        split = top + middle
+        dense = self.a.new_zeros(self.shape)
+        dense[..., :top, :top] = self.a
+        dense[..., :top, top:] = self.b
+        dense.diagonal(dim1=-2, dim2=-1)[..., top:split] = self.c
+        dense[..., split:, top:split] = self.d
+        dense[..., split:, split:] = self.e
+        return dense
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape `(*b, n, n)`."""
+        n = self.a.shape[-1] + self.b.shape[-1]
+        return torch.Size([*self.a.shape[:-2], n, n])
+
+    @classmethod
+    def zeros(
+        cls,
+        dim: int,
+        batch_shape: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Return a stack of zero matrices."""
+        top, middle, bottom = cls._sizes(dim)
+        shapes = ((top, top), (top, dim - top), (middle,), (bottom, middle), (bottom, bottom))
+        return cls(*(torch.zeros(*batch_shape, *s, dtype=dtype, device=device) for s in shapes))
+
+    @classmethod
+    def _cut(cls, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cut the rows of `(*b, n, m)` into those of A, C and E."""
+        return X.split(cls._sizes(X.shape[-2]), dim=-2)  # type: ignore[no-any-return]
+
+    def matmat(self, X: Tensor) -> Tensor:
+        r"""Return \(A X\)."""
+        first, middle, last = self._cut(X)
+        return torch.cat(
+            [
+                self.a @ first + self.b @ X[..., self.a.shape[-1] :, :],
+                self.c.unsqueeze(-1) * middle,
+                self.d @ middle + self.e @ last,
+            ],
+            dim=-2,
+        )
+
+    def rmatmat(self, X: Tensor) -> Tensor:
+        r"""Return \(A^\top X\)."""
+        first, middle, last = self._cut(X)
+        from_b = self.b.mT @ first
+        split = self.c.shape[-1]
+        return torch.cat(
+            [
+                self.a.mT @ first,
+                from_b[..., :split, :] + self.c.unsqueeze(-1) * middle + self.d.mT @ last,
+                from_b[..., split:, :] + self.e.mT @ last,
+            ],
+            dim=-2,
+        )
+
+    def _compose(self, other: Self) -> Self:
+        split = self.c.shape[-1]
+        c_row = other.c.unsqueeze(-2)
+        b1, b2 = self.b[..., :split], self.b[..., split:]
+        return type(self)(
+            self.a @ other.a,
+            self.a @ other.b + torch.cat([b1 * c_row + b2 @ other.d, b2 @ other.e], dim=-1),
+            self.c * other.c,
+            self.d * c_row + self.e @ other.d,
+            self.e @ other.e,
+        )
+
+    @classmethod
+    def from_mat_inner(cls, X: Tensor) -> Self:
+        r"""Return \(\Pi(X X^\top)\) from products of row blocks of X."""
+        first, middle, last = cls._cut(X)
+        a_b = first @ X.mT
+        d_e = last @ X[..., first.shape[-2] :, :].mT
+        a, b = a_b.tensor_split([first.shape[-2]], dim=-1)
+        d, e = d_e.tensor_split([middle.shape[-2]], dim=-1)
+        c = torch.linalg.vector_norm(middle, dim=-1).square_()
+        return cls(a, 2 * b, c, 2 * d, e)
+
+    def from_inner(self, X: Tensor | None = None) -> Self:
+        r"""Return \(\Pi(A^\top X X^\top A)\), with X the identity if None."""
+        if X is not None:
+            return self.from_mat_inner(self.rmatmat(X))
+        b1, b2 = self.b.tensor_split([self.c.shape[-1]], dim=-1)
+        c = (self.c.square(), b1.square().sum(-2), self.d.square().sum(-2))
+        return type(self)(
+            self.a.mT @ self.a,
+            2 * (self.a.mT @ self.b),
+            c[0] + c[1] + c[2],
+            2 * (b2.mT @ b1 + self.e.mT @ self.d),
+            b2.mT @ b2 + self.e.mT @ self.e,
+        )
+
+    def _diagonals(self) -> tuple[Tensor, Tensor, Tensor]:
+        a, e = (t.diagonal(dim1=-2, dim2=-1) for t in (self.a, self.e))
+        return a, self.c, e
+
+    def diag_add_(self, value: float | Tensor) -> Self:
+        """Add to the diagonal in place."""
+        for diagonal in self._diagonals():
+            diagonal.add_(_per_matrix(value, diagonal))
+        return self
+
+    def average_trace(self) -> Tensor:
+        r"""Return \(\mathrm{tr}(A) / n\)."""
+        return torch.cat(self._diagonals(), dim=-1).mean(-1)

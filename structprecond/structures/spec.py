@@ -1,0 +1,141 @@
+"""From the names in `structures=` to classes of structured matrices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, TypeAlias, TypeVar
+
+from structprecond.errors import StructureError
+from structprecond.structures.base import StructuredMatrix
+from structprecond.structures.block_diagonal import BlockDiagonalMatrix
+from structprecond.structures.bordered import (
+    TrilBottomRightDiagMatrix,
+    TrilTopLeftDiagMatrix,
+    TriuBottomRightDiagMatrix,
+    TriuTopLeftDiagMatrix,
+)
+from structprecond.structures.dense import DenseMatrix
+from structprecond.structures.diagonal import DiagonalMatrix
+from structprecond.structures.hierarchical import HierarchicalMatrix
+from structprecond.structures.toeplitz import TrilToeplitzMatrix, TriuToeplitzMatrix
+
+Structure: TypeAlias = type[StructuredMatrix] | None
+"""What one axis has: a class of structured matrices, or None for no factor."""
+
+T = TypeVar("T")
+PerAxis: TypeAlias = T | Mapping[int, T | tuple[T, ...]]
+"""A value for all axes, or one per order of tensor: `{1: a, 2: (a, b)}`."""
+
+StructureSpec: TypeAlias = PerAxis[str | type[StructuredMatrix]]
+
+SUPPORTED_STRUCTURES: dict[str, Structure] = {
+    "dense": DenseMatrix,
+    "diagonal": DiagonalMatrix,
+    "block<k>diagonal": BlockDiagonalMatrix,
+    "hierarchical<k1>_<k2>": HierarchicalMatrix,
+    "triltoeplitz": TrilToeplitzMatrix,
+    "triutoeplitz": TriuToeplitzMatrix,
+    "triltopleftdiag": TrilTopLeftDiagMatrix,
+    "trilbottomrightdiag": TrilBottomRightDiagMatrix,
+    "triutopleftdiag": TriuTopLeftDiagMatrix,
+    "triubottomrightdiag": TriuBottomRightDiagMatrix,
+    "none": None,
+}
+"""The names that `structures=` knows, with `<k>` for any positive number."""
+
+
+@cache
+def structure_class(name: str) -> Structure:
+    """Return the class that a structure's name stands for.
+
+    Args:
+        name: A name of `SUPPORTED_STRUCTURES`, with a number in place of each `<k>`.
+
+    Returns:
+        The class; None for `"none"`.
+
+    Raises:
+        StructureError: If there is no such structure.
+
+    Example:
+        >>> structure_class("block64diagonal").block_size
+        64
+    """
+    if match := re.fullmatch(r"block([1-9]\d*)diagonal", name):
+        return _sized(BlockDiagonalMatrix, name, block_size=int(match[1]))
+    if match := re.fullmatch(r"hierarchical(\d+)_(\d+)", name):
+        return _sized(HierarchicalMatrix, name, top=int(match[1]), bottom=int(match[2]))
+    if name not in SUPPORTED_STRUCTURES or "<" in name:
+        raise StructureError(
+            f"Unknown structure {name!r}. Known are {', '.join(SUPPORTED_STRUCTURES)}."
+        )
+    return SUPPORTED_STRUCTURES[name]
+
+
+def _sized(base: type[StructuredMatrix], name: str, **sizes: int) -> type[StructuredMatrix]:
+    """Make the subclass of one size, whose instances pickle by the structure's name."""
+
+    def reduce(self: StructuredMatrix) -> tuple[Any, ...]:
+        return _rebuild, (name, *self.named_tensors().values())
+
+    namespace = {"__doc__": base.__doc__, "__reduce__": reduce, "name": name, **sizes}
+    return type(name, (base,), {**namespace, "__module__": base.__module__})
+
+
+def _rebuild(name: str, *tensors: Any) -> StructuredMatrix:
+    structure = structure_class(name)
+    assert structure is not None
+    return structure(*tensors)
+
+
+def per_axis(value: PerAxis[T], order: int, what: str, units: str) -> tuple[T, ...]:
+    """Look up what the axes of a tensor with `order` axes get.
+
+    Args:
+        value: One value for all axes of all tensors, or a dict from the order to one value or to a
+            tuple with one value per axis.
+        order: The number of axes, at least 1.
+        what: The name of the argument, for errors.
+        units: The parameters concerned, for errors.
+
+    Raises:
+        StructureError: If the dict has no entry for the order, or a tuple of another length.
+
+    Example:
+        >>> per_axis({1: "diagonal", 2: ("dense", "none")}, 2, "structures", "fc.weight")
+        ('dense', 'none')
+    """
+    if not isinstance(value, Mapping):
+        return (value,) * order
+    if order not in value:
+        raise StructureError(
+            f"{what}={dict(value)} has no entry for tensors with {order} axes, such as {units}. "
+            f"Add {order}: ..., or give one value for all."
+        )
+    entry = value[order]
+    if not isinstance(entry, tuple):
+        return (entry,) * order
+    if len(entry) != order:
+        raise StructureError(
+            f"{what}={dict(value)} gives {len(entry)} values for tensors with {order} axes, such "
+            f"as {units}. Give one value, or a tuple of {order}."
+        )
+    return entry
+
+
+def resolve_structures(spec: StructureSpec, order: int, units: str) -> tuple[Structure, ...]:
+    """Return the class of structured matrices (None for no factor) of every axis."""
+    return tuple(_resolve(entry) for entry in per_axis(spec, order, "structures", units))
+
+
+def _resolve(entry: object) -> Structure:
+    if isinstance(entry, str):
+        return structure_class(entry)
+    if isinstance(entry, type) and issubclass(entry, StructuredMatrix):
+        return entry
+    raise StructureError(
+        f"structures= takes names and subclasses of StructuredMatrix, got {entry!r}. "
+        f"Known names are {', '.join(SUPPORTED_STRUCTURES)}."
+    )

@@ -1,0 +1,210 @@
+"""Triangular Toeplitz matrices, multiplied as the convolutions that they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from typing_extensions import Self
+
+from structprecond.structures.base import StructuredMatrix, _per_matrix
+
+# Measured on 2 cores, float32: products of row chunks beat the FFT up to about this size ...
+_LARGEST_CHUNKED = 1024
+# ... as soon as a product has a few columns, and chunks of 64 rows are the best of 32, 64, 128.
+_FEWEST_COLUMNS = 16
+_CHUNK = 64
+
+
+@dataclass(eq=False)
+class TriangularToeplitzMatrix(StructuredMatrix):
+    r"""Triangular Toeplitz matrices, stored as their n coefficients.
+
+    \(\Pi(S)\) has on its d-th diagonal, for \(d > 0\), the sum of the d-th lower and the d-th upper
+    diagonal of S over \(n - d\), and for \(d = 0\) the mean of the diagonal.
+
+    Args:
+        coefficients: `(*b, n)`, entry d belongs to the d-th lower (or upper) diagonal; not copied.
+
+    Source: Lin et al. 2024 (arXiv 2312.05705), figure 5.
+    """
+
+    coefficients: Tensor
+    lower: ClassVar[bool]
+    """Whether the diagonals are the lower ones."""
+
+    @classmethod
+    def from_dense(cls, sym_mat: Tensor) -> Self:
+        """Average the diagonals of `(*b, n, n)`."""
+        n = sym_mat.shape[-1]
+        # rows of length 2n, read with stride 2n - 1, line up the diagonals as columns
+        sheared = pad(sym_mat.flip(-1), (0, n)).flatten(-2)[..., :-n].unflatten(-1, (n, 2 * n - 1))
+        sums = sheared.sum(-2)
+        upper, lower = sums[..., :n].flip(-1), sums[..., n - 1 :]
+        return cls._from_diagonal_sums(lower + upper)
+
+    @classmethod
+    def _from_diagonal_sums(cls, sums: Tensor) -> Self:
+        """Divide sums over both d-th diagonals, which count the main diagonal twice."""
+        n = sums.shape[-1]
+        counts = torch.arange(n, 0, -1, dtype=sums.dtype, device=sums.device)
+        counts[0] *= 2
+        return cls(sums / counts)
+
+    def to_dense(self) -> Tensor:
+        """Return the dense matrices."""
+        n = self.coefficients.shape[-1]
+        upper = _shifted(self.coefficients, n)[..., :n]
+        return upper.mT.contiguous() if self.lower else upper.contiguous()
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape `(*b, n, n)`."""
+        return torch.Size([*self.coefficients.shape, self.coefficients.shape[-1]])
+
+    @classmethod
+    def zeros(
+        cls,
+        dim: int,
+        batch_shape: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Return a stack of zero matrices."""
+        return cls(torch.zeros(*batch_shape, dim, dtype=dtype, device=device))
+
+    def matmat(self, X: Tensor) -> Tensor:
+        r"""Return \(A X\)."""
+        return _multiply(self.coefficients, X, self.lower)
+
+    def rmatmat(self, X: Tensor) -> Tensor:
+        r"""Return \(A^\top X\)."""
+        return _multiply(self.coefficients, X, not self.lower)
+
+    def _compose(self, other: Self) -> Self:
+        product = _multiply(self.coefficients, other.coefficients.unsqueeze(-1), lower=True)
+        return type(self)(product.squeeze(-1))
+
+    @classmethod
+    def from_mat_inner(cls, X: Tensor) -> Self:
+        r"""Return \(\Pi(X X^\top)\) from the autocorrelations of the columns of X."""
+        n, X = X.shape[-2], X.to(_compute_dtype(X.dtype))
+        length = _fft_length(n)
+        spectrum = torch.view_as_real(torch.fft.rfft(X, n=length, dim=-2))
+        power = torch.linalg.vector_norm(spectrum, dim=(-2, -1)).square_()
+        return cls._from_diagonal_sums(2 * torch.fft.irfft(power, n=length)[..., :n]).to(X.dtype)
+
+    def from_inner(self, X: Tensor | None = None) -> Self:
+        r"""Return \(\Pi(A^\top X X^\top A)\), with X the identity if None."""
+        if X is not None:
+            return self.from_mat_inner(self.rmatmat(X))
+        # n - u rows of A hold the product of the coefficients u and u - d
+        c = self.coefficients
+        weights = torch.arange(c.shape[-1], 0, -1, dtype=c.dtype, device=c.device)
+        sums = _multiply(c, (weights * c).unsqueeze(-1), lower=False).squeeze(-1)
+        return self._from_diagonal_sums(2 * sums)
+
+    def diag_add_(self, value: float | Tensor) -> Self:
+        """Add to the diagonal in place."""
+        diagonal = self.coefficients[..., 0]
+        diagonal.add_(_per_matrix(value, diagonal))
+        return self
+
+    def average_trace(self) -> Tensor:
+        r"""Return \(\mathrm{tr}(A) / n\)."""
+        return self.coefficients[..., 0].clone()
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norms."""
+        c = self.coefficients
+        counts = torch.arange(c.shape[-1], 0, -1, dtype=c.dtype, device=c.device)
+        norms: Tensor = torch.linalg.vector_norm(c * counts.sqrt(), dim=-1)
+        return norms
+
+    def infinity_vector_norm(self) -> Tensor:
+        """Return the largest absolute entries."""
+        return self.coefficients.abs().amax(-1)
+
+
+class TrilToeplitzMatrix(TriangularToeplitzMatrix):
+    r"""Lower triangular Toeplitz matrices.
+
+    Example:
+        >>> TrilToeplitzMatrix(torch.tensor([1.0, 2.0, 3.0])).to_dense()
+        tensor([[1., 0., 0.],
+                [2., 1., 0.],
+                [3., 2., 1.]])
+    """
+
+    name, lower = "triltoeplitz", True
+
+
+class TriuToeplitzMatrix(TriangularToeplitzMatrix):
+    r"""Upper triangular Toeplitz matrices.
+
+    Example:
+        >>> TriuToeplitzMatrix(torch.tensor([1.0, 2.0, 3.0])).to_dense()
+        tensor([[1., 2., 3.],
+                [0., 1., 2.],
+                [0., 0., 1.]])
+    """
+
+    name, lower = "triutoeplitz", False
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half precision has no FFT, and no fast matrix product on CPUs."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _fft_length(n: int) -> int:
+    """Return a length of small prime factors that keeps convolutions of length n from wrapping."""
+    return min(m << max(0, (-(-(2 * n - 1) // m) - 1).bit_length()) for m in (1, 3, 5, 9, 15))
+
+
+def _multiply(coefficients: Tensor, X: Tensor, lower: bool) -> Tensor:
+    """Multiply the lower (or upper) triangular Toeplitz matrices `(*b, n)` with `(*b, n, m)`."""
+    n, m = X.shape[-2:]
+    dtype = torch.promote_types(coefficients.dtype, X.dtype)
+    c, Y = (t.to(_compute_dtype(dtype)) for t in (coefficients, X))
+    chunked = n <= _LARGEST_CHUNKED and m >= _FEWEST_COLUMNS
+    product = _multiply_chunks(c, Y, lower) if chunked else _multiply_fft(c, Y, lower)
+    return product.to(dtype)
+
+
+def _multiply_fft(c: Tensor, X: Tensor, lower: bool) -> Tensor:
+    n = X.shape[-2]
+    length = _fft_length(n)
+    transfer = torch.fft.rfft(c, n=length).unsqueeze(-1)
+    spectrum = torch.fft.rfft(X, n=length, dim=-2)
+    spectrum *= transfer if lower else transfer.conj()
+    product: Tensor = torch.fft.irfft(spectrum, n=length, dim=-2)[..., :n, :]
+    return product
+
+
+def _multiply_chunks(c: Tensor, X: Tensor, lower: bool) -> Tensor:
+    """Multiply chunk by chunk of rows, each a window of one band, and skip the zero triangle."""
+    n = X.shape[-2]
+    rows = min(_CHUNK, n)
+    band = _shifted(c.flip(-1) if lower else c, rows)
+    product = torch.empty_like(X)
+    for start in range(0, n, rows):
+        stop = min(start + rows, n)
+        first, last = (0, stop) if lower else (start, n)
+        offset = n - 1 - start if lower else -start
+        window = band[..., : stop - start, first + offset : last + offset]
+        product[..., start:stop, :] = window @ X[..., first:last, :]
+    return product
+
+
+def _shifted(
+    c: Tensor,  # (*b, n)
+    rows: int,
+) -> Tensor:  # (*b, rows, n + rows - 1)
+    """Return `rows` copies of c, row i shifted right by i, with zeros around."""
+    n = c.shape[-1]
+    return pad(c, (rows - 1, rows - 1)).unfold(-1, n + rows - 1, 1).flip(-2)
