@@ -5,6 +5,7 @@ from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.state import State
 from structprecond.errors import (
     CheckpointError,
+    DecompositionError,
     GradientError,
     GroupError,
     HyperparameterError,
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockDiagonalMatrix",
     "CheckpointError",
+    "DecompositionError",
     "DenseMatrix",
     "DiagonalMatrix",
     "FlattenAndConcatenate",

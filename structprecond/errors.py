@@ -23,3 +23,15 @@ class GradientError(StructPrecondError):
 
 class CheckpointError(StructPrecondError):
     """A checkpoint that does not belong to this optimizer; nothing was loaded."""
+
+
+class DecompositionError(StructPrecondError):
+    """A matrix decomposition that failed in float64 too.
+
+    Attributes:
+        rows: The indices of the matrices that failed, in the flattened stack.
+    """
+
+    def __init__(self, message: str, rows: list[int]) -> None:
+        super().__init__(message)
+        self.rows = rows

@@ -124,8 +124,8 @@ class Bucket:
             batch_size: The number of samples behind the gradients.
             maximize: Whether to ascend.
         """
-        mask = torch.tensor(live).repeat_interleave(
-            torch.tensor([unit.rows for unit in self.units])
+        mask = torch.tensor(
+            [on for on, unit in zip(live, self.units, strict=True) for _ in range(unit.rows)]
         )
         due = self._due(mask, every)
         rows = select(mask)

@@ -380,10 +380,9 @@ class StructuredOptimizer(Optimizer):
             by_device.setdefault(p.device, []).append(p)
         bad: set[int] = set()
         for members in by_device.values():
-            # the largest entry, because a sum of squares overflows on finite gradients
-            norms = torch._foreach_norm([p.grad for p in members], torch.inf)  # type: ignore[misc]
-            finite = torch.stack([norm.float() for norm in norms]).isfinite().tolist()
-            bad |= {id(p) for p, ok in zip(members, finite, strict=True) if not ok}
+            # sums of squares are fast, but overflow on some finite gradients: then look closer
+            suspects = _with_infinite_norm(members, 2)
+            bad |= {id(p) for p in suspects and _with_infinite_norm(suspects, torch.inf)}
         if not bad:
             return
         labels = [self._names[p] for p in params if id(p) in bad]
@@ -481,3 +480,10 @@ class StructuredOptimizer(Optimizer):
             self._show(bucket)
         if self._counter is not None and self.model is not None:
             self._counter.watch(self.model, list(self._names))
+
+
+def _with_infinite_norm(params: Sequence[nn.Parameter], order: float) -> list[nn.Parameter]:
+    """Return the parameters whose gradient's norm is not finite, with one look at the device."""
+    norms = torch._foreach_norm([p.grad for p in params if p.grad is not None], order)
+    finite = torch.stack([norm.float() for norm in norms]).isfinite().tolist()
+    return [p for p, ok in zip(params, finite, strict=True) if not ok]

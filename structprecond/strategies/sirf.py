@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -104,8 +104,7 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
                 self._refresh(part, grad[ctx.due], hp, ctx.batch_size)
         for axis, factor in enumerate(_as(grad.dtype, state.preconditioner)):
             if factor is not None:
-                grad = mode_product(grad, factor, axis, transpose=True)
-                grad = mode_product(grad, factor, axis)
+                grad = mode_product(grad, factor.outer_matmat, axis)
         if hp["kappa"]:
             grad.add_(ctx.params(), alpha=hp["kappa"])
         return state.momentum_buffer.mul_(hp["alpha1"]).add_(grad)
@@ -115,10 +114,10 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
     ) -> None:
         dims = grad.shape[1:]
         factors = _as(grad.dtype, state.preconditioner)
-        rotated = grad * (sqrt(batch_size) / sqrt(prod(dims)))
+        rotated = grad
         for axis, factor in enumerate(factors):
             if factor is not None:
-                rotated = mode_product(rotated, factor, axis, transpose=True)
+                rotated = mode_product(rotated, factor.rmatmat, axis)
         inner = [
             None if f is None else f.from_inner() * (1 / d)
             for f, d in zip(factors, dims, strict=True)
@@ -130,7 +129,8 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
             if factor is None or a is None:
                 continue
             others = prod((t for j, t in enumerate(traces) if j != axis), start=1.0)
-            step = factor.from_mat_inner(matricize(rotated, axis)).mul_(dims[axis] / 2)
+            step = factor.from_mat_inner(matricize(rotated, axis))
+            step.mul_(dims[axis] / 2 * batch_size / prod(dims))
             step.add_(a, alpha=others * (hp["lam"] / 2 * prod(dims))).diag_add_(-0.5)
             momentum = state.preconditioner_momenta[axis]
             stored = state.preconditioner[axis]

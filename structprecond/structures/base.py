@@ -182,7 +182,10 @@ class StructuredMatrix(ABC):
     @overload
     def __matmul__(self, other: Self) -> Self: ...
     def __matmul__(self, other: Self | Tensor) -> Self | Tensor:
-        """Multiply with a tensor `(*b, n, m)` (dense result) or with a matrix of this structure."""
+        """Multiply with a tensor `(*b, n, m)` (dense result) or with a matrix of this structure.
+
+        For products from the right, `X @ A.T` is `(A @ X.mT).mT`: transposed views cost nothing.
+        """
         if isinstance(other, Tensor):
             return self.matmat(other)
         self._check_same(other)
@@ -190,19 +193,15 @@ class StructuredMatrix(ABC):
 
     def matmat(self, X: Tensor) -> Tensor:
         r"""Return \(A X\) for `X` of shape `(*b, n, m)`."""
-        return self.to_dense() @ X
+        return matmul_like(self.to_dense(), X)
 
     def rmatmat(self, X: Tensor) -> Tensor:
         r"""Return \(A^\top X\) for `X` of shape `(*b, n, m)`."""
-        return self.to_dense().mT @ X
+        return matmul_like(self.to_dense().mT, X)
 
-    def matmat_right(self, X: Tensor) -> Tensor:
-        r"""Return \(X A\) for `X` of shape `(*b, m, n)`."""
-        return self.rmatmat(X.mT).mT
-
-    def rmatmat_right(self, X: Tensor) -> Tensor:
-        r"""Return \(X A^\top\) for `X` of shape `(*b, m, n)`."""
-        return self.matmat(X.mT).mT
+    def outer_matmat(self, X: Tensor) -> Tensor:
+        r"""Return \(A A^\top X\) for `X` of shape `(*b, n, m)`."""
+        return self.matmat(self.rmatmat(X))
 
     def _compose(self, other: Self) -> Self:
         return self.from_dense(self.to_dense() @ other.to_dense())
@@ -257,6 +256,11 @@ class EntrywiseMatrix(StructuredMatrix):
     def infinity_vector_norm(self) -> Tensor:
         """Return the largest absolute entries, shape `(*b,)`."""
         return self._entries().abs().amax(-1)
+
+
+def matmul_like(A: Tensor, X: Tensor) -> Tensor:
+    """Return `A @ X` in the memory layout of X: a transposed view gives a transposed view."""
+    return (X.mT @ A.mT).mT if X.stride(-2) == 1 < X.stride(-1) else A @ X
 
 
 def _per_matrix(value: float | Tensor, like: Tensor) -> float | Tensor:

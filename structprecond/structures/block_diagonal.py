@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from structprecond.structures.base import EntrywiseMatrix, _per_matrix
+from structprecond.structures.base import EntrywiseMatrix, _per_matrix, matmul_like
+
+_MOST_LOOPED = 64
 
 
 @dataclass(eq=False)
@@ -94,10 +96,24 @@ class BlockDiagonalMatrix(EntrywiseMatrix):
         r"""Return \(A^\top X\)."""
         return self._multiply(self.blocks.mT, self.rest.mT, X)
 
+    def outer_matmat(self, X: Tensor) -> Tensor:
+        r"""Return \(A A^\top X\): the outer product has the same blocks."""
+        outer = self._map(lambda t: t @ t.mT)
+        return self._multiply(outer.blocks, outer.rest, X)
+
     def _multiply(self, blocks: Tensor, rest: Tensor, X: Tensor) -> Tensor:
-        X_blocks, X_rest = self._cut(X)
-        product = (blocks @ X_blocks).flatten(-3, -2)
-        return product if rest.shape[-1] == 0 else torch.cat([product, rest @ X_rest], dim=-2)
+        product = torch.empty_like(X)
+        (X_blocks, X_rest), (out_blocks, out_rest) = self._cut(X), self._cut(product)
+        if blocks.shape[-3] > _MOST_LOOPED:
+            out_blocks.copy_(matmul_like(blocks, X_blocks))
+        else:
+            # block by block: the blocks of several matrices cannot be flattened without a copy
+            parts = (t.unbind(-3) for t in (blocks, X_blocks, out_blocks))
+            for block, X_block, out in zip(*parts, strict=True):
+                out.copy_(matmul_like(block, X_block))
+        if rest.shape[-1]:
+            out_rest.copy_(matmul_like(rest, X_rest))
+        return product
 
     @classmethod
     def _cut(cls, X: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +127,13 @@ class BlockDiagonalMatrix(EntrywiseMatrix):
     @classmethod
     def from_mat_inner(cls, X: Tensor) -> Self:
         r"""Return the diagonal blocks of \(X X^\top\)."""
-        return cls(*(part @ part.mT for part in cls._cut(X)))
+        X_blocks, X_rest = cls._cut(X)
+        if X_blocks.shape[-3] > _MOST_LOOPED:
+            blocks = X_blocks @ X_blocks.mT
+        else:
+            looped = [part @ part.mT for part in X_blocks.unbind(-3)]
+            blocks = torch.stack(looped, -3) if looped else X_blocks @ X_blocks.mT
+        return cls(blocks, X_rest @ X_rest.mT)
 
     def from_inner(self, X: Tensor | None = None) -> Self:
         r"""Return the diagonal blocks of \(A^\top X X^\top A\), with X the identity if None."""

@@ -102,7 +102,7 @@ class BorderedDiagonalMatrix(EntrywiseMatrix):
     def from_mat_inner(cls, X: Tensor) -> Self:
         r"""Return \(\Pi(X X^\top)\) from sums of squares and one matrix-vector product."""
         border = X[..., cls._others(), :] @ X[..., cls.corner, :].unsqueeze(-1)
-        return cls(torch.linalg.vector_norm(X, dim=-1).square_(), 2 * border.squeeze(-1))
+        return cls(X.square().sum(-1), 2 * border.squeeze(-1))
 
     def from_inner(self, X: Tensor | None = None) -> Self:
         r"""Return \(\Pi(A^\top X X^\top A)\), with X the identity if None."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from structprecond.structures.base import EntrywiseMatrix, _per_matrix
+from structprecond.structures.base import EntrywiseMatrix, _per_matrix, matmul_like
 
 
 @dataclass(eq=False)
@@ -43,19 +43,17 @@ class DenseMatrix(EntrywiseMatrix):
 
     def matmat(self, X: Tensor) -> Tensor:
         r"""Return \(A X\)."""
-        return self.mat @ X
+        return matmul_like(self.mat, X)
 
     def rmatmat(self, X: Tensor) -> Tensor:
         r"""Return \(A^\top X\)."""
-        return self.mat.mT @ X
+        return matmul_like(self.mat.mT, X)
 
-    def matmat_right(self, X: Tensor) -> Tensor:
-        r"""Return \(X A\)."""
-        return X @ self.mat
-
-    def rmatmat_right(self, X: Tensor) -> Tensor:
-        r"""Return \(X A^\top\)."""
-        return X @ self.mat.mT
+    def outer_matmat(self, X: Tensor) -> Tensor:
+        r"""Return \(A A^\top X\), in the order that takes fewer operations."""
+        if X.shape[-1] > X.shape[-2]:
+            return matmul_like(self.mat @ self.mat.mT, X)
+        return self.matmat(self.rmatmat(X))
 
     def _compose(self, other: Self) -> Self:
         return type(self)(self.mat @ other.mat)

@@ -61,13 +61,17 @@ class DiagonalMatrix(EntrywiseMatrix):
         r"""Return \(A^\top X = A X\)."""
         return self.matmat(X)
 
+    def outer_matmat(self, X: Tensor) -> Tensor:
+        r"""Return \(A A^\top X = A^2 X\)."""
+        return self.diag.square().unsqueeze(-1) * X
+
     def _compose(self, other: Self) -> Self:
         return type(self)(self.diag * other.diag)
 
     @classmethod
     def from_mat_inner(cls, X: Tensor) -> Self:
         r"""Return \(\mathrm{diag}(X X^\top)\): the sums of squares of the rows."""
-        return cls(torch.linalg.vector_norm(X, dim=-1).square_())
+        return cls(X.square().sum(-1))
 
     def from_inner(self, X: Tensor | None = None) -> Self:
         r"""Return \(\mathrm{diag}(A^\top X X^\top A)\), with X the identity if None."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from structprecond.structures.base import EntrywiseMatrix, _per_matrix
+from structprecond.structures.base import EntrywiseMatrix, _per_matrix, matmul_like
 
 
 @dataclass(eq=False)
@@ -107,29 +107,23 @@ class HierarchicalMatrix(EntrywiseMatrix):
 
     def matmat(self, X: Tensor) -> Tensor:
         r"""Return \(A X\)."""
-        first, middle, last = self._cut(X)
-        return torch.cat(
-            [
-                self.a @ first + self.b @ X[..., self.a.shape[-1] :, :],
-                self.c.unsqueeze(-1) * middle,
-                self.d @ middle + self.e @ last,
-            ],
-            dim=-2,
-        )
+        product = torch.empty_like(X)
+        first, middle, last = self._cut(product)
+        top = self.a.shape[-1]
+        first.copy_(torch.cat([self.a, self.b], dim=-1) @ X)
+        torch.mul(self._cut(X)[1], self.c.unsqueeze(-1), out=middle)
+        last.copy_(torch.cat([self.d, self.e], dim=-1) @ X[..., top:, :])
+        return product
 
     def rmatmat(self, X: Tensor) -> Tensor:
         r"""Return \(A^\top X\)."""
         first, middle, last = self._cut(X)
-        from_b = self.b.mT @ first
-        split = self.c.shape[-1]
-        return torch.cat(
-            [
-                self.a.mT @ first,
-                from_b[..., :split, :] + self.c.unsqueeze(-1) * middle + self.d.mT @ last,
-                from_b[..., split:, :] + self.e.mT @ last,
-            ],
-            dim=-2,
-        )
+        top, split = self.a.shape[-1], self.c.shape[-1]
+        # the columns of the full rows, times those rows: one product of low rank
+        low_rank = torch.cat([self.b, torch.cat([self.d, self.e], dim=-1)], dim=-2).mT
+        below = matmul_like(low_rank, _cat_rows(first, last))
+        below[..., :split, :].addcmul_(middle, self.c.unsqueeze(-1))
+        return _cat_rows(self.a.mT @ first, below) if top else below
 
     def _compose(self, other: Self) -> Self:
         split = self.c.shape[-1]
@@ -151,7 +145,7 @@ class HierarchicalMatrix(EntrywiseMatrix):
         d_e = last @ X[..., first.shape[-2] :, :].mT
         a, b = a_b.tensor_split([first.shape[-2]], dim=-1)
         d, e = d_e.tensor_split([middle.shape[-2]], dim=-1)
-        c = torch.linalg.vector_norm(middle, dim=-1).square_()
+        c = middle.square().sum(-1)
         return cls(a, 2 * b, c, 2 * d, e)
 
     def from_inner(self, X: Tensor | None = None) -> Self:
@@ -181,3 +175,16 @@ class HierarchicalMatrix(EntrywiseMatrix):
     def average_trace(self) -> Tensor:
         r"""Return \(\mathrm{tr}(A) / n\)."""
         return torch.cat(self._diagonals(), dim=-1).mean(-1)
+
+
+def _cat_rows(first: Tensor, last: Tensor) -> Tensor:
+    """Concatenate along the rows, in the memory layout of the last one."""
+    rows = first.shape[-2] + last.shape[-2]
+    shape = (*last.shape[:-2], rows, last.shape[-1])
+    transposed = last.stride(-2) == 1 < last.stride(-1)
+    result = (
+        last.new_empty(*shape[:-2], shape[-1], rows).mT if transposed else last.new_empty(shape)
+    )
+    result[..., : first.shape[-2], :] = first
+    result[..., first.shape[-2] :, :] = last
+    return result

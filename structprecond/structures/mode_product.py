@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from math import prod
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
-
-from structprecond.structures.base import StructuredMatrix
 
 
 def matricize(
@@ -31,33 +28,27 @@ def matricize(
 
 def mode_product(
     tensor: Tensor,  # (b, d1, ..., dN)
-    matrix: StructuredMatrix,  # (b, d_axis, d_axis)
+    multiply: Callable[[Tensor], Tensor],  # (b, d_axis, m) to (b, d_axis, m)
     axis: int,
-    transpose: bool = False,
 ) -> Tensor:  # (b, d1, ..., dN)
-    r"""Multiply one axis of a stack of tensors with a stack of structured matrices.
-
-    Computes \(G \times_k A\), or \(G \times_k A^\top\) with `transpose`.
+    r"""Multiply one axis of a stack of tensors: \(G \times_k A\) for a linear map A.
 
     Args:
         tensor: The stack G.
-        matrix: The stack A.
+        multiply: Multiplies matricizations `(b, d_axis, m)` with A from the left, such as the
+            methods `matmat`, `rmatmat` and `outer_matmat` of a structured matrix.
         axis: The axis k, from 0 to N - 1; the batch dimension does not count.
-        transpose: Whether to multiply with the transposes.
 
     Example:
         >>> from structprecond import DiagonalMatrix
         >>> A = DiagonalMatrix(torch.tensor([[1.0, 2.0]]))
-        >>> mode_product(torch.ones(1, 2, 2), A, axis=1)
+        >>> mode_product(torch.ones(1, 2, 2), A.matmat, axis=1)
         tensor([[[1., 2.],
                  [1., 2.]]])
     """
     dims = tensor.shape[1:]
-    if axis == len(dims) - 1 and len(dims) > 1:
-        rows = tensor.reshape(-1, prod(dims[:-1]), dims[-1])
-        product = matrix.matmat_right(rows) if transpose else matrix.rmatmat_right(rows)
-        return product.reshape(tensor.shape)
-    flat = matricize(tensor, axis)
-    product = matrix.rmatmat(flat) if transpose else matrix.matmat(flat)
-    moved = torch.Size([dims[axis], *dims[:axis], *dims[axis + 1 :]])
-    return product.view(-1, *moved).movedim(1, axis + 1)
+    product: Tensor = multiply(matricize(tensor, axis))
+    if axis == len(dims) - 1:
+        return product.mT.reshape(tensor.shape)
+    moved = (*product.shape[:2], *dims[:axis], *dims[axis + 1 :])
+    return product.reshape(moved).movedim(1, axis + 1)

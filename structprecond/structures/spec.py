@@ -30,7 +30,7 @@ PerAxis: TypeAlias = T | Mapping[int, T | tuple[T, ...]]
 
 StructureSpec: TypeAlias = PerAxis[str | type[StructuredMatrix]]
 
-SUPPORTED_STRUCTURES: dict[str, Structure] = {
+SUPPORTED_STRUCTURES: dict[str, type[StructuredMatrix] | None] = {
     "dense": DenseMatrix,
     "diagonal": DiagonalMatrix,
     "block<k>diagonal": BlockDiagonalMatrix,
@@ -47,17 +47,14 @@ SUPPORTED_STRUCTURES: dict[str, Structure] = {
 
 
 @cache
-def structure_class(name: str) -> Structure:
+def structure_class(name: str) -> type[StructuredMatrix]:
     """Return the class that a structure's name stands for.
 
     Args:
         name: A name of `SUPPORTED_STRUCTURES`, with a number in place of each `<k>`.
 
-    Returns:
-        The class; None for `"none"`.
-
     Raises:
-        StructureError: If there is no such structure.
+        StructureError: If there is no such structure, or it is `"none"`, which has no class.
 
     Example:
         >>> structure_class("block64diagonal").block_size
@@ -67,11 +64,12 @@ def structure_class(name: str) -> Structure:
         return _sized(BlockDiagonalMatrix, name, block_size=int(match[1]))
     if match := re.fullmatch(r"hierarchical(\d+)_(\d+)", name):
         return _sized(HierarchicalMatrix, name, top=int(match[1]), bottom=int(match[2]))
-    if name not in SUPPORTED_STRUCTURES or "<" in name:
+    structure = SUPPORTED_STRUCTURES.get(name)
+    if structure is None or "<" in name:
         raise StructureError(
             f"Unknown structure {name!r}. Known are {', '.join(SUPPORTED_STRUCTURES)}."
         )
-    return SUPPORTED_STRUCTURES[name]
+    return structure
 
 
 def _sized(base: type[StructuredMatrix], name: str, **sizes: int) -> type[StructuredMatrix]:
@@ -85,9 +83,7 @@ def _sized(base: type[StructuredMatrix], name: str, **sizes: int) -> type[Struct
 
 
 def _rebuild(name: str, *tensors: Any) -> StructuredMatrix:
-    structure = structure_class(name)
-    assert structure is not None
-    return structure(*tensors)
+    return structure_class(name)(*tensors)
 
 
 def per_axis(value: PerAxis[T], order: int, what: str, units: str) -> tuple[T, ...]:
@@ -132,7 +128,7 @@ def resolve_structures(spec: StructureSpec, order: int, units: str) -> tuple[Str
 
 def _resolve(entry: object) -> Structure:
     if isinstance(entry, str):
-        return structure_class(entry)
+        return None if entry == "none" else structure_class(entry)
     if isinstance(entry, type) and issubclass(entry, StructuredMatrix):
         return entry
     raise StructureError(

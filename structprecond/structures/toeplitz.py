@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import Self
 
-from structprecond.structures.base import StructuredMatrix, _per_matrix
+from structprecond.structures.base import StructuredMatrix, _per_matrix, matmul_like
 
 # Measured on 2 cores, float32: products of row chunks beat the FFT up to about this size ...
 _LARGEST_CHUNKED = 1024
@@ -95,7 +95,7 @@ class TriangularToeplitzMatrix(StructuredMatrix):
         n, X = X.shape[-2], X.to(_compute_dtype(X.dtype))
         length = _fft_length(n)
         spectrum = torch.view_as_real(torch.fft.rfft(X, n=length, dim=-2))
-        power = torch.linalg.vector_norm(spectrum, dim=(-2, -1)).square_()
+        power = spectrum.square().sum((-2, -1))
         return cls._from_diagonal_sums(2 * torch.fft.irfft(power, n=length)[..., :n]).to(X.dtype)
 
     def from_inner(self, X: Tensor | None = None) -> Self:
@@ -197,7 +197,7 @@ def _multiply_chunks(c: Tensor, X: Tensor, lower: bool) -> Tensor:
         first, last = (0, stop) if lower else (start, n)
         offset = n - 1 - start if lower else -start
         window = band[..., : stop - start, first + offset : last + offset]
-        product[..., start:stop, :] = window @ X[..., first:last, :]
+        product[..., start:stop, :] = matmul_like(window, X[..., first:last, :])
     return product
 
 

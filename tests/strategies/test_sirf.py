@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
+
 import pytest
+import torch
+from torch import nn
 
 import structprecond
 from structprecond import SIRFShampoo
@@ -25,3 +31,45 @@ def test_reproduces_the_published_trajectory(name: str) -> None:
     model = recorded.model()
     optimizer = SIRFShampoo(model, combine_params=rules, **kwargs)
     assert recorded.replay(model, optimizer) < 1e-9
+
+
+def test_blocks_that_hold_every_axis_equal_dense_over_50_steps() -> None:
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(7, 30), nn.Tanh(), nn.Linear(30, 12), nn.Tanh()).double()
+    inputs, targets = torch.randn(16, 7).double(), torch.randn(16, 12).double()
+    models = []
+    for structure in ("dense", "block30diagonal"):
+        model = copy.deepcopy(start)
+        optimizer = SIRFShampoo(model, lr=0.05, beta2=0.05, lam=0.01, structures=structure)
+        for _ in range(50):
+            optimizer.zero_grad()
+            (model(inputs) - targets).square().mean().backward()
+            optimizer.step()
+        models.append(model)
+    for p, q, p0 in zip(*(m.parameters() for m in (*models, start)), strict=True):
+        assert (p - p0).norm() > 0.1
+        assert (p - q).norm() <= 1e-10 * p.norm()
+
+
+_LARGE_EMBEDDING = """
+import resource, sys, torch
+from structprecond import FlattenEmbedding, SIRFShampoo
+
+model = torch.nn.Embedding(512, 256)
+optimizer = SIRFShampoo(model, structures=sys.argv[1], combine_params=(FlattenEmbedding(),))
+before = model.weight.detach().clone()
+for _ in range(3):
+    optimizer.zero_grad()
+    model(torch.arange(512)).square().mean().backward()
+    optimizer.step()
+assert model.weight.isfinite().all() and not torch.equal(model.weight, before)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.parametrize("structure", ["triltoeplitz", "triutoeplitz", "hierarchical15_15"])
+def test_a_flattened_embedding_steps_in_less_than_2_gb(structure: str) -> None:
+    # a dense factor of 512 * 256 rows would take 69 GB
+    command = [sys.executable, "-c", _LARGE_EMBEDDING, structure]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 2e9

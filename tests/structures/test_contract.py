@@ -30,12 +30,14 @@ class TestDense(StructuredMatrixContract):
         return matrix
 
 
-class TestDiagonal(StructuredMatrixContract):
-    structure = DiagonalMatrix
-
+class _DiagonalContract(StructuredMatrixContract):
     def project(self, matrix: Tensor) -> Tensor:
         i, j = _indices(matrix.shape[-1])
         return _keep(matrix, i == j)
+
+
+class TestDiagonal(_DiagonalContract):
+    structure = DiagonalMatrix
 
 
 class _BlockContract(StructuredMatrixContract):
@@ -159,5 +161,5 @@ class _Minimal(StructuredMatrix):
         return self.diagonal.diag_embed()
 
 
-class TestDenseFallback(TestDiagonal):
+class TestDenseFallback(_DiagonalContract):
     structure = _Minimal

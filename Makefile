@@ -1,0 +1,58 @@
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
+# One thread per worker: the workers are the parallelism.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-all lint format docs compare bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.demo ## Train a small model with a structured preconditioner
+	$(BIN)/python examples/demo.py
+
+test: lint ## Lint, check types, run the tests
+	$(PYTEST)
+
+test-all: lint ## The same with the slow tests
+	$(PYTEST) -m ""
+
+lint: $(VENV)/.test ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.test ## Fix what ruff can fix
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+docs: $(VENV)/.docs ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+compare: $(VENV)/.demo ## Compare optimizers on one training job
+	$(BIN)/python benchmarks/compare.py
+
+bench: $(VENV)/.bench ## Measure the time of a step, beside other libraries
+	$(BIN)/python benchmarks/step_time.py
+
+clean: ## Remove the environment and everything built
+	rm -rf $(VENV) build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each stamp is the environment with some extras; it is made again when the requirements change.
+$(VENV)/.demo: EXTRAS := examples
+$(VENV)/.test: EXTRAS := dev,examples
+$(VENV)/.docs: EXTRAS := docs
+$(VENV)/.bench: EXTRAS := bench
+$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)

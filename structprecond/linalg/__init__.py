@@ -1,0 +1,25 @@
+"""Pure batched linear algebra on plain tensors, never below float32 and never in TF32."""
+
+from structprecond.linalg.eigen import (
+    eigh,
+    get_eigenbasis_eigh,
+    get_eigenbasis_qr,
+    off_diagonal_ratio,
+    orthogonal_iteration,
+    rayleigh_quotients,
+    sort_eigenbasis_by_approx_eigvals,
+)
+from structprecond.linalg.precision import full_precision
+from structprecond.linalg.roots import matrix_inverse_root
+
+__all__ = [
+    "eigh",
+    "full_precision",
+    "get_eigenbasis_eigh",
+    "get_eigenbasis_qr",
+    "matrix_inverse_root",
+    "off_diagonal_ratio",
+    "orthogonal_iteration",
+    "rayleigh_quotients",
+    "sort_eigenbasis_by_approx_eigvals",
+]

@@ -1,0 +1,224 @@
+"""Eigenbases of stacks of symmetric positive semi-definite matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from structprecond.errors import DecompositionError
+from structprecond.linalg.precision import at_least_float32, full_precision
+
+
+def eigh(
+    matrix: Tensor,  # (*b, n, n) symmetric
+) -> tuple[Tensor, Tensor]:  # (*b, n), (*b, n, n)
+    r"""Decompose \(A = Q \, \mathrm{diag}(\lambda) \, Q^\top\), descending.
+
+    Runs in float32 or float64, whatever is wider, and again in float64 where that fails.
+
+    Args:
+        matrix: The stack \(A\). Only its lower triangle is read.
+
+    Returns:
+        Eigenvalues \(\lambda\) in descending order and eigenvectors, the columns of \(Q\), in the
+        dtype of the input, at least float32.
+
+    Raises:
+        DecompositionError: If a matrix cannot be decomposed in float64 either; names the rows.
+
+    Example:
+        >>> values, vectors = eigh(torch.diag(torch.tensor([1.0, 3.0])))
+        >>> values
+        tensor([3., 1.])
+    """
+    A = at_least_float32(matrix)
+    try:
+        values, vectors = torch.linalg.eigh(A)
+        complete = bool(vectors.isfinite().all())
+    except LinAlgError:
+        complete = False
+    if not complete:
+        values, vectors = (t.to(A.dtype) for t in _eigh_one_by_one(A.double()))
+    return values.flip(-1), vectors.flip(-1)
+
+
+def _eigh_one_by_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Decompose matrix by matrix, so that one that fails does not take the others along."""
+    values, vectors, failed = [], [], []
+    for i, A in enumerate(matrix.flatten(0, -3) if matrix.ndim > 2 else [matrix]):
+        try:
+            one, basis = torch.linalg.eigh(A)
+        except LinAlgError:
+            one, basis = A.diagonal(), A
+            failed.append(i)
+        if not basis.isfinite().all() and i not in failed:
+            failed.append(i)
+        values.append(one)
+        vectors.append(basis)
+    if failed:
+        raise DecompositionError(
+            f"The eigendecomposition of the matrices {failed} of a stack of shape "
+            f"{tuple(matrix.shape)} failed in float64 too. Do they hold non-finite numbers?",
+            failed,
+        )
+    return (
+        torch.stack(values).reshape(matrix.shape[:-1]),
+        torch.stack(vectors).reshape(matrix.shape),
+    )
+
+
+def orthogonal_iteration(
+    matrix: Tensor,  # (*b, n, n) symmetric
+    basis: Tensor,  # (*b, n, n) orthogonal
+    steps: int = 1,
+) -> Tensor:  # (*b, n, n)
+    r"""Improve approximate eigenbases: \(Q \leftarrow \mathrm{qr}(A Q)\), `steps` times.
+
+    Args:
+        matrix: The stack \(A\).
+        basis: The bases \(Q\), their columns in the order of descending eigenvalues.
+        steps: How often, at least 1.
+
+    Returns:
+        Orthogonal matrices, also where \(A Q\) is rank-deficient or zero.
+
+    Source: Golub and Van Loan, "Matrix Computations", section 8.2.4; Vyas et al. 2024 (arXiv
+    2409.11321), algorithm 4.
+
+    Example:
+        >>> A = torch.tensor([[2.0, 0.1], [0.1, 1.0]])
+        >>> Q = orthogonal_iteration(A, torch.eye(2), steps=20)
+        >>> bool(off_diagonal_ratio(A, Q) < 1e-5)
+        True
+    """
+    A, Q = at_least_float32(matrix), at_least_float32(basis)
+    with full_precision():
+        for _ in range(steps):
+            Q = _qr(A @ Q)
+    return Q
+
+
+def _qr(matrix: Tensor) -> Tensor:
+    """Return the orthogonal factor; Householder QR has no trouble with rank-deficient matrices."""
+    # columns of 1e-30 would underflow inside; one scale per matrix does not change the factor
+    scale = matrix.abs().amax((-2, -1), keepdim=True)
+    Q: Tensor = torch.linalg.qr(matrix / torch.where(scale > 0, scale, 1.0))[0]
+    return Q
+
+
+def rayleigh_quotients(
+    matrix: Tensor,  # (*b, n, n) symmetric
+    basis: Tensor,  # (*b, n, n)
+) -> Tensor:  # (*b, n)
+    r"""Return \(\mathrm{diag}(Q^\top A Q)\): estimates of the eigenvalues, column by column.
+
+    Example:
+        >>> rayleigh_quotients(torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2))
+        tensor([1., 2.])
+    """
+    A, Q = at_least_float32(matrix), at_least_float32(basis)
+    with full_precision():
+        return ((A @ Q) * Q).sum(-2)
+
+
+def off_diagonal_ratio(
+    matrix: Tensor,  # (*b, n, n) symmetric
+    basis: Tensor,  # (*b, n, n) orthogonal
+) -> Tensor:  # (*b,)
+    r"""Measure how stale a basis is: \(\|\mathrm{offdiag}(Q^\top A Q)\|_F / \|A\|_F\).
+
+    Zero for an eigenbasis, at most 1; zero for \(A = 0\).
+
+    Source: Eschenhagen et al. 2025 (arXiv 2506.03595), adaptive refresh of Shampoo's eigenbases.
+
+    Example:
+        >>> off_diagonal_ratio(torch.eye(2), torch.eye(2))
+        tensor(0.)
+    """
+    A, Q = at_least_float32(matrix), at_least_float32(basis)
+    with full_precision():
+        rotated = Q.mT @ A @ Q
+    norm = torch.linalg.matrix_norm(A)
+    rotated.diagonal(dim1=-2, dim2=-1).zero_()
+    ratio: Tensor = torch.linalg.matrix_norm(rotated) / torch.where(norm > 0, norm, 1.0)
+    return ratio
+
+
+def get_eigenbasis_eigh(kronecker_factor_list: list[Tensor]) -> list[Tensor]:
+    """Return the eigenbasis of each factor, columns by descending eigenvalue.
+
+    Args:
+        kronecker_factor_list: Symmetric matrices `(n, n)` or stacks `(*b, n, n)`; an empty tensor
+            stands for an axis without a factor and gives an empty tensor.
+
+    Raises:
+        DecompositionError: If a factor cannot be decomposed in float64 either.
+
+    Source: Vyas et al. 2024 (arXiv 2409.11321), algorithm 3.
+
+    Example:
+        >>> get_eigenbasis_eigh([torch.diag(torch.tensor([1.0, 3.0]))])[0].abs()
+        tensor([[0., 1.],
+                [1., 0.]])
+    """
+    return [f if f.numel() == 0 else eigh(f)[1] for f in kronecker_factor_list]
+
+
+def get_eigenbasis_qr(
+    kronecker_factor_list: list[Tensor],
+    eigenbasis_list: list[Tensor],
+    power_iter_steps: int = 1,
+) -> list[Tensor]:
+    r"""Improve the eigenbasis of each factor by rounds of \(Q \leftarrow \mathrm{qr}(S Q)\).
+
+    Args:
+        kronecker_factor_list: The factors; empty tensors for axes without one.
+        eigenbasis_list: Their bases, columns by descending approximate eigenvalue: sort them with
+            `sort_eigenbasis_by_approx_eigvals` first.
+        power_iter_steps: The number of rounds.
+
+    Source: Vyas et al. 2024 (arXiv 2409.11321), algorithm 4.
+
+    Example:
+        >>> get_eigenbasis_qr([torch.eye(2)], [torch.eye(2)])[0].abs()
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    return [
+        q if f.numel() == 0 else orthogonal_iteration(f, q, power_iter_steps)
+        for f, q in zip(kronecker_factor_list, eigenbasis_list, strict=True)
+    ]
+
+
+def sort_eigenbasis_by_approx_eigvals(
+    kronecker_factor_list: list[Tensor],
+    eigenbasis_list: list[Tensor],
+    exp_avg_sq: Tensor,
+) -> tuple[list[Tensor], Tensor]:
+    r"""Order the columns of each basis by descending \(\mathrm{diag}(Q^\top S Q)\).
+
+    Args:
+        kronecker_factor_list: The factor of each axis of `exp_avg_sq`; empty for an axis without.
+        eigenbasis_list: Their bases.
+        exp_avg_sq: The second moment in the eigenbasis `(d1, ..., dN)`.
+
+    Returns:
+        The permuted bases, and the second moment with its axes permuted alike.
+
+    Source: Vyas et al. 2024 (arXiv 2409.11321), official implementation.
+
+    Example:
+        >>> S, Q, v = torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2), torch.tensor([10.0, 20.0])
+        >>> sort_eigenbasis_by_approx_eigvals([S], [Q], v)[1]
+        tensor([20., 10.])
+    """
+    bases = []
+    for axis, (S, Q) in enumerate(zip(kronecker_factor_list, eigenbasis_list, strict=True)):
+        if S.numel() == 0:
+            bases.append(Q)
+            continue
+        order = rayleigh_quotients(S, Q).argsort(descending=True)
+        bases.append(Q[:, order])
+        exp_avg_sq = exp_avg_sq.index_select(axis, order)
+    return bases, exp_avg_sq
