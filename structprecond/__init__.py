@@ -16,13 +16,17 @@ from structprecond.groups import (
     FlattenAndConcatenate,
     FlattenEmbedding,
     LinearWeightBias,
+    MergeDims,
     PerParameter,
     PreconditionerGroup,
     SplitHeads,
 )
 from structprecond.report import describe
 from structprecond.strategies.base import Hyperparameter, StepContext, Strategy
+from structprecond.strategies.kl import KLSOAP, KLShampoo, KLShampooStrategy, KLSOAPStrategy
+from structprecond.strategies.shampoo import Shampoo, ShampooStrategy
 from structprecond.strategies.sirf import SIRFShampoo, SIRFShampooStrategy
+from structprecond.strategies.soap import SOAP, SOAPStrategy
 from structprecond.structures import (
     BlockDiagonalMatrix,
     DenseMatrix,
@@ -40,6 +44,8 @@ from structprecond.structures import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "KLSOAP",
+    "SOAP",
     "BlockDiagonalMatrix",
     "CheckpointError",
     "DecompositionError",
@@ -52,11 +58,18 @@ __all__ = [
     "HierarchicalMatrix",
     "Hyperparameter",
     "HyperparameterError",
+    "KLSOAPStrategy",
+    "KLShampoo",
+    "KLShampooStrategy",
     "LinearWeightBias",
+    "MergeDims",
     "PerParameter",
     "PreconditionerGroup",
     "SIRFShampoo",
     "SIRFShampooStrategy",
+    "SOAPStrategy",
+    "Shampoo",
+    "ShampooStrategy",
     "SplitHeads",
     "State",
     "StepContext",

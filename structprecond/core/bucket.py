@@ -45,7 +45,9 @@ class Bucket:
     Attributes:
         state: The strategy's state, stacked along dimension 0.
         steps: The number of updates that each row has had, `(b,)`, int64 on the CPU.
+        turns: How many steps earlier than the first one each row is refreshed, like `steps`.
         skipped: How often each row was skipped for a non-finite gradient, like `steps`.
+        begun: Whether the strategy has seen the first gradient of each row, like `overdue`.
         overdue: Rows that missed a refresh because they were not live, `(b,)`, bool on the CPU.
     """
 
@@ -71,7 +73,9 @@ class Bucket:
         self.device = key.device
         self.state: State = strategy.init(self._empty(), key.structures, key.dtypes)
         self.steps = torch.zeros(start, dtype=torch.int64)
+        self.turns = torch.zeros(start, dtype=torch.int64)
         self.skipped = torch.zeros(start, dtype=torch.int64)
+        self.begun = torch.zeros(start, dtype=torch.bool)
         self.overdue = torch.zeros(start, dtype=torch.bool)
 
     @property
@@ -89,14 +93,20 @@ class Bucket:
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Return all state by name, stacked, the counters included."""
-        counters = {"step": self.steps, "skipped": self.skipped, "overdue": self.overdue}
-        return counters | self.state.named_tensors()
+        counters = {"step": self.steps, "skipped": self.skipped}
+        flags = {"begun": self.begun, "overdue": self.overdue}
+        return counters | flags | self.state.named_tensors()
 
     def unit_tensors(self, unit: int) -> dict[str, Tensor]:
         """Return views of one unit's rows by name, without the row dimension if it has one row."""
         span = self.spans[unit]
         rows = span if self.units[unit].rule.stacked else span.start
         return {name: tensor[rows] for name, tensor in self.named_tensors().items()}
+
+    def refresh_cost(self) -> int:
+        """Return the operations that refreshing one row takes, up to a constant factor."""
+        axes = zip(self.key.structures, self.key.shape, strict=True)
+        return sum(dim**3 for structure, dim in axes if structure is not None)
 
     def move(self, device: torch.device) -> None:
         """Move the state to another device; all views of it become stale."""
@@ -128,14 +138,17 @@ class Bucket:
             [on for on, unit in zip(live, self.units, strict=True) for _ in range(unit.rows)]
         )
         due = self._due(mask, every)
+        if not mask.any():
+            return
+        grads = [p.grad for p in self._live_params(live) if p.grad is not None]
+        self._gather(grads, live, scratch)
+        if maximize:
+            scratch.neg_()
+        mask &= ~self._begin(mask, scratch)
         rows = select(mask)
         if rows is None:
             return
-        params = [p for p, on in zip(self.params, self._per_param(live), strict=True) if on]
-        self._gather([p.grad for p in params if p.grad is not None], live, scratch)
         grad = scratch[rows]
-        if maximize:
-            grad.neg_()
         ctx = StepContext(
             steps=self.steps[rows],
             due=select(due[rows]),
@@ -149,17 +162,32 @@ class Bucket:
         self.overdue[rows] = False
         if isinstance(rows, Tensor):
             direction = torch.zeros_like(scratch).index_copy_(0, rows.to(self.device), direction)
-        self._apply(params, direction, live, self.group)
+        moved = [bool(mask[span.start]) for span in self.spans]
+        self._apply(self._live_params(moved), direction, moved, self.group)
+
+    def _begin(self, live: Tensor, grad: Tensor) -> Tensor:
+        """Show the strategy the first gradients of rows; return which rows sit this step out."""
+        fresh = live & ~self.begun
+        rows = select(fresh)
+        if rows is not None:
+            with rows_of(self.state, rows) as state:
+                self.strategy.begin(state, grad[rows], self.group)
+            self.begun |= fresh
+        skipped = self.strategy.skips_first(self.key.structures)
+        return fresh if skipped else torch.zeros_like(fresh)
 
     def _per_param(self, live: Sequence[bool]) -> list[bool]:
         return [on for on, unit in zip(live, self.units, strict=True) for _ in unit.params]
+
+    def _live_params(self, live: Sequence[bool]) -> list[nn.Parameter]:
+        return [p for p, on in zip(self.params, self._per_param(live), strict=True) if on]
 
     def _due(self, live: Tensor, every: int | bool) -> Tensor:
         """Return the mask of live rows to refresh; rows that are not live stay overdue."""
         if isinstance(every, bool):
             self.overdue |= every
             return self.overdue & live
-        return (self.steps % every == 0) & live
+        return self.strategy.due(self.steps + self.turns, every) & live
 
     def _views(self, stack: Tensor, live: Sequence[bool]) -> list[Tensor]:
         assert self.windows is not None

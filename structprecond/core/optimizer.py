@@ -27,6 +27,7 @@ from structprecond.strategies.base import Strategy
 from structprecond.structures.spec import PerAxis, StructureSpec, per_axis, resolve_structures
 
 Nonfinite = Literal["skip", "raise", "ignore"]
+Refresh = Literal["synchronous", "staggered"]
 
 # keys of a param group that are no hyperparameters: torch's own, ours, and what users may add
 _TORCH_KEYS = {"params", "param_names", "name", "initial_lr"}
@@ -57,6 +58,8 @@ class StructuredOptimizer(Optimizer):
         combine_params: The grouping rules, most important first. Default: `(PerParameter(),)`.
         batch_size: The number of samples behind a gradient, or a callable from a forward's inputs
             to it; only for strategies that need it.
+        refresh: When rows are refreshed that have the same interval: all in the same step
+            ("synchronous", as published), or in turns ("staggered"), each still once per interval.
         nonfinite: What to do with a unit whose gradient is not finite: "skip" it (it stays as it
             is, and is counted), "raise" before anything is changed, or "ignore" the check.
         maximize: Whether to maximize. Default: False.
@@ -91,6 +94,7 @@ class StructuredOptimizer(Optimizer):
         preconditioner_dtypes: PerAxis[torch.dtype | None] = None,
         combine_params: Sequence[PreconditionerGroup] = (PerParameter(),),
         batch_size: int | GetBatchSize | None = None,
+        refresh: Refresh = "synchronous",
         nonfinite: Nonfinite = "skip",
         maximize: bool = False,
         verbose_init: bool = False,
@@ -107,7 +111,11 @@ class StructuredOptimizer(Optimizer):
                 f"{type(model).__name__}. Pass the model first, or the parameters alone."
             )
         self.model = model if isinstance(model, nn.Module) else None
-        self.nonfinite, self.maximize = nonfinite, maximize
+        if refresh not in ("synchronous", "staggered"):
+            raise StructPrecondError(
+                f"refresh must be 'synchronous' or 'staggered', got {refresh!r}."
+            )
+        self.refresh, self.nonfinite, self.maximize = refresh, nonfinite, maximize
         self.buckets: list[Bucket] = []
         self._names: dict[nn.Parameter, str] = {}
         self._entries: dict[nn.Parameter, Entry] = {}
@@ -116,6 +124,7 @@ class StructuredOptimizer(Optimizer):
         self._samples = torch.zeros((), dtype=torch.int64)
         self._counter: BatchSizeCounter | None = None
         self._warned = False
+        self._turns_for: tuple[Any, ...] = ()
         defaults = {
             **{name: h.default for name, h in strategy.hyperparameters.items()},
             **(hyperparameters or {}),
@@ -211,8 +220,12 @@ class StructuredOptimizer(Optimizer):
     def _bucket_key(unit: Unit, group: Mapping[str, Any]) -> BucketKey:
         label = f"{unit.label} (grouped shape {tuple(unit.shape)})"
         order, dtype, device = len(unit.shape), unit.params[0].dtype, unit.params[0].device
-        structures = resolve_structures(group["structures"], order, label)
-        group["strategy"].check_structures(structures, label)
+        structures = group["strategy"].adapt_structures(
+            resolve_structures(group["structures"], order, label),
+            unit.shape,
+            max(p.ndim for p in unit.params),
+            label,
+        )
         given = per_axis(group["preconditioner_dtypes"], order, "preconditioner_dtypes", label)
         for entry in given:
             if entry is not None and not (
@@ -420,7 +433,26 @@ class StructuredOptimizer(Optimizer):
             name = group["strategy"].refresh_interval
             every = group[name] if name is not None else False
             answers[id(group)] = bool(every(self.global_step)) if callable(every) else every
+        if self.refresh == "staggered":
+            self._take_turns(answers)
         return answers
+
+    def _take_turns(self, intervals: Mapping[int, int | bool]) -> None:
+        """Spread the rows of all buckets over the steps of their interval, by cost."""
+        key = tuple((id(b), intervals[id(b.group)]) for b in self.buckets)
+        if key == self._turns_for:
+            return
+        self._turns_for = key
+        load: dict[int, list[int]] = {}
+        for bucket in sorted(self.buckets, key=Bucket.refresh_cost, reverse=True):
+            every = intervals[id(bucket.group)]
+            if isinstance(every, bool):
+                continue
+            steps = load.setdefault(every, [0] * every)
+            for row in range(bucket.rows):
+                lightest = min(range(every), key=steps.__getitem__)
+                steps[lightest] += bucket.refresh_cost()
+                bucket.turns[row] = lightest
 
     def _scratch_for(self, bucket: Bucket) -> Tensor:
         """Return memory for a bucket's stack, shared by all buckets, which run one by one."""

@@ -3,6 +3,7 @@
 from structprecond.groups.base import FlattenAndConcatenate, PreconditionerGroup
 from structprecond.groups.embedding import FlattenEmbedding
 from structprecond.groups.linear import LinearWeightBias
+from structprecond.groups.merge import MergeDims
 from structprecond.groups.per_parameter import PerParameter
 from structprecond.groups.split import SplitHeads
 
@@ -10,6 +11,7 @@ __all__ = [
     "FlattenAndConcatenate",
     "FlattenEmbedding",
     "LinearWeightBias",
+    "MergeDims",
     "PerParameter",
     "PreconditionerGroup",
     "SplitHeads",

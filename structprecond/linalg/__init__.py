@@ -7,12 +7,14 @@ from structprecond.linalg.eigen import (
     off_diagonal_ratio,
     orthogonal_iteration,
     rayleigh_quotients,
+    refresh_eigenbasis,
     sort_eigenbasis_by_approx_eigvals,
 )
 from structprecond.linalg.precision import full_precision
-from structprecond.linalg.roots import matrix_inverse_root
+from structprecond.linalg.roots import RootMethod, matrix_inverse_root
 
 __all__ = [
+    "RootMethod",
     "eigh",
     "full_precision",
     "get_eigenbasis_eigh",
@@ -21,5 +23,6 @@ __all__ = [
     "off_diagonal_ratio",
     "orthogonal_iteration",
     "rayleigh_quotients",
+    "refresh_eigenbasis",
     "sort_eigenbasis_by_approx_eigvals",
 ]

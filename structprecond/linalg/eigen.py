@@ -107,6 +107,34 @@ def _qr(matrix: Tensor) -> Tensor:
     return Q
 
 
+def refresh_eigenbasis(
+    matrix: Tensor,  # (*b, n, n) symmetric
+    basis: Tensor,  # (*b, n, n) orthogonal
+) -> tuple[Tensor, Tensor]:  # (*b, n, n), (*b, n)
+    r"""Sort a basis by \(\mathrm{diag}(Q^\top A Q)\), then improve it: one product for both.
+
+    Args:
+        matrix: The stack \(A\).
+        basis: The bases \(Q\).
+
+    Returns:
+        The orthogonal factor of \(A Q P\), and the order of the columns that the permutation
+        \(P\) brings about: descending Rayleigh quotients.
+
+    Source: Vyas et al. 2024 (arXiv 2409.11321), algorithm 4 and official implementation.
+
+    Example:
+        >>> refresh_eigenbasis(torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2))[1]
+        tensor([1, 0])
+    """
+    A, Q = at_least_float32(matrix), at_least_float32(basis)
+    with full_precision():
+        product = A @ Q
+        order = (product * Q).sum(-2).argsort(dim=-1, descending=True)
+        sorted_product = product.gather(-1, order.unsqueeze(-2).expand_as(product))
+        return _qr(sorted_product), order
+
+
 def rayleigh_quotients(
     matrix: Tensor,  # (*b, n, n) symmetric
     basis: Tensor,  # (*b, n, n)

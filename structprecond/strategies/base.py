@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from structprecond.core.state import Rows, S
 from structprecond.errors import HyperparameterError, StructureError
+from structprecond.structures import SUPPORTED_STRUCTURES, StructuredMatrix
 from structprecond.structures.spec import Structure
 
 
@@ -97,14 +98,17 @@ class Strategy(ABC, Generic[S]):
         decay: Where the core applies decoupled weight decay, `p <- p - lr * weight_decay * p`:
             before or after the update; "inside" leaves all decay to the strategy.
         refresh_interval: The name of the hyperparameter that says how often rows are refreshed.
-        structures: The names of the structures that it can work with; None for all.
+        structures: The classes of structured matrices that it can work with.
+        refresh_phase: Rows are refreshed before update t = 0, 1, ... (phase 0) or after update
+            t = 1, 2, ... (phase 1) that their interval divides.
         needs_batch_size: Whether the update depends on the batch size.
     """
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]]
     decay: ClassVar[Literal["before", "after", "inside"]]
     refresh_interval: ClassVar[str | None] = None
-    structures: ClassVar[tuple[str, ...] | None] = None
+    structures: ClassVar[tuple[type[StructuredMatrix], ...]] = (StructuredMatrix,)
+    refresh_phase: ClassVar[Literal[0, 1]] = 0
     needs_batch_size: ClassVar[bool] = False
 
     @abstractmethod
@@ -123,6 +127,22 @@ class Strategy(ABC, Generic[S]):
             dtypes: The dtype of the factor of every axis.
         """
 
+    def due(self, steps: Tensor, every: int) -> Tensor:
+        """Return which rows an interval of `every` steps says to refresh, `(b,)`.
+
+        Args:
+            steps: How many updates each row has had before this one, plus the row's turn.
+            every: The interval.
+        """
+        return (steps + self.refresh_phase) % every == 0
+
+    def skips_first(self, structures: tuple[Structure, ...]) -> bool:
+        """Return whether a row's first gradient only initializes its state."""
+        return False
+
+    def begin(self, state: S, grad: Tensor, hp: Mapping[str, Any]) -> None:
+        """Initialize the state in place from the first gradients `(b, *dims)`, to be left as is."""
+
     @abstractmethod
     def update(self, state: S, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext) -> Tensor:
         """Update the state in place and return the update directions `(b, *dims)`.
@@ -131,12 +151,29 @@ class Strategy(ABC, Generic[S]):
         overwritten, also with the directions.
         """
 
-    def check_structures(self, structures: tuple[Structure, ...], units: str) -> None:
-        """Raise `StructureError` if the strategy cannot work with one of the structures."""
+    def adapt_structures(
+        self, structures: tuple[Structure, ...], dims: Sequence[int], order: int, units: str
+    ) -> tuple[Structure, ...]:
+        """Return the structures that the strategy uses where the user asks for `structures`.
+
+        Args:
+            structures: What the user asks for, axis by axis.
+            dims: The sizes of the axes.
+            order: The number of axes of the parameters themselves.
+            units: The parameters concerned, for errors.
+
+        Raises:
+            StructureError: If the strategy cannot work with one of the structures.
+        """
         for structure in structures:
-            if self.structures is None or structure is None or structure.name in self.structures:
-                continue
-            raise StructureError(
-                f"{type(self).__name__} cannot use the structure {structure.name!r}, given for "
-                f"{units}. It can use {', '.join(self.structures)}."
-            )
+            if structure is not None and not issubclass(structure, self.structures):
+                usable = [
+                    name
+                    for name, known in SUPPORTED_STRUCTURES.items()
+                    if known is None or issubclass(known, self.structures)
+                ]
+                raise StructureError(
+                    f"{type(self).__name__} cannot use the structure {structure.name!r}, given for "
+                    f"{units}. It can use {', '.join(usable)}."
+                )
+        return structures

@@ -217,6 +217,12 @@ class StructuredMatrix(ABC):
         r"""Return \(\Pi(A^\top X X^\top A)\); `X` of shape `(*b, n, m)`, the identity if None."""
         return self.from_mat_inner(self.to_dense().mT if X is None else self.rmatmat(X))
 
+    def lerp_inner_(self, X: Tensor, weight: float) -> Self:
+        r"""Average in place: \(A \leftarrow (1 - w) A + w \Pi(X X^\top)\), X `(*b, n, m)`."""
+        if X.dtype != self.dtype:
+            return self.copy_(self.to(X.dtype).lerp_inner_(X, weight))
+        return self.mul_(1 - weight).add_(self.from_mat_inner(X), alpha=weight)
+
     # --- numbers per matrix ----------------------------------------------------------------------
 
     def diag_add_(self, value: float | Tensor) -> Self:

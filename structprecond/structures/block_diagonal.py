@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from structprecond.structures.base import EntrywiseMatrix, _per_matrix, matmul_like
+from structprecond.structures.base import _per_matrix, matmul_like
+from structprecond.structures.blockwise import BlockwiseMatrix
 
 _MOST_LOOPED = 64
 
 
 @dataclass(eq=False)
-class BlockDiagonalMatrix(EntrywiseMatrix):
+class BlockDiagonalMatrix(BlockwiseMatrix):
     r"""Block-diagonal matrices, \(\Pi(S)\) = the diagonal blocks of S.
 
         [ B1       ]     blocks: (*b, n // k, k, k)

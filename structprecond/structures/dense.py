@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from structprecond.structures.base import EntrywiseMatrix, _per_matrix, matmul_like
+from structprecond.structures.base import _per_matrix, matmul_like
+from structprecond.structures.blockwise import BlockwiseMatrix
 
 
 @dataclass(eq=False)
-class DenseMatrix(EntrywiseMatrix):
+class DenseMatrix(BlockwiseMatrix):
     r"""Dense matrices, \(\Pi(S) = S\).
 
     Args:
@@ -66,6 +67,16 @@ class DenseMatrix(EntrywiseMatrix):
     def from_inner(self, X: Tensor | None = None) -> Self:
         r"""Return \(A^\top X X^\top A\), with X the identity if None."""
         return self.from_mat_inner(self.mat.mT if X is None else self.rmatmat(X))
+
+    def lerp_inner_(self, X: Tensor, weight: float) -> Self:
+        r"""Average in place: \(A \leftarrow (1 - w) A + w X X^\top\)."""
+        if X.dtype != self.dtype:
+            return super().lerp_inner_(X, weight)
+        flat = X.reshape(-1, *X.shape[-2:])
+        self.mat.view(-1, *self.mat.shape[-2:]).baddbmm_(
+            flat, flat.mT, beta=1 - weight, alpha=weight
+        )
+        return self
 
     def diag_add_(self, value: float | Tensor) -> Self:
         """Add to the diagonal in place."""

@@ -78,6 +78,15 @@ class DiagonalMatrix(EntrywiseMatrix):
         square = type(self)(self.diag.square())
         return square if X is None else square._compose(self.from_mat_inner(X))
 
+    def inverse_root(self, root: float, damping: float | Tensor = 0.0) -> Self:
+        r"""Return \((A + \lambda I)^{-1/p}\) of positive semi-definite matrices.
+
+        Args:
+            root: The order \(p\).
+            damping: \(\lambda\), a number or one number per matrix `(*b,)`.
+        """
+        return type(self)((self.diag + _per_matrix(damping, self.diag)).pow(-1.0 / root))
+
     def diag_add_(self, value: float | Tensor) -> Self:
         """Add to the diagonal in place."""
         self.diag.add_(_per_matrix(value, self.diag))

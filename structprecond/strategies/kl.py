@@ -1,0 +1,363 @@
+"""KL-Shampoo and KL-SOAP: Kronecker factors that minimize a Kullback-Leibler divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
+from structprecond.core.state import State, rows_of
+from structprecond.errors import StructPrecondError
+from structprecond.groups import PerParameter, PreconditionerGroup
+from structprecond.strategies.base import (
+    Hyperparameter,
+    StepContext,
+    interval,
+    nonnegative,
+)
+from structprecond.strategies.moments import (
+    adam_direction,
+    fraction_or_default,
+    pair_of_fractions,
+    update_moments,
+)
+from structprecond.strategies.rotation import (
+    RotatedFactors,
+    RotatedStrategy,
+    make_factors,
+    rotate,
+    rotate_back,
+)
+from structprecond.structures.mode_product import matricize
+from structprecond.structures.spec import PerAxis, Structure, StructureSpec
+
+
+@dataclass
+class KLState(State):
+    """State of KL-Shampoo and KL-SOAP for a stack `(b, d1, ..., dN)`.
+
+    Args:
+        factors: The Kronecker factors `(b, dk, dk)`, None for an axis that is not rotated.
+        bases: Their eigenbases, alike.
+        eigenvalues: Their eigenvalues by moving average `(b, dk)`; a diagonal factor has only
+            these, an axis without a factor None.
+        exp_avg: The first moment in the eigenbasis `(b, d1, ..., dN)`.
+        exp_avg_sq: The second moment in the eigenbasis, alike; None where the rule has none.
+    """
+
+    factors: RotatedFactors
+    bases: RotatedFactors
+    eigenvalues: tuple[Tensor | None, ...]
+    exp_avg: Tensor
+    exp_avg_sq: Tensor | None
+
+
+@dataclass(frozen=True)
+class KLShampooStrategy(RotatedStrategy):
+    r"""The KL-Shampoo rule.
+
+    Each factor \(S_k\) of size \(d_k\) has a basis \(Q_k\) and eigenvalues \(\lambda_k\). The first
+    gradient G initializes \(S_k = (1 - \beta_s) G_{(k)} G_{(k)}^\top / (D / d_k)\), \(Q_k\) its
+    eigenbasis, and \(\lambda_k\) = `init_factor`. Then, with \(D = \prod_k d_k\) and
+    \(G' = G \times_1 Q_1^\top \dots \times_N Q_N^\top\),
+
+    \[ m \leftarrow \beta_1 m + (1 - \beta_1) G', \quad
+       w = \prod_k \lambda_k^{-1/2}, \quad
+       U = \left( m \circ \frac{w}{1 + \epsilon w} \right) \times_1 Q_1 \dots \times_N Q_N, \]
+    \[ X_k = G' \times_{j \ne k} \mathrm{diag}(\lambda_j)^{-1/2}, \quad
+       S_k \leftarrow \beta_s S_k + (1 - \beta_s) \frac{d_k}{D}
+       Q_k X_{k,(k)} X_{k,(k)}^\top Q_k^\top, \quad
+       \lambda_k \leftarrow \beta_s \lambda_k + (1 - \beta_s) \frac{d_k}{D} \mathrm{diag}(X_{k,(k)}
+       X_{k,(k)}^\top), \]
+
+    \(p \leftarrow p - \eta U\), \(p \leftarrow p - \eta \lambda p\). Whenever
+    `precondition_frequency` divides the step, \(Q_k \leftarrow \mathrm{qr}(S_k Q_k)\). The
+    published code knows two axes; here any number.
+
+    A unit without any factor, such as a vector by default, follows AdamW from its first step on.
+
+    Args:
+        init_factor: The eigenvalues at the start. Default: 0.1.
+        clamping: Whether \(\lambda_k^{-1/2}\) is at most \(\max(10, \min(d_k, 4000))\).
+            Default: True.
+
+    Source: Lin et al. 2025 (arXiv 2509.03378) and its official implementation.
+    """
+
+    init_factor: float = 0.1
+    clamping: bool = True
+
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
+        "lr": nonnegative(1e-4),
+        "betas": pair_of_fractions((0.9, 0.98)),
+        "shampoo_beta": fraction_or_default(-1),
+        "eps": nonnegative(1e-8),
+        "weight_decay": nonnegative(0.01),
+        "precondition_frequency": interval(10),
+    }
+
+    def __post_init__(self) -> None:
+        """Check the static configuration."""
+        if not self.init_factor > 0:
+            raise StructPrecondError(f"init_factor must be above 0, got {self.init_factor!r}.")
+
+    def init(
+        self, like: Tensor, structures: tuple[Structure, ...], dtypes: tuple[torch.dtype, ...]
+    ) -> KLState:
+        """Return zero factors, identity bases, equal eigenvalues and zero moments."""
+        eigenvalues = tuple(
+            None if s is None else like.new_full((like.shape[0], dim), self.init_factor)
+            for s, dim in zip(structures, like.shape[1:], strict=True)
+        )
+        needs_square = self._keeps_second_moment() or not self.skips_first(structures)
+        return KLState(
+            *make_factors(like, structures, dtypes),
+            eigenvalues,
+            torch.zeros_like(like),
+            torch.zeros_like(like) if needs_square else None,
+        )
+
+    def _keeps_second_moment(self) -> bool:
+        return False
+
+    def skips_first(self, structures: tuple[Structure, ...]) -> bool:
+        """Return whether there is a factor, which the first gradient only initializes."""
+        return any(structure is not None for structure in structures)
+
+    def begin(self, state: KLState, grad: Tensor, hp: Mapping[str, Any]) -> None:
+        """Initialize the factors and their eigenbases from the first gradient."""
+        for axis, (factor, basis) in enumerate(zip(state.factors, state.bases, strict=True)):
+            if factor is not None and basis is not None:
+                X = matricize(grad, axis) * _per_column(grad, axis)
+                factor.lerp_inner_(X, 1 - _decay(hp))
+                basis.copy_(factor.eigenbasis().to(basis.dtype))
+
+    def update(
+        self, state: KLState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
+    ) -> Tensor:
+        """Update moments and factors, refresh the rows that are due, return the directions."""
+        if all(values is None for values in state.eigenvalues):
+            return self._adamw(state, grad, hp, ctx)
+        rotated = rotate(grad, state.bases)
+        roots = [self._inverse_roots(values) for values in state.eigenvalues]
+        direction = rotate_back(self._direction(state, rotated, roots, hp), state.bases)
+        self._accumulate(state, rotated, roots, _decay(hp))
+        if ctx.due is not None:
+            with rows_of(state, ctx.due) as part:
+                self._refresh(part)
+        return direction
+
+    def _direction(
+        self,
+        state: KLState,
+        rotated: Tensor,
+        roots: Sequence[Tensor | None],
+        hp: Mapping[str, Any],
+    ) -> Tensor:
+        """Average the rotated gradient and return the direction in the eigenbasis."""
+        state.exp_avg.lerp_(rotated, 1 - hp["betas"][0])
+        weight = torch.ones_like(rotated)
+        for axis, root in enumerate(roots):
+            if root is not None:
+                weight *= _along(root, rotated, axis)
+        return weight.div_(1 + hp["eps"] * weight).mul_(state.exp_avg)
+
+    def _inverse_roots(self, eigenvalues: Tensor | None) -> Tensor | None:
+        if eigenvalues is None:
+            return None
+        roots = eigenvalues.rsqrt().nan_to_num_(nan=0.0, posinf=0.0)
+        return roots.clamp_(max=max(10, min(roots.shape[-1], 4000))) if self.clamping else roots
+
+    @staticmethod
+    def _accumulate(
+        state: KLState, rotated: Tensor, roots: Sequence[Tensor | None], decay: float
+    ) -> None:
+        for axis, eigenvalues in enumerate(state.eigenvalues):
+            if eigenvalues is None:
+                continue
+            whitened = rotated * _per_column(rotated, axis)
+            for other, root in enumerate(roots):
+                if root is not None and other != axis:
+                    whitened *= _along(root, rotated, other)
+            X = matricize(whitened, axis)
+            eigenvalues.lerp_(X.square().sum(-1), 1 - decay)
+            factor, basis = state.factors[axis], state.bases[axis]
+            if factor is not None and basis is not None:
+                factor.lerp_inner_(basis.to(X.dtype).matmat(X), 1 - decay)
+
+    @staticmethod
+    def _refresh(state: KLState) -> None:
+        """Refresh the eigenbases, and bring the first moment into the new ones."""
+        exp_avg = rotate_back(state.exp_avg, state.bases)
+        for factor, basis in zip(state.factors, state.bases, strict=True):
+            if factor is not None and basis is not None:
+                basis.copy_(factor.orthogonal_iteration(basis.to(factor.dtype)).to(basis.dtype))
+        state.exp_avg.copy_(rotate(exp_avg, state.bases))
+
+    @staticmethod
+    def _adamw(state: KLState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext) -> Tensor:
+        assert state.exp_avg_sq is not None
+        update_moments(state.exp_avg, state.exp_avg_sq, grad, hp["betas"])
+        direction = adam_direction(
+            state.exp_avg, state.exp_avg_sq, hp["betas"], hp["eps"], ctx.steps
+        )
+        # AdamW decays before its update, the core after it
+        undone: Tensor = direction / (1 - hp["lr"] * hp["weight_decay"])
+        return undone
+
+
+@dataclass(frozen=True)
+class KLSOAPStrategy(KLShampooStrategy):
+    r"""The KL-SOAP rule: KL-Shampoo's factors, and Adam without bias correction in their bases.
+
+    With \(G'\) the rotated gradient, \(v \leftarrow \beta_2 v + (1 - \beta_2) G'^2\), and the
+    direction in the bases is \(m / (\sqrt v + \epsilon)\). All else is as in `KLShampooStrategy`.
+
+    Source: Lin et al. 2025 (arXiv 2509.03378) and its official implementation.
+    """
+
+    def _keeps_second_moment(self) -> bool:
+        return True
+
+    def _direction(
+        self,
+        state: KLState,
+        rotated: Tensor,
+        roots: Sequence[Tensor | None],
+        hp: Mapping[str, Any],
+    ) -> Tensor:
+        assert state.exp_avg_sq is not None
+        update_moments(state.exp_avg, state.exp_avg_sq, rotated, hp["betas"])
+        return state.exp_avg / state.exp_avg_sq.sqrt().add_(hp["eps"])
+
+
+def _decay(hp: Mapping[str, Any]) -> float:
+    beta: float = hp["shampoo_beta"] if hp["shampoo_beta"] >= 0 else hp["betas"][1]
+    return beta
+
+
+def _per_column(stack: Tensor, axis: int) -> float:
+    """Return the scale that makes the inner product of a matricization a mean over its columns."""
+    dims = stack.shape[1:]
+    return float((dims[axis] / prod(dims)) ** 0.5)
+
+
+def _along(vectors: Tensor, stack: Tensor, axis: int) -> Tensor:
+    """Let one vector per row `(b, d_axis)` broadcast along an axis of a stack."""
+    shape = [1] * stack.ndim
+    shape[0], shape[axis + 1] = vectors.shape
+    return vectors.view(shape)
+
+
+class KLShampoo(StructuredOptimizer):
+    """KL-Shampoo (Lin et al. 2025, arXiv 2509.03378).
+
+    The update rule stands at `KLShampooStrategy`.
+
+    Args:
+        model: The model, or parameters as torch optimizers take them.
+        params: The parameters to optimize, or group dicts. Default: all of the model's.
+        lr: Learning rate. Default: 1e-4.
+        betas: Decay of the first and the second moment. Default: (0.9, 0.98).
+        shampoo_beta: Decay of the factors; negative for `betas[1]`. Default: -1.
+        eps: Keeps the inverse roots finite. Default: 1e-8.
+        weight_decay: Decoupled weight decay. Default: 0.01.
+        precondition_frequency: The bases are refreshed every so many steps, or when a callable of
+            the global step says so. Default: 10.
+        init_factor: The eigenvalues of the factors at the start. Default: 0.1.
+        clamping: Whether inverse roots of eigenvalues are clamped. Default: True.
+        max_precond_dim: Axes longer than this get no factor. Default: 10000.
+        precondition_1d: Whether parameters with one axis get a factor; without, they follow AdamW.
+            Default: False.
+        structures: The structure of every factor: `dense`, `diagonal`, `block<k>diagonal` or
+            `none`, for all, or in a dict from the order of a tensor to a name or a tuple of names.
+            Default: `"dense"`.
+        preconditioner_dtypes: The dtype in which factors and bases are stored, given like
+            `structures`. Default: float32, or float64 for float64 parameters.
+        combine_params: The grouping rules, most important first. Default: each parameter by itself.
+        refresh: "synchronous" or "staggered", in turns. Default: "synchronous".
+        nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
+            "skip".
+        maximize: Whether to maximize. Default: False.
+        verbose_init: Whether to print what is treated how. Default: False.
+
+    Raises:
+        StructPrecondError: If an argument is wrong; the message says what to do.
+
+    Example:
+        >>> model = nn.Linear(4, 3)
+        >>> optimizer = KLShampoo(model, lr=1e-3)
+        >>> for _ in range(2):
+        ...     loss = model(torch.ones(16, 4)).square().mean()
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
+    """
+
+    STRATEGY: ClassVar[type[KLShampooStrategy]] = KLShampooStrategy
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[Any],
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.98),
+        shampoo_beta: float = -1,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        precondition_frequency: int | Callable[[int], bool] = 10,
+        init_factor: float = 0.1,
+        clamping: bool = True,
+        max_precond_dim: int = 10000,
+        precondition_1d: bool = False,
+        structures: StructureSpec = "dense",
+        preconditioner_dtypes: PerAxis[torch.dtype | None] = None,
+        combine_params: Sequence[PreconditionerGroup] = (PerParameter(),),
+        refresh: Refresh = "synchronous",
+        nonfinite: Nonfinite = "skip",
+        maximize: bool = False,
+        verbose_init: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            params,
+            strategy=self.STRATEGY(
+                max_precond_dim=max_precond_dim,
+                precondition_1d=precondition_1d,
+                init_factor=init_factor,
+                clamping=clamping,
+            ),
+            hyperparameters={
+                "lr": lr,
+                "betas": betas,
+                "shampoo_beta": shampoo_beta,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "precondition_frequency": precondition_frequency,
+            },
+            structures=structures,
+            preconditioner_dtypes=preconditioner_dtypes,
+            combine_params=combine_params,
+            refresh=refresh,
+            nonfinite=nonfinite,
+            maximize=maximize,
+            verbose_init=verbose_init,
+        )
+
+
+class KLSOAP(KLShampoo):
+    """KL-SOAP (Lin et al. 2025, arXiv 2509.03378): Adam in the eigenbases of KL-Shampoo's factors.
+
+    Takes the arguments of `KLShampoo`. The update rule stands at `KLSOAPStrategy`.
+
+    Example:
+        >>> optimizer = KLSOAP(nn.Linear(4, 3), lr=1e-3, precondition_frequency=5)
+    """
+
+    STRATEGY = KLSOAPStrategy

@@ -1,0 +1,309 @@
+"""Shampoo: inverse roots of Kronecker factors, with grafting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
+from structprecond.core.state import State, rows_of
+from structprecond.errors import StructPrecondError
+from structprecond.groups import PerParameter, PreconditionerGroup
+from structprecond.linalg import RootMethod
+from structprecond.strategies.base import (
+    Hyperparameter,
+    StepContext,
+    interval,
+    nonnegative,
+)
+from structprecond.strategies.moments import correction, pair_of_fractions
+from structprecond.strategies.rotation import RotatedStrategy
+from structprecond.structures import DiagonalMatrix
+from structprecond.structures.blockwise import BlockwiseMatrix
+from structprecond.structures.mode_product import matricize, mode_product
+from structprecond.structures.spec import PerAxis, Structure, StructureSpec
+
+Grafting = Literal["adam", "rmsprop", "sgd"] | None
+Roots = tuple[BlockwiseMatrix | DiagonalMatrix | None, ...]
+
+
+@dataclass
+class ShampooState(State):
+    """State of Shampoo for a stack `(b, d1, ..., dN)`.
+
+    Args:
+        factors: The Kronecker factors `(b, dk, dk)`, None for an axis without one.
+        inverse_roots: Their damped inverse roots, alike.
+        exp_avg: The first moment of the gradient `(b, d1, ..., dN)`.
+        grafting_sq: The second moment of the grafting method, alike; None if it has none.
+    """
+
+    factors: Roots
+    inverse_roots: Roots
+    exp_avg: Tensor
+    grafting_sq: Tensor | None
+
+
+@dataclass(frozen=True)
+class ShampooStrategy(RotatedStrategy):
+    r"""The Shampoo rule.
+
+    With N the number of axes that have a factor, for \(t = 1, 2, \dots\),
+
+    \[ S_k \leftarrow \beta_2 S_k + (1 - \beta_2) G_{(k)} G_{(k)}^\top, \quad
+       P_k = \left( \frac{S_k}{1 - \beta_2^t} + \epsilon I \right)^{-1/(2N)}, \quad
+       m \leftarrow \beta_1 m + (1 - \beta_1) G, \]
+    \[ D = \frac{m}{1 - \beta_1^t} \times_1 P_1 \dots \times_N P_N, \quad
+       D \leftarrow D \frac{\|g(m)\|_F}{\|D\|_F + 10^{-16}} + \lambda p, \quad
+       p \leftarrow p - \eta D. \]
+
+    \(P_k\) is refreshed at `start_preconditioning_step`, and after it whenever
+    `precondition_frequency` divides t. Before it, \(D = g(m)\). g is the direction of the grafting
+    method for m, with a second moment of its own; without grafting, \(g(m) = m\) and D keeps its
+    length.
+
+    Args:
+        precondition_1d: Whether parameters with one axis get a factor. Default: True.
+        start_preconditioning_step: The first step that is preconditioned. Default: 1.
+        grafting: "adam", "rmsprop", "sgd" or None. Default: "adam".
+        exponent: The power to which factors are raised is minus this. Default: None,
+            \(1 / (2 N)\).
+        root: How inverse roots are computed, see `structprecond.linalg.matrix_inverse_root`.
+            Default: "eigh".
+
+    Source: Gupta et al. 2018 (arXiv 1802.09568), algorithm 1; Shi et al. 2023 (arXiv 2309.06497)
+    for grafting and bias correction.
+    """
+
+    precondition_1d: bool = True
+    start_preconditioning_step: int = 1
+    grafting: Grafting = "adam"
+    exponent: float | None = None
+    root: RootMethod = "eigh"
+
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
+        "lr": nonnegative(1e-2),
+        "betas": pair_of_fractions((0.9, 0.99)),
+        "eps": nonnegative(1e-12),
+        "weight_decay": nonnegative(0.0),
+        "precondition_frequency": interval(10),
+        "grafting_beta2": Hyperparameter(
+            None, lambda v: v is None or 0 <= v < 1, "a number from 0 to below 1, or None"
+        ),
+        "grafting_eps": nonnegative(1e-8),
+    }
+    decay = "inside"
+
+    def __post_init__(self) -> None:
+        """Check the static configuration."""
+        if self.grafting not in ("adam", "rmsprop", "sgd", None):
+            raise StructPrecondError(
+                f"grafting must be 'adam', 'rmsprop', 'sgd' or None, got {self.grafting!r}."
+            )
+        if self.root not in ("eigh", "coupled_newton", "newton_db"):
+            raise StructPrecondError(
+                f"root must be 'eigh', 'coupled_newton' or 'newton_db', got {self.root!r}."
+            )
+        if self.exponent is not None and not self.exponent > 0:
+            raise StructPrecondError(f"exponent must be above 0 or None, got {self.exponent!r}.")
+        if self.start_preconditioning_step < 1:
+            raise StructPrecondError(
+                "start_preconditioning_step must be at least 1, got "
+                f"{self.start_preconditioning_step!r}."
+            )
+
+    def init(
+        self, like: Tensor, structures: tuple[Structure, ...], dtypes: tuple[torch.dtype, ...]
+    ) -> ShampooState:
+        """Return zero factors, identity roots and zero moments."""
+        return ShampooState(
+            _make("zeros", like, structures, dtypes),
+            _make("eye", like, structures, dtypes),
+            torch.zeros_like(like),
+            torch.zeros_like(like) if self.grafting in ("adam", "rmsprop") else None,
+        )
+
+    def due(self, steps: Tensor, every: int) -> Tensor:
+        """Return which rows are at their first preconditioned step, or at a multiple after it."""
+        t, start = steps + 1, self.start_preconditioning_step
+        return (t == start) | ((t > start) & (t % every == 0))
+
+    def update(
+        self, state: ShampooState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
+    ) -> Tensor:
+        """Update factors and moments, refresh the rows that are due, return the directions."""
+        betas = hp["betas"]
+        for axis, factor in enumerate(state.factors):
+            if factor is not None:
+                factor.lerp_inner_(matricize(grad, axis), 1 - betas[1])
+        if ctx.due is not None:
+            with rows_of(state, ctx.due) as part:
+                self._refresh(part, hp, correction(betas[1], ctx.steps[ctx.due], part.exp_avg))
+        state.exp_avg.lerp_(grad, 1 - betas[0])
+        mean = state.exp_avg / correction(betas[0], ctx.steps, grad)
+        grafted = self._graft(state, mean, grad, hp, ctx.steps)
+        direction = mean
+        for axis, inverse_root in enumerate(state.inverse_roots):
+            if inverse_root is not None:
+                direction = mode_product(direction, inverse_root.to(grad.dtype).matmat, axis)
+        if self.grafting is not None:
+            direction = direction * (_norms(grafted) / (_norms(direction) + 1e-16))
+        started = ctx.steps + 1 >= self.start_preconditioning_step
+        if not bool(started.all()):
+            mask = started.to(grad.device).reshape(-1, *[1] * (grad.ndim - 1))
+            direction = torch.where(mask, direction, grafted)
+        if hp["weight_decay"]:
+            direction = direction.add(ctx.params(), alpha=hp["weight_decay"])
+        return direction
+
+    def _refresh(self, state: ShampooState, hp: Mapping[str, Any], unbias: float | Tensor) -> None:
+        order = 2 * sum(factor is not None for factor in state.factors)
+        root = order if self.exponent is None else 1 / self.exponent
+        scale = 1 / (unbias.flatten() if isinstance(unbias, Tensor) else unbias)
+        for factor, inverse_root in zip(state.factors, state.inverse_roots, strict=True):
+            if isinstance(factor, BlockwiseMatrix) and isinstance(inverse_root, BlockwiseMatrix):
+                powered = (factor * scale).inverse_root(root, hp["eps"], self.root)
+                inverse_root.copy_(powered.to(inverse_root.dtype))
+            elif isinstance(factor, DiagonalMatrix) and isinstance(inverse_root, DiagonalMatrix):
+                inverse_root.copy_((factor * scale).inverse_root(root, hp["eps"]))
+
+    def _graft(
+        self,
+        state: ShampooState,
+        mean: Tensor,
+        grad: Tensor,
+        hp: Mapping[str, Any],
+        steps: Tensor,
+    ) -> Tensor:
+        """Return the direction of the grafting method."""
+        if state.grafting_sq is None:
+            return mean
+        beta2 = hp["betas"][1] if hp["grafting_beta2"] is None else hp["grafting_beta2"]
+        state.grafting_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        unbias = correction(beta2, steps, grad) if self.grafting == "adam" else 1.0
+        return mean / (state.grafting_sq / unbias).sqrt_().add_(hp["grafting_eps"])
+
+
+def _norms(stack: Tensor) -> Tensor:
+    """Return the Frobenius norm of every row `(b, 1, ...)`."""
+    norms: Tensor = torch.linalg.vector_norm(stack.flatten(1), dim=1)
+    return norms.reshape(-1, *[1] * (stack.ndim - 1))
+
+
+def _make(
+    constructor: Literal["zeros", "eye"],
+    like: Tensor,
+    structures: tuple[Structure, ...],
+    dtypes: tuple[torch.dtype, ...],
+) -> Roots:
+    """Return zeros or identities of the structure of every axis."""
+    axes = zip(structures, like.shape[1:], dtypes, strict=True)
+    return tuple(
+        None if s is None else getattr(s, constructor)(dim, like.shape[:1], dtype, like.device)
+        for s, dim, dtype in axes
+    )
+
+
+class Shampoo(StructuredOptimizer):
+    """Shampoo with grafting (Gupta et al. 2018, arXiv 1802.09568).
+
+    The update rule stands at `ShampooStrategy`.
+
+    Args:
+        model: The model, or parameters as torch optimizers take them.
+        params: The parameters to optimize, or group dicts. Default: all of the model's.
+        lr: Learning rate. Default: 1e-2.
+        betas: Decay of the first moment and of the factors. Default: (0.9, 0.99).
+        eps: Damping of the factors. Default: 1e-12.
+        weight_decay: Weight decay, added to the direction. Default: 0.0.
+        precondition_frequency: The inverse roots are refreshed every so many steps, or when a
+            callable of the global step says so. Default: 10.
+        start_preconditioning_step: The first step that is preconditioned. Default: 1.
+        grafting: The method whose length directions take: "adam", "rmsprop", "sgd" or None.
+            Default: "adam".
+        grafting_beta2: Decay of the grafting method's second moment. Default: None, `betas[1]`.
+        grafting_eps: Added to the root of the grafting method's second moment. Default: 1e-8.
+        exponent: The power to which factors are raised is minus this. Default: None, one over twice
+            the number of axes that have a factor.
+        max_precond_dim: Axes longer than this get no factor. Default: 10000.
+        root: How inverse roots are computed: "eigh", "coupled_newton" or "newton_db". Default:
+            "eigh".
+        structures: The structure of every factor: `dense`, `diagonal`, `block<k>diagonal` or
+            `none`, for all, or in a dict from the order of a tensor to a name or a tuple of names.
+            Default: `"dense"`.
+        preconditioner_dtypes: The dtype in which factors and roots are stored, given like
+            `structures`. Default: float32, or float64 for float64 parameters.
+        combine_params: The grouping rules, most important first. Default: each parameter by itself.
+        refresh: "synchronous" or "staggered", in turns. Default: "synchronous".
+        nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
+            "skip".
+        maximize: Whether to maximize. Default: False.
+        verbose_init: Whether to print what is treated how. Default: False.
+
+    Raises:
+        StructPrecondError: If an argument is wrong; the message says what to do.
+
+    Example:
+        >>> model = nn.Linear(4, 3)
+        >>> optimizer = Shampoo(model, lr=0.01, grafting="sgd")
+        >>> loss = model(torch.ones(16, 4)).square().mean()
+        >>> loss.backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[Any],
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-12,
+        weight_decay: float = 0.0,
+        precondition_frequency: int | Callable[[int], bool] = 10,
+        start_preconditioning_step: int = 1,
+        grafting: Grafting = "adam",
+        grafting_beta2: float | None = None,
+        grafting_eps: float = 1e-8,
+        exponent: float | None = None,
+        max_precond_dim: int = 10000,
+        root: RootMethod = "eigh",
+        structures: StructureSpec = "dense",
+        preconditioner_dtypes: PerAxis[torch.dtype | None] = None,
+        combine_params: Sequence[PreconditionerGroup] = (PerParameter(),),
+        refresh: Refresh = "synchronous",
+        nonfinite: Nonfinite = "skip",
+        maximize: bool = False,
+        verbose_init: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            params,
+            strategy=ShampooStrategy(
+                max_precond_dim=max_precond_dim,
+                start_preconditioning_step=start_preconditioning_step,
+                grafting=grafting,
+                exponent=exponent,
+                root=root,
+            ),
+            hyperparameters={
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "precondition_frequency": precondition_frequency,
+                "grafting_beta2": grafting_beta2,
+                "grafting_eps": grafting_eps,
+            },
+            structures=structures,
+            preconditioner_dtypes=preconditioner_dtypes,
+            combine_params=combine_params,
+            refresh=refresh,
+            nonfinite=nonfinite,
+            maximize=maximize,
+            verbose_init=verbose_init,
+        )

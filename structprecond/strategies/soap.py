@@ -1,0 +1,317 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
+from structprecond.core.state import State, rows_of
+from structprecond.errors import StructPrecondError
+from structprecond.groups import MergeDims, PerParameter, PreconditionerGroup
+from structprecond.groups.merge import DataFormat
+from structprecond.strategies.base import (
+    Hyperparameter,
+    StepContext,
+    interval,
+    nonnegative,
+)
+from structprecond.strategies.moments import (
+    correction,
+    fraction_or_default,
+    pair_of_fractions,
+    update_moments,
+)
+from structprecond.strategies.rotation import (
+    RotatedFactors,
+    RotatedStrategy,
+    make_factors,
+    rotate,
+    rotate_back,
+)
+from structprecond.structures.mode_product import matricize, mode_product
+from structprecond.structures.spec import PerAxis, Structure, StructureSpec
+
+
+@dataclass
+class SOAPState(State):
+    """State of SOAP for a stack `(b, d1, ..., dN)`.
+
+    Args:
+        factors: The Kronecker factors `(b, dk, dk)`, None for an axis that is not rotated.
+        bases: Their eigenbases, alike.
+        exp_avg: The first moment in the eigenbasis `(b, d1, ..., dN)`.
+        exp_avg_sq: The second moment in the eigenbasis, alike.
+    """
+
+    factors: RotatedFactors
+    bases: RotatedFactors
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+@dataclass(frozen=True)
+class SOAPStrategy(RotatedStrategy):
+    r"""The SOAP rule.
+
+    For each axis k, \(S_k\) averages \(G_{(k)} G_{(k)}^\top\), and \(Q_k\) is its eigenbasis. The
+    first gradient only initializes both. Then, for \(t = 1, 2, \dots\),
+
+    \[ G' = G \times_1 Q_1^\top \dots \times_N Q_N^\top, \quad
+       m \leftarrow \beta_1 m + (1 - \beta_1) G', \quad
+       v \leftarrow \beta_2 v + (1 - \beta_2) G'^2, \]
+    \[ D = \left( \frac{m}{\sqrt v + \epsilon} \right) \times_1 Q_1 \dots \times_N Q_N, \quad
+       p \leftarrow p - \eta \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} D, \quad
+       p \leftarrow p - \eta \lambda p, \quad
+       S_k \leftarrow \beta_s S_k + (1 - \beta_s) G_{(k)} G_{(k)}^\top. \]
+
+    Whenever `precondition_frequency` divides t, the columns of \(Q_k\), and v alike, are sorted by
+    descending \(\mathrm{diag}(Q_k^\top S_k Q_k)\), and \(Q_k\) becomes the orthogonal factor of
+    \(S_k Q_k\). m is rotated only then, which is the same mathematics as rotating it at every step.
+
+    An axis with the structure `diagonal` or `none` is not rotated and stores nothing; with no
+    rotated axis the rule is Adam's, but for the place of epsilon and the skipped first step.
+
+    Args:
+        normalize_grads: Whether directions are divided by their root mean square. Default: False.
+        correct_bias: Whether the step size corrects the bias of the moments. Default: True.
+        skip_first: Whether the first gradient only initializes, as published. Default: True.
+        transport: Whether the second moment follows a change of basis,
+            \(v \leftarrow v \times_k (R \circ R)^\top\) with \(R = Q_{old}^\top Q_{new}\), instead
+            of staying as measured in the old one, as published. Default: False.
+        clip_rms: If given, gradients whose root mean square of \(G' / \sqrt{\hat v}\) is larger
+            are scaled down to it, so that an outlier leaves moments and factors useful.
+            Default: None, as published.
+
+    Source: Vyas et al. 2024 (arXiv 2409.11321), algorithm 3, and its official implementation.
+    """
+
+    normalize_grads: bool = False
+    correct_bias: bool = True
+    skip_first: bool = True
+    transport: bool = False
+    clip_rms: float | None = None
+
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
+        "lr": nonnegative(3e-3),
+        "betas": pair_of_fractions((0.95, 0.95)),
+        "shampoo_beta": fraction_or_default(-1),
+        "eps": nonnegative(1e-8),
+        "weight_decay": nonnegative(0.01),
+        "precondition_frequency": interval(10),
+    }
+
+    def __post_init__(self) -> None:
+        """Check the static configuration."""
+        if self.clip_rms is not None and not self.clip_rms > 0:
+            raise StructPrecondError(f"clip_rms must be above 0 or None, got {self.clip_rms!r}.")
+
+    def init(
+        self, like: Tensor, structures: tuple[Structure, ...], dtypes: tuple[torch.dtype, ...]
+    ) -> SOAPState:
+        """Return zero factors, identity bases and zero moments."""
+        return SOAPState(
+            *make_factors(like, structures, dtypes), torch.zeros_like(like), torch.zeros_like(like)
+        )
+
+    def skips_first(self, structures: tuple[Structure, ...]) -> bool:
+        """Return whether a row's first gradient only initializes its state."""
+        return self.skip_first
+
+    def begin(self, state: SOAPState, grad: Tensor, hp: Mapping[str, Any]) -> None:
+        """Initialize the factors and their eigenbases from the first gradient."""
+        self._accumulate(state, grad, hp)
+        for factor, basis in zip(state.factors, state.bases, strict=True):
+            if factor is not None and basis is not None:
+                basis.copy_(factor.eigenbasis())
+
+    def update(
+        self, state: SOAPState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
+    ) -> Tensor:
+        """Update moments and factors, refresh the rows that are due, return the directions."""
+        betas = hp["betas"]
+        rotated = rotate(grad, state.bases)
+        if self.clip_rms is not None:
+            scale = self._clip(rotated, state.exp_avg_sq, betas[1], ctx.steps)
+            rotated = rotated * scale
+            grad = grad * scale
+        update_moments(state.exp_avg, state.exp_avg_sq, rotated, betas)
+        # without a skipped step the first gradient counts twice: no matter for an eigenbasis
+        self._accumulate(state, grad, hp)
+        # the rotated gradient has done its work: its memory takes the directions
+        denominator = torch.sqrt(state.exp_avg_sq, out=rotated).add_(hp["eps"])
+        direction = rotate_back(torch.div(state.exp_avg, denominator, out=rotated), state.bases)
+        if self.normalize_grads:
+            rms = direction.flatten(1).square().mean(1).sqrt_().add_(1e-30)
+            direction = direction / rms.reshape(-1, *[1] * (direction.ndim - 1))
+        if self.correct_bias:
+            first, second = (correction(beta, ctx.steps, grad) for beta in betas)
+            direction = direction * (second**0.5 / first)
+        if ctx.due is not None:
+            with rows_of(state, ctx.due) as part:
+                self._refresh(part)
+        return direction
+
+    def _accumulate(self, state: SOAPState, grad: Tensor, hp: Mapping[str, Any]) -> None:
+        beta = hp["shampoo_beta"] if hp["shampoo_beta"] >= 0 else hp["betas"][1]
+        for axis, factor in enumerate(state.factors):
+            if factor is not None:
+                factor.lerp_inner_(matricize(grad, axis), 1 - beta)
+
+    def _clip(self, rotated: Tensor, exp_avg_sq: Tensor, beta2: float, steps: Tensor) -> Tensor:
+        """Return the factors `(b, 1, ...)` that bring gradients down to the largest allowed rms."""
+        assert self.clip_rms is not None
+        # before the first update there is nothing to compare with
+        seen = (steps > 0).to(rotated.device)
+        unbiased = exp_avg_sq / correction(beta2, (steps - 1).clamp(min=0), rotated)
+        ratios = rotated.square().div_(unbiased.clamp_(min=torch.finfo(rotated.dtype).tiny))
+        rms = ratios.flatten(1).mean(1).sqrt_()
+        scale = torch.where(seen, (self.clip_rms / rms).clamp(max=1.0), 1.0)
+        return scale.reshape(-1, *[1] * (rotated.ndim - 1))
+
+    def _refresh(self, state: SOAPState) -> None:
+        """Refresh the eigenbases, and bring the moments into the new ones."""
+        exp_avg = rotate_back(state.exp_avg, state.bases)
+        for axis, (factor, basis) in enumerate(zip(state.factors, state.bases, strict=True)):
+            if factor is None or basis is None:
+                continue
+            better, order = factor.refresh_eigenbasis(basis.to(factor.dtype))
+            if self.transport:
+                overlap = basis._map(lambda old, new: (old.mT @ new.to(old.dtype)).square(), better)
+                moved = mode_product(
+                    state.exp_avg_sq, overlap.to(state.exp_avg_sq.dtype).rmatmat, axis
+                )
+            else:
+                moved = _permute(state.exp_avg_sq, order, axis)
+            state.exp_avg_sq.copy_(moved)
+            basis.copy_(better.to(basis.dtype))
+        state.exp_avg.copy_(rotate(exp_avg, state.bases))
+
+
+def _permute(tensor: Tensor, order: Tensor, axis: int) -> Tensor:
+    """Bring the entries along one axis of a stack into an order `(b, d_axis)`, row by row."""
+    shape = [1] * tensor.ndim
+    shape[0], shape[axis + 1] = order.shape
+    return tensor.gather(axis + 1, order.view(shape).expand_as(tensor))
+
+
+class SOAP(StructuredOptimizer):
+    """SOAP: Adam in the eigenbasis of Shampoo's factors (Vyas et al. 2024, arXiv 2409.11321).
+
+    The update rule stands at `SOAPStrategy`.
+
+    Args:
+        model: The model, or parameters as torch optimizers take them.
+        params: The parameters to optimize, or group dicts. Default: all of the model's.
+        lr: Learning rate. Default: 3e-3.
+        betas: Decay of the first and the second moment. Default: (0.95, 0.95).
+        shampoo_beta: Decay of the factors; negative for `betas[1]`. Default: -1.
+        eps: Added to the root of the second moment. Default: 1e-8.
+        weight_decay: Decoupled weight decay. Default: 0.01.
+        precondition_frequency: The bases are refreshed every so many steps, or when a callable of
+            the global step says so. Default: 10.
+        max_precond_dim: Axes longer than this are not rotated. Default: 10000.
+        merge_dims: Whether neighbouring axes are merged while their product is at most
+            `max_precond_dim`: short for `combine_params=(MergeDims(max_precond_dim),)`.
+            Default: False.
+        precondition_1d: Whether parameters with one axis are rotated. Default: False.
+        normalize_grads: Whether directions are divided by their root mean square. Default: False.
+        data_format: "channels_last" if 4-d parameters are stored as `(out, height, width, in)`,
+            which matters for merging alone. Default: "channels_first".
+        correct_bias: Whether the step size corrects the bias of the moments. Default: True.
+        skip_first: Whether the first gradient only initializes the state. Default: True.
+        transport: Whether the second moment follows a change of basis. Default: False.
+        clip_rms: The largest root mean square of a gradient over its second moment, for runs with
+            outliers; None for no limit. Default: None.
+        structures: The structure of every factor: `dense`, `diagonal`, `block<k>diagonal` or
+            `none`, for all, or in a dict from the order of a tensor to a name or a tuple of names.
+            `{2: ("dense", "none"), ...}` is one-sided SOAP, `"diagonal"` is Adam. Default:
+            `"dense"`.
+        preconditioner_dtypes: The dtype in which factors and bases are stored, given like
+            `structures`. Default: float32, or float64 for float64 parameters.
+        combine_params: The grouping rules, most important first. Default: each parameter by itself.
+        refresh: "synchronous" or "staggered", in turns. Default: "synchronous".
+        nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
+            "skip".
+        maximize: Whether to maximize. Default: False.
+        verbose_init: Whether to print what is treated how. Default: False.
+
+    Raises:
+        StructPrecondError: If an argument is wrong; the message says what to do.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> optimizer = SOAP(model, lr=0.01)
+        >>> for _ in range(2):
+        ...     loss = model(torch.ones(16, 4)).square().mean()
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[Any],
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float | Tensor = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        shampoo_beta: float = -1,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        precondition_frequency: int | Callable[[int], bool] = 10,
+        max_precond_dim: int = 10000,
+        merge_dims: bool = False,
+        precondition_1d: bool = False,
+        normalize_grads: bool = False,
+        data_format: DataFormat = "channels_first",
+        correct_bias: bool = True,
+        skip_first: bool = True,
+        transport: bool = False,
+        clip_rms: float | None = None,
+        structures: StructureSpec = "dense",
+        preconditioner_dtypes: PerAxis[torch.dtype | None] = None,
+        combine_params: Sequence[PreconditionerGroup] | None = None,
+        refresh: Refresh = "synchronous",
+        nonfinite: Nonfinite = "skip",
+        maximize: bool = False,
+        verbose_init: bool = False,
+    ) -> None:
+        if merge_dims and combine_params is not None:
+            raise StructPrecondError(
+                "merge_dims=True is short for combine_params=(MergeDims(...),), but "
+                "combine_params is given too. Put MergeDims into combine_params."
+            )
+        rule = MergeDims(max_precond_dim, data_format) if merge_dims else PerParameter()
+        super().__init__(
+            model,
+            params,
+            strategy=SOAPStrategy(
+                max_precond_dim=max_precond_dim,
+                precondition_1d=precondition_1d,
+                normalize_grads=normalize_grads,
+                correct_bias=correct_bias,
+                skip_first=skip_first,
+                transport=transport,
+                clip_rms=clip_rms,
+            ),
+            hyperparameters={
+                "lr": lr,
+                "betas": betas,
+                "shampoo_beta": shampoo_beta,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "precondition_frequency": precondition_frequency,
+            },
+            structures=structures,
+            preconditioner_dtypes=preconditioner_dtypes,
+            combine_params=(rule,) if combine_params is None else combine_params,
+            refresh=refresh,
+            nonfinite=nonfinite,
+            maximize=maximize,
+            verbose_init=verbose_init,
+        )

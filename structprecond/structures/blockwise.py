@@ -1,0 +1,87 @@
+"""What matrices made of dense diagonal blocks share: spectral functions, block by block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from structprecond.linalg import (
+    RootMethod,
+    eigh,
+    matrix_inverse_root,
+    orthogonal_iteration,
+    refresh_eigenbasis,
+)
+from structprecond.structures.base import EntrywiseMatrix
+
+
+class BlockwiseMatrix(EntrywiseMatrix):
+    """A structure whose fields are stacks of square diagonal blocks `(*b, [blocks,] k, k)`.
+
+    The fields come in the order of the rows, so everything that is computed from eigenvalues and
+    eigenvectors is computed block by block.
+    """
+
+    def eigenbasis(self) -> Self:
+        """Return the eigenvectors of symmetric matrices, by descending eigenvalue in each block.
+
+        Raises:
+            DecompositionError: If a block cannot be decomposed in float64 either.
+        """
+        return self._map(lambda block: eigh(block)[1] if block.numel() else block)
+
+    def refresh_eigenbasis(self, basis: Self) -> tuple[Self, Tensor]:
+        r"""Improve the eigenbasis of symmetric matrices by one step of orthogonal iteration.
+
+        In each block, the columns of Q are ordered by descending \(\mathrm{diag}(Q^\top S Q)\), and
+        Q becomes the orthogonal factor of \(S Q\).
+
+        Args:
+            basis: The bases \(Q\) so far.
+
+        Returns:
+            The new bases, and the order `(*b, n)` into which the columns were brought.
+        """
+        bases, orders, start = [], [], 0
+        batch = self.shape[:-2]
+        for S, Q in zip(self.named_tensors().values(), basis.named_tensors().values(), strict=True):
+            if not S.numel():
+                bases.append(Q)
+                continue
+            better, order = refresh_eigenbasis(S, Q)
+            bases.append(better)
+            k = S.shape[-1]
+            order = order.reshape(*batch, -1, k)
+            first = start + k * torch.arange(order.shape[-2], device=order.device)
+            orders.append((order + first.unsqueeze(-1)).flatten(-2))
+            start += k * order.shape[-2]
+        return type(self)(*bases), torch.cat(orders, dim=-1)
+
+    def orthogonal_iteration(self, basis: Self) -> Self:
+        r"""Improve the eigenbasis of symmetric matrices: \(Q \leftarrow \mathrm{qr}(S Q)\).
+
+        Args:
+            basis: The bases \(Q\) so far; their columns are not sorted.
+        """
+        return self._map(lambda S, Q: orthogonal_iteration(S, Q) if S.numel() else Q, basis)
+
+    def inverse_root(
+        self, root: float, damping: float | Tensor = 0.0, method: RootMethod = "eigh"
+    ) -> Self:
+        r"""Return \((A + \lambda I)^{-1/p}\) of symmetric positive semi-definite matrices.
+
+        Args:
+            root: The order \(p\).
+            damping: \(\lambda\), a number or one number per matrix `(*b,)`.
+            method: How to compute it, see `structprecond.linalg.matrix_inverse_root`.
+        """
+        batch_ndim = len(self.shape) - 2
+
+        def one(block: Tensor) -> Tensor:
+            shift = damping
+            if isinstance(shift, Tensor):
+                shift = shift.reshape(shift.shape + (1,) * (block.ndim - 2 - batch_ndim))
+            return matrix_inverse_root(block, root, shift, method) if block.numel() else block
+
+        return self._map(one)
