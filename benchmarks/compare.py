@@ -121,10 +121,10 @@ def outcome(name: str, get: Callable[[str, float, int], Run], grid: int, seeds: 
     Args:
         name: The optimizer.
         get: Where a run comes from, given the name, a learning rate and a seed.
-        grid: The number of learning rates, each twice the one before, the usual one in the middle.
+        grid: The number of learning rates, each twice the one before.
         seeds: The number of runs with the best of them.
     """
-    middle = OPTIMIZERS[name].lr
+    middle = OPTIMIZERS[name].middle
     tuning = [get(name, middle * 2.0 ** (i - grid // 2), TUNING_SEED) for i in range(grid)]
     best = min(tuning, key=lambda run: run.final_loss)
     repeats = [get(name, best.lr, TUNING_SEED + 1 + i) for i in range(seeds)]

@@ -43,7 +43,7 @@ class Shape:
     width: int = 128
     heads: int = 4
     context: int = 128
-    batch: int = 32
+    batch: int = 24
 
 
 class Attention(nn.Module):
@@ -178,7 +178,8 @@ class Run:
         seed: The seed of the weights and of the batches.
         steps: The length of the schedule.
         curve: (step, training seconds until then, validation loss); evaluations take no time.
-        step_seconds: The median time of a training step.
+        step_seconds: The time of a training step: the median over stretches of 20 steps of their
+            mean, so that neither a busy moment nor a rare expensive step is lost or decides.
         diverged: Whether a loss that is not finite ended the run early.
     """
 
@@ -262,5 +263,6 @@ def train(
             run.curve.append((step, sum(seconds), evaluate(model, held_out)))
         bar.set_postfix(loss=f"{value:.3f}", validation=f"{run.curve[-1][2]:.3f}", refresh=False)
     run.diverged |= not math.isfinite(run.curve[-1][2])
-    run.step_seconds = statistics.median(seconds) if seconds else math.nan
+    stretches = [statistics.fmean(seconds[i : i + 20]) for i in range(0, len(seconds), 20)]
+    run.step_seconds = statistics.median(stretches) if stretches else math.nan
     return run

@@ -1,7 +1,7 @@
 """The optimizers that the examples and the comparison choose from, by name.
 
-A new one is one line: its learning rate, which is also the middle of the grid that the comparison
-searches, and how to make it from a model and a learning rate.
+A new one is one line: a learning rate that suits it, and how to make it from a model and a learning
+rate.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from structprecond import SIRFShampoo
+from structprecond import SOAP, KLShampoo, SIRFShampoo
 
 
 class Choice(NamedTuple):
-    """An optimizer and the learning rate that suits it."""
+    """An optimizer, the learning rate that suits it, and the middle of the grid to search."""
 
     lr: float
     make: Callable[[nn.Module, float], Optimizer]
+    middle: float = 8e-3
 
 
 def count_tokens(inputs: tuple[Tensor, ...]) -> int:
@@ -42,13 +43,25 @@ def sirf(model: nn.Module, lr: float) -> Optimizer:
         model,
         lr=lr,
         beta2=0.1,
-        lam=0.1,
+        lam=0.03,
         batch_size=count_tokens,
         structures={1: "diagonal", 2: "dense"},
     )
 
 
+def soap(model: nn.Module, lr: float) -> Optimizer:
+    """Make SOAP with the weight decay of AdamW."""
+    return SOAP(model, lr=lr, weight_decay=0.1)
+
+
+def klshampoo(model: nn.Module, lr: float) -> Optimizer:
+    """Make KL-Shampoo with the weight decay of AdamW."""
+    return KLShampoo(model, lr=lr, weight_decay=0.1)
+
+
 OPTIMIZERS = {
-    "adamw": Choice(8e-3, adamw),
-    "sirf": Choice(0.4, sirf),
+    "adamw": Choice(1.6e-2, adamw),
+    "soap": Choice(1.6e-2, soap),
+    "klshampoo": Choice(8e-3, klshampoo),
+    "sirf": Choice(0.2, sirf, middle=0.2),
 }

@@ -31,7 +31,7 @@ def train(model: nn.Module, optimizer: SIRFShampoo, steps: range) -> float:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def main(argv: list[str] | None = None) -> bool:

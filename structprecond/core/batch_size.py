@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from structprecond.errors import StructPrecondError
@@ -51,40 +52,66 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 class BatchSizeCounter:
     """Sums the batch sizes of the forward passes whose gradients were accumulated.
 
-    A forward pass counts when a gradient flows back through its outputs. So evaluation, passes
-    under `no_grad`, passes whose loss is dropped, and the recomputation of activation checkpointing
-    do not count, and a gradient that a skipped step (`GradScaler`) leaves unused does not count
-    for the next one, once `zero_grad` has cleared it.
+    A forward pass counts when a gradient flows back through its outputs, once however often that
+    happens. So evaluation, passes under `no_grad`, passes whose loss is dropped, and the
+    recomputation of activation checkpointing do not count. The count starts anew after a step and
+    when the gradients were cleared, so the samples of a step that `GradScaler` skipped do not count
+    for the next one. (Only gradients that `model.zero_grad(set_to_none=False)` sets to zero look
+    like any others: use `optimizer.zero_grad`.)
 
     Args:
         measure: From a forward's inputs to its batch size.
-        count: Where the samples are counted, an integer tensor `()`.
 
     Attributes:
-        stale: Whether the gradients of the samples counted so far are used up or cleared.
+        count: The samples counted since the gradients were last used or cleared.
     """
 
-    def __init__(self, measure: GetBatchSize, count: Tensor) -> None:
-        self.measure, self.count, self.stale = measure, count, True
+    def __init__(self, measure: GetBatchSize) -> None:
+        self.measure, self.count = measure, 0
+        self._used, self._generation, self._backward = True, 0, -1
         self._handle: Any = None
 
-    def watch(self, model: nn.Module, params: Iterable[nn.Parameter]) -> None:
+    def watch(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Install the hook; it goes with `close`, or with the counter itself."""
-        hook = _Hook(self, model, params)
-        self._handle = model.register_forward_hook(hook, with_kwargs=True)
+        self._handle = model.register_forward_hook(_Hook(self, model, optimizer), with_kwargs=True)
         weakref.finalize(self, self._handle.remove).atexit = False
 
+    @property
+    def watching(self) -> bool:
+        """Whether the hook is installed."""
+        return self._handle is not None
+
     def close(self) -> None:
-        """Remove the hook."""
+        """Remove the hook; passes that are under way no longer count."""
         if self._handle is not None:
             self._handle.remove()
+        self._handle = None
 
-    def add(self, samples: int) -> None:
-        """Count samples; start anew if the gradients of those before are gone."""
-        if self.stale:
-            self.count.zero_()
-        self.count += samples
-        self.stale = False
+    def start_anew(self) -> None:
+        """Let the next gradient start a new count: those so far are used or cleared."""
+        self._used = True
+
+    def add(self, samples: int, counted_in: int, cleared: bool) -> int:
+        """Count a forward pass whose gradient arrives.
+
+        Args:
+            samples: Its batch size.
+            counted_in: What the last call for this pass returned, -1 if there was none.
+            cleared: Whether no parameter has a gradient.
+
+        Returns:
+            The number of the count that the pass is now part of.
+        """
+        if not self.watching:
+            return counted_in
+        backward = torch._C._current_graph_task_id()
+        if self._used or (cleared and backward != self._backward):
+            self.count, self._used = 0, False
+            self._generation += 1
+        self._backward = backward
+        if counted_in != self._generation:
+            self.count += samples
+        return self._generation
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the handle, which belongs to one model: a copy has to `watch` its own."""
@@ -92,13 +119,11 @@ class BatchSizeCounter:
 
 
 class _Hook:
-    """The forward hook. It keeps neither model nor counter alive, and copies of it do nothing."""
+    """The forward hook. It keeps neither model nor optimizer alive, and copies of it do nothing."""
 
-    def __init__(
-        self, counter: BatchSizeCounter, model: nn.Module, params: Iterable[nn.Parameter]
-    ) -> None:
+    def __init__(self, counter: BatchSizeCounter, model: nn.Module, optimizer: Optimizer) -> None:
         self.counter, self.model = weakref.ref(counter), weakref.ref(model)
-        self.params = [weakref.ref(p) for p in params]
+        self.optimizer = weakref.ref(optimizer)
         # tracing the bookkeeping into a compiled model would recompile it at every step
         self._observe = torch.compiler.disable(self._observe)  # type: ignore[method-assign]
 
@@ -119,17 +144,26 @@ class _Hook:
         counter = self.counter()
         if counter is None or self.model() is not model or not model.training:
             return
-        outputs = [t for t in _tensors(output) if t.requires_grad]
+        # a hook on a leaf would stay for ever; functional transforms have gradients of their own
+        outputs = [t for t in _tensors(output) if t.grad_fn is not None and not _is_wrapped(t)]
         if not outputs:
             return
-        if all((p := ref()) is None or p.grad is None for ref in self.params):
-            counter.stale = True
-        samples = counter.measure((*args, *kwargs.values()))
+        samples, counted_in = counter.measure((*args, *kwargs.values())), -1
 
-        def count_once(_: Tensor) -> None:
-            counter.add(samples)
+        def count(_: Tensor) -> None:
+            nonlocal counted_in
+            counted_in = counter.add(samples, counted_in, self._cleared())
 
-        torch.autograd.graph.register_multi_grad_hook(outputs, count_once, mode="any")
+        torch.autograd.graph.register_multi_grad_hook(outputs, count, mode="any")
+
+    def _cleared(self) -> bool:
+        optimizer = self.optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
+        return all(p.grad is None for group in groups for p in group["params"])
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def _do_nothing(*args: Any) -> None:

@@ -72,11 +72,11 @@ class Bucket:
         self.rows = start
         self.device = key.device
         self.state: State = strategy.init(self._empty(), key.structures, key.dtypes)
-        self.steps = torch.zeros(start, dtype=torch.int64)
-        self.turns = torch.zeros(start, dtype=torch.int64)
-        self.skipped = torch.zeros(start, dtype=torch.int64)
-        self.begun = torch.zeros(start, dtype=torch.bool)
-        self.overdue = torch.zeros(start, dtype=torch.bool)
+        self.steps = torch.zeros(start, dtype=torch.int64, device="cpu")
+        self.turns = torch.zeros(start, dtype=torch.int64, device="cpu")
+        self.skipped = torch.zeros(start, dtype=torch.int64, device="cpu")
+        self.begun = torch.zeros(start, dtype=torch.bool, device="cpu")
+        self.overdue = torch.zeros(start, dtype=torch.bool, device="cpu")
 
     @property
     def shape(self) -> Size:
@@ -135,7 +135,8 @@ class Bucket:
             maximize: Whether to ascend.
         """
         mask = torch.tensor(
-            [on for on, unit in zip(live, self.units, strict=True) for _ in range(unit.rows)]
+            [on for on, unit in zip(live, self.units, strict=True) for _ in range(unit.rows)],
+            device="cpu",
         )
         due = self._due(mask, every)
         if not mask.any():

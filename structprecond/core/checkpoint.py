@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Number
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,8 @@ FORMAT = 1
 """Version of the layout, saved as `format` in every param group."""
 
 _MOST_PROBLEMS = 20
+_COMPARED = ("strategy", "structures", "combine_params")
+_NOT_LOADED = {*_COMPARED, "preconditioner_dtypes", "params", "param_names", "format"}
 
 
 def save(optimizer: StructuredOptimizer) -> dict[str, Any]:
@@ -41,10 +44,12 @@ def _plain(value: Any) -> Any:
     """Return what `torch.load` reads without trust; a description of what it does not."""
     if isinstance(value, Tensor):
         return value.detach().clone()
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or type(value) in (bool, int, float, str):
         return value
-    if isinstance(value, list | tuple):
-        return type(value)(_plain(v) for v in value) if type(value) in (list, tuple) else str(value)
+    if type(value) in (list, tuple):
+        return type(value)(_plain(v) for v in value)
+    if isinstance(value, Number) and hasattr(value, "item"):
+        return value.item()  # numpy's numbers are Python's in disguise
     return describe_object(value)
 
 
@@ -85,6 +90,8 @@ def load(optimizer: StructuredOptimizer, checkpoint: Mapping[str, Any]) -> None:
         for i, p in zip(_match(saved, live), live["params"], strict=True):
             label, mine = optimizer.name_of(p), dict(optimizer.state.get(p, {}))
             theirs = saved_state.get(i, {})
+            if not theirs and not p.requires_grad:
+                continue  # torch's tools for distributed checkpoints leave out what is frozen
             if set(mine) != set(theirs):
                 problems += [f"{label}: missing {n}" for n in sorted(set(mine) - set(theirs))]
                 problems += [f"{label}: unexpected {n}" for n in sorted(set(theirs) - set(mine))]
@@ -114,15 +121,17 @@ def _parts(checkpoint: Any) -> tuple[Sequence[Mapping[str, Any]], Mapping[Any, A
     """Return param groups and state, if they look like what `save` writes."""
     try:
         groups, state = checkpoint["param_groups"], checkpoint["state"]
-        formats = {group["format"] for group in groups}
-        complete = all(isinstance(g["params"], list) for g in groups) and isinstance(state, Mapping)
+        # torch's tools for distributed checkpoints keep only the keys that live groups have
+        formats = {group.get("format", FORMAT) for group in groups}
+        complete = all(isinstance(g["params"], list) and "strategy" in g for g in groups)
+        complete = complete and isinstance(state, Mapping)
         complete = complete and all(isinstance(entry, Mapping) for entry in state.values())
     except (KeyError, TypeError, IndexError, AttributeError):
         complete = False
     if not complete:
         raise CheckpointError(
             "This is no checkpoint of a structured optimizer: expected what its state_dict() "
-            "returned, a dict with 'state' and 'param_groups' that name their 'format'."
+            "returned, a dict with 'state' and 'param_groups' that name their 'strategy'."
         )
     if formats - {FORMAT}:
         raise CheckpointError(
@@ -140,18 +149,13 @@ def _match(saved: Mapping[str, Any], live: Mapping[str, Any]) -> Iterable[Any]:
     return list(saved["params"])
 
 
-def _is_object(value: Any) -> bool:
-    """Whether a live value is described in checkpoints instead of being saved."""
-    return not isinstance(value, Tensor) and _plain(value) is not value
-
-
 def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
     problems = []
     theirs, mine = saved.get("param_names"), live.get("param_names")
     if theirs and mine and set(theirs) != set(mine):
         problems += [f"{n}: not in the checkpoint" for n in mine if n not in set(theirs)]
         problems += [f"{n}: not in the optimizer" for n in theirs if n not in set(mine)]
-    for key in ("strategy", "structures", "combine_params"):
+    for key in _COMPARED:
         if key in live and saved.get(key) != _plain(live[key]):
             problems.append(
                 f"param group {number}: {key} is {saved.get(key)!r} in the checkpoint, "
@@ -161,11 +165,11 @@ def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, An
 
 
 def _load_group(saved: Mapping[str, Any], live: dict[str, Any]) -> None:
-    for key, value in saved.items():
-        if key in ("params", "param_names", "format"):
-            continue
-        current = live.get(key)
+    for key in saved.keys() - _NOT_LOADED:
+        value, current = saved[key], live.get(key)
         if isinstance(current, Tensor):
             current.copy_(torch.as_tensor(value))
-        elif key not in live or not (_is_object(current) or isinstance(value, Tensor)):
-            live[key] = value
+        elif callable(current) or (isinstance(value, str) and not isinstance(current, str)):
+            continue  # callables stay the live ones; a text stands for one in the checkpoint
+        else:
+            live[key] = value.item() if isinstance(value, Tensor) else value

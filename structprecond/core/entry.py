@@ -14,7 +14,8 @@ from structprecond.errors import StructPrecondError
 class Entry(dict[str, Tensor]):
     """The state of one unit by name, as views of the stacks that hold it.
 
-    Assigning to a name writes the values into the stack, whatever their dtype and device.
+    Assigning to a name writes the values into the stack, whatever their dtype and device. Names
+    cannot be added or removed. Copies and pickles are plain dicts of tensors of their own.
     """
 
     def __init__(self, label: str, views: Mapping[str, Tensor]) -> None:
@@ -26,6 +27,34 @@ class Entry(dict[str, Tensor]):
         self.check({**self, name: value})
         with torch.no_grad():
             self[name].copy_(torch.as_tensor(value))
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Write several values into the stack."""
+        values = dict(*args, **kwargs)
+        self.check({**self, **values})
+        for name, value in values.items():
+            self[name] = value
+
+    def setdefault(self, name: str, default: Any = None) -> Tensor:
+        """Return the value of a name that exists."""
+        self.check({**self, name: self.get(name, default)})
+        return self[name]
+
+    def _refuse(self, *args: Any) -> Any:
+        raise StructPrecondError(
+            f"The state of {self.label} is fixed: names cannot be removed. Build a new optimizer "
+            "to start from a new state."
+        )
+
+    __delitem__ = pop = popitem = clear = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy as a plain dict: a view would drag the whole stack along."""
+        return dict, ({name: view.clone() for name, view in self.items()},)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Tensor]:
+        """Copy as a plain dict."""
+        return {name: view.clone() for name, view in self.items()}
 
     def adopt(self, values: Mapping[str, Any]) -> None:
         """Write all values into the stack."""

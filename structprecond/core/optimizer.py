@@ -15,6 +15,8 @@ from structprecond.core import checkpoint
 from structprecond.core.batch_size import BatchSizeCounter, GetBatchSize
 from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
 from structprecond.core.entry import Entry
+from structprecond.core.finite import with_nonfinite_gradient
+from structprecond.core.schedule import take_turns
 from structprecond.core.units import Unit, find_units
 from structprecond.errors import (
     GradientError,
@@ -26,6 +28,21 @@ from structprecond.groups import PerParameter, PreconditionerGroup
 from structprecond.strategies.base import Strategy
 from structprecond.structures.spec import PerAxis, StructureSpec, per_axis, resolve_structures
 
+# what copies and pickles carry: no views, no scratch memory, nothing that others put here
+_COPIED = (
+    "defaults",
+    "param_groups",
+    "model",
+    "refresh",
+    "nonfinite",
+    "maximize",
+    "buckets",
+    "_names",
+    "_global_step",
+    "_samples",
+    "_counter",
+    "_warned",
+)
 Nonfinite = Literal["skip", "raise", "ignore"]
 Refresh = Literal["synchronous", "staggered"]
 
@@ -120,11 +137,21 @@ class StructuredOptimizer(Optimizer):
         self._names: dict[nn.Parameter, str] = {}
         self._entries: dict[nn.Parameter, Entry] = {}
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._global_step = torch.zeros((), dtype=torch.int64)
-        self._samples = torch.zeros((), dtype=torch.int64)
+        self._global_step = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._samples = torch.zeros((), dtype=torch.int64, device="cpu")
         self._counter: BatchSizeCounter | None = None
         self._warned = False
         self._turns_for: tuple[Any, ...] = ()
+        if unknown := set(hyperparameters or {}) - set(strategy.hyperparameters):
+            raise HyperparameterError(
+                f"Unknown hyperparameters {sorted(unknown)} of {type(strategy).__name__}. Known "
+                f"are {', '.join(sorted(strategy.hyperparameters))}."
+            )
+        if isinstance(combine_params, PreconditionerGroup):
+            raise GroupError(
+                f"combine_params takes a tuple of rules, got {combine_params!r} alone. "
+                "Put it into a tuple."
+            )
         defaults = {
             **{name: h.default for name, h in strategy.hyperparameters.items()},
             **(hyperparameters or {}),
@@ -238,11 +265,15 @@ class StructuredOptimizer(Optimizer):
         return BucketKey(unit.rule, unit.shape, structures, dtypes, dtype, device)
 
     def _show(self, bucket: Bucket) -> None:
-        """Let `state` show the rows of a bucket."""
+        """Let `state` show the rows of a bucket, under the first parameter of each unit.
+
+        The others show the counters alone: torch expects every parameter to have some state.
+        """
         shared = {"global_step": self._global_step, "batch_size": self._samples}
         for i, unit in enumerate(bucket.units):
-            entry = Entry(unit.label, bucket.unit_tensors(i) | shared)
-            self.state[unit.params[0]] = self._entries[unit.params[0]] = entry
+            for p in unit.params:
+                own = bucket.unit_tensors(i) if p is unit.params[0] else {}
+                self.state[p] = self._entries[p] = Entry(unit.label, own | shared)
 
     def _per_unit(self, part: Callable[[Any], tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         """Return a part of the state, a tuple of stacked matrices, for every unit."""
@@ -273,7 +304,7 @@ class StructuredOptimizer(Optimizer):
 
         Assign an integer to fix it, or a callable on a forward's inputs to have it counted.
         """
-        return int(self._samples) or None
+        return (int(self._samples) if self._counter is None else self._counter.count) or None
 
     @batch_size.setter
     def batch_size(self, value: int | GetBatchSize) -> None:
@@ -284,8 +315,8 @@ class StructuredOptimizer(Optimizer):
                     "optimizer was given parameters only. Pass the model as the first argument, "
                     "or batch_size= as an integer."
                 )
-            counter = BatchSizeCounter(value, self._samples)
-            counter.watch(self.model, list(self._names))
+            counter = BatchSizeCounter(value)
+            counter.watch(self.model, self)
         elif isinstance(value, int) and not isinstance(value, bool) and value >= 1:
             counter = None
             self._samples.fill_(value)
@@ -301,8 +332,9 @@ class StructuredOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as `torch.optim.Optimizer.zero_grad`."""
         super().zero_grad(set_to_none)
+        self._watch()
         if self._counter is not None:
-            self._counter.stale = True
+            self._counter.start_anew()
 
     # --- the step --------------------------------------------------------------------------------
 
@@ -328,12 +360,13 @@ class StructuredOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._watch()
         self._follow()
         live = [[unit.live() for unit in bucket.units] for bucket in self.buckets]
         self._check_layouts(live)
+        batch_size = self._known_batch_size(live)
         if self.nonfinite != "ignore":
             self._drop_nonfinite(live)
-        batch_size = self._known_batch_size()
         refresh = self._refresh_now()
         for bucket, alive in zip(self.buckets, live, strict=True):
             bucket.step(
@@ -345,8 +378,9 @@ class StructuredOptimizer(Optimizer):
                 self.maximize,
             )
         self._global_step += 1
+        self._samples.fill_(batch_size or 0)
         if self._counter is not None:
-            self._counter.stale = True
+            self._counter.start_anew()
         return loss
 
     def _follow(self) -> None:
@@ -388,14 +422,7 @@ class StructuredOptimizer(Optimizer):
     def _drop_nonfinite(self, live: list[list[bool]]) -> None:
         """Take units with a non-finite gradient out of `live`, with one look at the device."""
         params = self._live_params(live)
-        by_device: dict[torch.device, list[nn.Parameter]] = {}
-        for p in params:
-            by_device.setdefault(p.device, []).append(p)
-        bad: set[int] = set()
-        for members in by_device.values():
-            # sums of squares are fast, but overflow on some finite gradients: then look closer
-            suspects = _with_infinite_norm(members, 2)
-            bad |= {id(p) for p in suspects and _with_infinite_norm(suspects, torch.inf)}
+        bad = {id(p) for p in with_nonfinite_gradient(params)}
         if not bad:
             return
         labels = [self._names[p] for p in params if id(p) in bad]
@@ -415,10 +442,10 @@ class StructuredOptimizer(Optimizer):
                     alive[i] = False
                     bucket.skipped[bucket.spans[i]] += 1
 
-    def _known_batch_size(self) -> int | None:
+    def _known_batch_size(self, live: Sequence[Sequence[bool]]) -> int | None:
         if self.batch_size is None:
-            for bucket in self.buckets:
-                if bucket.strategy.needs_batch_size:
+            for bucket, alive in zip(self.buckets, live, strict=True):
+                if bucket.strategy.needs_batch_size and any(alive):
                     raise StructPrecondError(
                         f"{type(bucket.strategy).__name__} needs the batch size, but no gradient "
                         "flowed back through a forward pass of the model in training mode. Pass "
@@ -429,30 +456,21 @@ class StructuredOptimizer(Optimizer):
     def _refresh_now(self) -> dict[int, int | bool]:
         """Return every group's refresh interval, with callables asked once about this step."""
         answers: dict[int, int | bool] = {}
+        asked: dict[int, bool] = {}
         for group in self.param_groups:
             name = group["strategy"].refresh_interval
             every = group[name] if name is not None else False
-            answers[id(group)] = bool(every(self.global_step)) if callable(every) else every
+            if callable(every):
+                if id(every) not in asked:
+                    asked[id(every)] = bool(every(self.global_step))
+                every = asked[id(every)]
+            answers[id(group)] = every
         if self.refresh == "staggered":
-            self._take_turns(answers)
+            key = tuple((id(b), answers[id(b.group)]) for b in self.buckets)
+            if key != self._turns_for:
+                take_turns(self.buckets, answers)
+                self._turns_for = key
         return answers
-
-    def _take_turns(self, intervals: Mapping[int, int | bool]) -> None:
-        """Spread the rows of all buckets over the steps of their interval, by cost."""
-        key = tuple((id(b), intervals[id(b.group)]) for b in self.buckets)
-        if key == self._turns_for:
-            return
-        self._turns_for = key
-        load: dict[int, list[int]] = {}
-        for bucket in sorted(self.buckets, key=Bucket.refresh_cost, reverse=True):
-            every = intervals[id(bucket.group)]
-            if isinstance(every, bool):
-                continue
-            steps = load.setdefault(every, [0] * every)
-            for row in range(bucket.rows):
-                lightest = min(range(every), key=steps.__getitem__)
-                steps[lightest] += bucket.refresh_cost()
-                bucket.turns[row] = lightest
 
     def _scratch_for(self, bucket: Bucket) -> Tensor:
         """Return memory for a bucket's stack, shared by all buckets, which run one by one."""
@@ -492,30 +510,31 @@ class StructuredOptimizer(Optimizer):
             result = pre_hook(self, state_dict)
             state_dict = state_dict if result is None else result
         checkpoint.load(self, state_dict)
+        if self._counter is not None:
+            self._counter.count = int(self._samples)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles need: the stacks themselves, not hundreds of views."""
-        left_out = {"state", "_entries", "_scratch"}
-        return {
-            key: value
-            for key, value in self.__dict__.items()
-            if key not in left_out and not key.startswith("_optimizer_")
-        }
+        return {key: self.__dict__[key] for key in _COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or pickle."""
-        fresh: dict[str, Any] = {"state": defaultdict(dict), "_entries": {}, "_scratch": {}}
+        fresh: dict[str, Any] = {
+            "state": defaultdict(dict),
+            "_entries": {},
+            "_scratch": {},
+            "_turns_for": (),
+        }
         super().__setstate__({**state, **fresh})
         for bucket in self.buckets:
             self._show(bucket)
-        if self._counter is not None and self.model is not None:
-            self._counter.watch(self.model, list(self._names))
+        self._watch()
 
-
-def _with_infinite_norm(params: Sequence[nn.Parameter], order: float) -> list[nn.Parameter]:
-    """Return the parameters whose gradient's norm is not finite, with one look at the device."""
-    norms = torch._foreach_norm([p.grad for p in params if p.grad is not None], order)
-    finite = torch.stack([norm.float() for norm in norms]).isfinite().tolist()
-    return [p for p, ok in zip(params, finite, strict=True) if not ok]
+    def _watch(self) -> None:
+        """Let the counter of a copy watch the copy of the model, as soon as that is complete."""
+        if self._counter is None or self.model is None or self._counter.watching:
+            return
+        if "_forward_hooks" in self.model.__dict__:
+            self._counter.watch(self.model, self)

@@ -75,6 +75,7 @@ def find_units(
     known = {id(p) for p in seen.parameters()}
     open_params = {id(p) for p in params}
     units = []
+    grouped_shapes: dict[tuple[int, tuple[Size, ...]], Size] = {}
     for rule in rules:
         if not isinstance(rule, PreconditionerGroup):
             raise GroupError(
@@ -94,7 +95,7 @@ def find_units(
                 )
             whole = members and all(id(p) in open_params for p in members)
             if whole and len({p.requires_grad for p in members}) == 1:
-                units.append(_unit(rule, members, names))
+                units.append(_unit(rule, members, names, grouped_shapes))
                 open_params -= {id(p) for p in members}
     if lost := [names[p] for p in params if id(p) in open_params]:
         raise GroupError(
@@ -106,7 +107,10 @@ def find_units(
 
 
 def _unit(
-    rule: PreconditionerGroup, members: Sequence[nn.Parameter], names: Mapping[nn.Parameter, str]
+    rule: PreconditionerGroup,
+    members: Sequence[nn.Parameter],
+    names: Mapping[nn.Parameter, str],
+    grouped_shapes: dict[tuple[int, tuple[Size, ...]], Size],
 ) -> Unit:
     label = " + ".join(f"{names[p]} {tuple(p.shape)}" for p in members)
     if len({(p.dtype, p.device) for p in members}) > 1:
@@ -115,7 +119,12 @@ def _unit(
             f"{rule} treats {label} jointly, but they differ in dtype or device ({kinds}). "
             "Convert them, or leave them to PerParameter()."
         )
-    grouped = _check_inverse(rule, [p.shape for p in members], label)
+    shapes = [p.shape for p in members]
+    # equal shapes are checked once: models repeat themselves
+    key = (id(rule), tuple(shapes))
+    if key not in grouped_shapes:
+        grouped_shapes[key] = _check_inverse(rule, shapes, label)
+    grouped = grouped_shapes[key]
     rows = grouped[0] if rule.stacked else 1
     shape = grouped[1:] if rule.stacked else grouped
     if not shape:
@@ -127,13 +136,22 @@ def _unit(
 
 
 def _check_inverse(rule: PreconditionerGroup, shapes: list[Size], label: str) -> Size:
-    """Return the shape that `group` makes, after checking on the meta device that it inverts."""
-    tensors = [torch.empty(shape, device="meta") for shape in shapes]
-    grouped = rule.group(tensors)
+    """Return the shape that `group` makes, after checking that `ungroup` inverts it."""
+    numbers = torch.arange(sum(s.numel() for s in shapes), dtype=torch.int32, device="cpu")
+    tensors = [
+        piece.view(shape)
+        for piece, shape in zip(numbers.split([s.numel() for s in shapes]), shapes, strict=True)
+    ]
+    grouped = rule.group([t.clone() for t in tensors])
     back = rule.ungroup(grouped, shapes)
     if [t.shape for t in back] != shapes:
         raise GroupError(
             f"{rule}.ungroup does not invert {rule}.group: of {label} it makes tensors of shapes "
             f"{[tuple(t.shape) for t in back]}. Return one tensor per parameter, in its shape."
+        )
+    if not all(torch.equal(b, t) for b, t in zip(back, tensors, strict=True)):
+        raise GroupError(
+            f"{rule}.ungroup does not invert {rule}.group: of {label} it puts entries in other "
+            "places. Both may only move entries."
         )
     return grouped.shape

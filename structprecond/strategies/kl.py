@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
-from structprecond.core.state import State, rows_of
+from structprecond.core.state import State
 from structprecond.errors import StructPrecondError
 from structprecond.groups import PerParameter, PreconditionerGroup
 from structprecond.strategies.base import (
     Hyperparameter,
     StepContext,
-    interval,
     nonnegative,
 )
 from structprecond.strategies.moments import (
@@ -98,7 +97,7 @@ class KLShampooStrategy(RotatedStrategy):
         "shampoo_beta": fraction_or_default(-1),
         "eps": nonnegative(1e-8),
         "weight_decay": nonnegative(0.01),
-        "precondition_frequency": interval(10),
+        **RotatedStrategy.hyperparameters,
     }
 
     def __post_init__(self) -> None:
@@ -147,9 +146,7 @@ class KLShampooStrategy(RotatedStrategy):
         roots = [self._inverse_roots(values) for values in state.eigenvalues]
         direction = rotate_back(self._direction(state, rotated, roots, hp), state.bases)
         self._accumulate(state, rotated, roots, _decay(hp))
-        if ctx.due is not None:
-            with rows_of(state, ctx.due) as part:
-                self._refresh(part)
+        self._refresh_stale(state, hp, ctx)
         return direction
 
     def _direction(
@@ -190,8 +187,7 @@ class KLShampooStrategy(RotatedStrategy):
             if factor is not None and basis is not None:
                 factor.lerp_inner_(basis.to(X.dtype).matmat(X), 1 - decay)
 
-    @staticmethod
-    def _refresh(state: KLState) -> None:
+    def _refresh(self, state: KLState) -> None:
         """Refresh the eigenbases, and bring the first moment into the new ones."""
         exp_avg = rotate_back(state.exp_avg, state.bases)
         for factor, basis in zip(state.factors, state.bases, strict=True):
@@ -269,6 +265,8 @@ class KLShampoo(StructuredOptimizer):
         weight_decay: Decoupled weight decay. Default: 0.01.
         precondition_frequency: The bases are refreshed every so many steps, or when a callable of
             the global step says so. Default: 10.
+        refresh_tolerance: Rows whose bases still have off-diagonal ratios of at most this are not
+            refreshed. Default: 0.0, refresh all.
         init_factor: The eigenvalues of the factors at the start. Default: 0.1.
         clamping: Whether inverse roots of eigenvalues are clamped. Default: True.
         max_precond_dim: Axes longer than this get no factor. Default: 10000.
@@ -312,6 +310,7 @@ class KLShampoo(StructuredOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         precondition_frequency: int | Callable[[int], bool] = 10,
+        refresh_tolerance: float = 0.0,
         init_factor: float = 0.1,
         clamping: bool = True,
         max_precond_dim: int = 10000,
@@ -340,6 +339,7 @@ class KLShampoo(StructuredOptimizer):
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "precondition_frequency": precondition_frequency,
+                "refresh_tolerance": refresh_tolerance,
             },
             structures=structures,
             preconditioner_dtypes=preconditioner_dtypes,

@@ -1,15 +1,22 @@
-"""What the strategies that work in eigenbases of Kronecker factors share."""
+"""What the strategies share that average Kronecker factors and rotate into their eigenbases."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from structprecond.strategies.base import Strategy
+from structprecond.core.state import ALL_ROWS, Rows, rows_of, select
+from structprecond.strategies.base import (
+    Hyperparameter,
+    StepContext,
+    Strategy,
+    interval,
+    nonnegative,
+)
 from structprecond.structures import DiagonalMatrix
 from structprecond.structures.blockwise import BlockwiseMatrix
 from structprecond.structures.mode_product import mode_product
@@ -20,8 +27,8 @@ RotatedFactors = tuple[BlockwiseMatrix | None, ...]
 
 
 @dataclass(frozen=True)
-class RotatedStrategy(Strategy[Any]):
-    """Base of the strategies that work in eigenbases of Kronecker factors.
+class FactoredStrategy(Strategy[Any]):
+    """Base of the strategies that average Kronecker factors and refresh what they need of them.
 
     Args:
         max_precond_dim: Axes longer than this get no factor. Default: 10000.
@@ -46,6 +53,43 @@ class RotatedStrategy(Strategy[Any]):
             None if dim > self.max_precond_dim else structure
             for structure, dim in zip(structures, dims, strict=True)
         )
+
+
+@dataclass(frozen=True)
+class RotatedStrategy(FactoredStrategy):
+    """Base of the strategies that work in eigenbases of Kronecker factors.
+
+    Their states have `factors` and `bases`, and they refresh them in `_refresh`.
+    """
+
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
+        "precondition_frequency": interval(10),
+        "refresh_tolerance": nonnegative(0.0),
+    }
+
+    def _refresh(self, state: Any) -> None:
+        """Refresh the bases of all rows, and bring the moments into the new ones."""
+
+    def _refresh_stale(self, state: Any, hp: Mapping[str, Any], ctx: StepContext) -> None:
+        """Refresh the rows that are due, but for those whose bases are still good enough."""
+        if ctx.due is None:
+            return
+        with rows_of(state, ctx.due) as due:
+            rows = self._stale(due.factors, due.bases, hp["refresh_tolerance"])
+            if rows is not None:
+                with rows_of(due, rows) as part:
+                    self._refresh(part)
+
+    @staticmethod
+    def _stale(factors: RotatedFactors, bases: RotatedFactors, tolerance: float) -> Rows | None:
+        """Return the rows of which an axis has a larger off-diagonal ratio than the tolerance."""
+        axes = [
+            (S, Q) for S, Q in zip(factors, bases, strict=True) if S is not None and Q is not None
+        ]
+        if not tolerance or not axes:
+            return ALL_ROWS
+        ratios = [S.to(Q.dtype).off_diagonal_ratio(Q) for S, Q in axes]
+        return select((torch.stack(ratios).amax(0) > tolerance).cpu())
 
 
 def rotate(tensor: Tensor, bases: RotatedFactors) -> Tensor:

@@ -21,7 +21,7 @@ from structprecond.strategies.base import (
     nonnegative,
 )
 from structprecond.strategies.moments import correction, pair_of_fractions
-from structprecond.strategies.rotation import RotatedStrategy
+from structprecond.strategies.rotation import FactoredStrategy
 from structprecond.structures import DiagonalMatrix
 from structprecond.structures.blockwise import BlockwiseMatrix
 from structprecond.structures.mode_product import matricize, mode_product
@@ -49,7 +49,7 @@ class ShampooState(State):
 
 
 @dataclass(frozen=True)
-class ShampooStrategy(RotatedStrategy):
+class ShampooStrategy(FactoredStrategy):
     r"""The Shampoo rule.
 
     With N the number of axes that have a factor, for \(t = 1, 2, \dots\),

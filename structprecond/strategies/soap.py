@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
-from structprecond.core.state import State, rows_of
+from structprecond.core.state import State
 from structprecond.errors import StructPrecondError
 from structprecond.groups import MergeDims, PerParameter, PreconditionerGroup
 from structprecond.groups.merge import DataFormat
 from structprecond.strategies.base import (
     Hyperparameter,
     StepContext,
-    interval,
     nonnegative,
 )
 from structprecond.strategies.moments import (
@@ -102,7 +101,7 @@ class SOAPStrategy(RotatedStrategy):
         "shampoo_beta": fraction_or_default(-1),
         "eps": nonnegative(1e-8),
         "weight_decay": nonnegative(0.01),
-        "precondition_frequency": interval(10),
+        **RotatedStrategy.hyperparameters,
     }
 
     def __post_init__(self) -> None:
@@ -151,9 +150,7 @@ class SOAPStrategy(RotatedStrategy):
         if self.correct_bias:
             first, second = (correction(beta, ctx.steps, grad) for beta in betas)
             direction = direction * (second**0.5 / first)
-        if ctx.due is not None:
-            with rows_of(state, ctx.due) as part:
-                self._refresh(part)
+        self._refresh_stale(state, hp, ctx)
         return direction
 
     def _accumulate(self, state: SOAPState, grad: Tensor, hp: Mapping[str, Any]) -> None:
@@ -214,6 +211,8 @@ class SOAP(StructuredOptimizer):
         weight_decay: Decoupled weight decay. Default: 0.01.
         precondition_frequency: The bases are refreshed every so many steps, or when a callable of
             the global step says so. Default: 10.
+        refresh_tolerance: Rows whose bases still have off-diagonal ratios of at most this are not
+            refreshed. Default: 0.0, refresh all.
         max_precond_dim: Axes longer than this are not rotated. Default: 10000.
         merge_dims: Whether neighbouring axes are merged while their product is at most
             `max_precond_dim`: short for `combine_params=(MergeDims(max_precond_dim),)`.
@@ -264,6 +263,7 @@ class SOAP(StructuredOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         precondition_frequency: int | Callable[[int], bool] = 10,
+        refresh_tolerance: float = 0.0,
         max_precond_dim: int = 10000,
         merge_dims: bool = False,
         precondition_1d: bool = False,
@@ -306,6 +306,7 @@ class SOAP(StructuredOptimizer):
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "precondition_frequency": precondition_frequency,
+                "refresh_tolerance": refresh_tolerance,
             },
             structures=structures,
             preconditioner_dtypes=preconditioner_dtypes,

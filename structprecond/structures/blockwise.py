@@ -9,6 +9,7 @@ from typing_extensions import Self
 from structprecond.linalg import (
     RootMethod,
     eigh,
+    full_precision,
     matrix_inverse_root,
     orthogonal_iteration,
     refresh_eigenbasis,
@@ -65,6 +66,19 @@ class BlockwiseMatrix(EntrywiseMatrix):
             basis: The bases \(Q\) so far; their columns are not sorted.
         """
         return self._map(lambda S, Q: orthogonal_iteration(S, Q) if S.numel() else Q, basis)
+
+    def off_diagonal_ratio(self, basis: Self) -> Tensor:
+        r"""Measure how stale a basis is: \(\|\mathrm{offdiag}(Q^\top S Q)\|_F / \|S\|_F\), `(*b,)`.
+
+        Args:
+            basis: The bases \(Q\).
+        """
+        with full_precision():
+            rotated = basis._map(lambda Q, S: Q.mT @ S @ Q, self)
+        norm = rotated.frobenius_norm()
+        for block in rotated.named_tensors().values():
+            block.diagonal(dim1=-2, dim2=-1).zero_()
+        return rotated.frobenius_norm() / torch.where(norm > 0, norm, 1.0)
 
     def inverse_root(
         self, root: float, damping: float | Tensor = 0.0, method: RootMethod = "eigh"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copyreg
 import re
+from abc import ABCMeta
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 from structprecond.errors import StructureError
 from structprecond.structures.base import StructuredMatrix
@@ -73,17 +75,20 @@ def structure_class(name: str) -> type[StructuredMatrix]:
 
 
 def _sized(base: type[StructuredMatrix], name: str, **sizes: int) -> type[StructuredMatrix]:
-    """Make the subclass of one size, whose instances pickle by the structure's name."""
-
-    def reduce(self: StructuredMatrix) -> tuple[Any, ...]:
-        return _rebuild, (name, *self.named_tensors().values())
-
-    namespace = {"__doc__": base.__doc__, "__reduce__": reduce, "name": name, **sizes}
-    return type(name, (base,), {**namespace, "__module__": base.__module__})
+    """Make the subclass of one size."""
+    namespace = {"__doc__": base.__doc__, "__module__": base.__module__, "name": name, **sizes}
+    return cast("type[StructuredMatrix]", _SizedClass(name, (base,), namespace))
 
 
-def _rebuild(name: str, *tensors: Any) -> StructuredMatrix:
-    return structure_class(name)(*tensors)
+class _SizedClass(ABCMeta):
+    """The type of the classes that are made from a name, so that they pickle by it."""
+
+
+def _reduce(cls: Any) -> tuple[Any, ...]:
+    return structure_class, (cls.name,)
+
+
+copyreg.pickle(_SizedClass, _reduce)
 
 
 def per_axis(value: PerAxis[T], order: int, what: str, units: str) -> tuple[T, ...]:

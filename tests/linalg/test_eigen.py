@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from structprecond import DecompositionError
 from structprecond.linalg import (
@@ -76,7 +77,7 @@ def test_eigh_tries_again_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails_in_float32(matrix: Tensor) -> tuple[Tensor, Tensor]:
         dtypes.append(matrix.dtype)
         if matrix.dtype == torch.float32:
-            raise torch.linalg.LinAlgError("did not converge")
+            raise LinAlgError("did not converge")
         return real(matrix)
 
     monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)

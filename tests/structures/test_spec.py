@@ -9,7 +9,7 @@ import torch
 
 from structprecond import BlockDiagonalMatrix, DenseMatrix, DiagonalMatrix, StructureError
 from structprecond.structures import SUPPORTED_STRUCTURES, structure_class
-from structprecond.structures.spec import resolve_structures
+from structprecond.structures.spec import StructureSpec, resolve_structures
 
 
 def test_sizes_come_from_the_name() -> None:
@@ -40,7 +40,7 @@ def test_every_supported_name_without_sizes_resolves() -> None:
 
 
 def test_one_name_is_for_all_axes_and_a_dict_is_by_order() -> None:
-    spec = {1: "none", 2: ("dense", "diagonal"), 3: DiagonalMatrix}
+    spec: StructureSpec = {1: "none", 2: ("dense", "diagonal"), 3: DiagonalMatrix}
     assert resolve_structures("dense", 2, "w") == (DenseMatrix, DenseMatrix)
     assert resolve_structures(spec, 1, "w") == (None,)
     assert resolve_structures(spec, 2, "w") == (DenseMatrix, DiagonalMatrix)

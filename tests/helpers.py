@@ -1,0 +1,222 @@
+"""What the tests share: a tiny model, comparison to the bit, and SIRF-Shampoo by the book."""
+
+from __future__ import annotations
+
+import copy
+import string
+from collections.abc import Callable, Sequence
+from math import prod, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structprecond import StructuredOptimizer
+
+Split = Callable[[list[Tensor]], list[Tensor]]
+"""From the tensors of a unit to its independent problems, or back."""
+
+SETTINGS: dict[str, Any] = {
+    "lr": 0.05, "beta2": 0.1, "alpha1": 0.9, "alpha2": 0.5, "lam": 0.1, "kappa": 0.02
+}  # fmt: skip
+"""Hyperparameters of SIRF-Shampoo under which every term of its rule is felt within a few steps."""
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def mlp(dtype: torch.dtype = torch.float64) -> Any:
+    """Return an `nn.Sequential` with several parameters of one shape."""
+    sizes = [(3, 4), (4, 4), (4, 4), (4, 2)]
+    layers = [layer for n, m in sizes for layer in (nn.Linear(n, m), nn.Tanh())]
+    return nn.Sequential(*layers[:-1]).to(dtype)
+
+
+def data(step: int, samples: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Return the batch of a step, always the same."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    x, y = (torch.randn(samples, n, generator=generator, dtype=torch.float64) for n in (3, 2))
+    return x.to(dtype), y.to(dtype)
+
+
+def backward(model: nn.Module, step: int, samples: int = 6) -> Tensor:
+    """Compute the gradients of the mean loss of a step's batch."""
+    dtype = next(p.dtype for p in model.parameters())
+    x, y = data(step, samples, dtype)
+    loss: Tensor = (model(x) - y).square().sum(1).mean()
+    loss.backward()
+    return loss
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
+    """Train on the batches of the steps from `start` on."""
+    for step in range(start, start + steps):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+
+
+def set_grads(params: Sequence[Tensor], step: int) -> None:
+    """Set random gradients, always the same for a step and a place among the parameters."""
+    for i, p in enumerate(params):
+        generator = torch.Generator().manual_seed(1000 * step + i)
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+
+
+# --- comparing -----------------------------------------------------------------------------------
+
+
+def snapshot(model: nn.Module, optimizer: StructuredOptimizer) -> dict[str, Any]:
+    """Copy all that a step may change: parameters, state (stacks and what is shown), groups."""
+    entries = [(name, p) for name, p in model.named_parameters() if p in optimizer.state]
+    return {
+        "params": {name: p.detach().clone() for name, p in model.named_parameters()},
+        "shown": {n: {k: t.clone() for k, t in optimizer.state[p].items()} for n, p in entries},
+        "stacks": [{k: t.clone() for k, t in b.named_tensors().items()} for b in optimizer.buckets],
+        "groups": [copy.copy({**g, "params": list(g["params"])}) for g in optimizer.param_groups],
+        "counters": (optimizer.global_step, optimizer.batch_size, optimizer.skipped),
+    }
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Compare nested containers of tensors and plain values, tensors bit for bit."""
+    if isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter):
+        return a is b
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        pair = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+        return torch.equal(*pair)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same_bits(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return bool(a == b)
+
+
+def values(model: nn.Module) -> list[Tensor]:
+    """Copy the parameters."""
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = 1e-12) -> None:
+    """Compare tensors, or lists of them, relative to the largest entry."""
+    if isinstance(actual, Tensor):
+        actual, expected = [actual], [expected]
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        scale = e.abs().max().item() if e.numel() else 0.0
+        assert (a - e).abs().sum().item() <= tolerance * max(scale, 1e-3) * max(e.numel(), 1)
+
+
+# --- SIRF-Shampoo by the book --------------------------------------------------------------------
+
+
+def along(axis: int, matrix: Tensor, tensor: Tensor) -> Tensor:
+    """Multiply one axis of a tensor with a matrix."""
+    axes = string.ascii_lowercase[: tensor.ndim]
+    return torch.einsum(f"Z{axes[axis]},{axes}->{axes.replace(axes[axis], 'Z')}", matrix, tensor)
+
+
+class DenseSIRF:
+    """One problem of SIRF-Shampoo, as MATH.md writes it: dense matrices, nothing stacked."""
+
+    def __init__(self, shape: Sequence[int], structures: Sequence[str]) -> None:
+        self.dims, self.structures = list(shape), structures
+        self.K = [torch.eye(d, dtype=torch.float64) for d in shape]
+        self.m = [torch.zeros(d, d, dtype=torch.float64) for d in shape]
+        self.buf = torch.zeros(*shape, dtype=torch.float64)
+
+    def _project(self, k: int, matrix: Tensor) -> Tensor:
+        return torch.diag(torch.diag(matrix)) if self.structures[k] == "diagonal" else matrix
+
+    def refresh(self, G: Tensor, b: int, hp: dict[str, float]) -> None:
+        """Update the factors."""
+        H = sqrt(b) * G
+        for k, d in enumerate(self.dims):
+            H = along(k, self.K[k].T / sqrt(d), H)
+        A = [self._project(k, self.K[k].T @ self.K[k]) / d for k, d in enumerate(self.dims)]
+        t = [(torch.trace(a) / d).item() for a, d in zip(A, self.dims, strict=True)]
+        K = list(self.K)
+        for k, d in enumerate(self.dims):
+            if self.structures[k] == "none":
+                continue
+            others = prod(t[j] for j in range(len(t)) if j != k)
+            H_k = H.movedim(k, 0).reshape(d, -1)
+            step = hp["lam"] / 2 * prod(self.dims) * others * A[k]
+            step = step + d / 2 * self._project(k, H_k @ H_k.T) - torch.eye(d).double() / 2
+            self.m[k] = hp["alpha2"] * self.m[k] + (1 - hp["alpha2"]) * step
+            norm = max(1.0, torch.linalg.matrix_norm(self.m[k]).item())
+            K[k] = self.K[k] - hp["beta2"] / norm * self.K[k] @ self.m[k]
+        self.K = K
+
+    def direction(self, G: Tensor, p: Tensor, hp: dict[str, float]) -> Tensor:
+        """Return what the learning rate multiplies."""
+        U = G
+        for k in range(len(self.dims)):
+            U = along(k, self.K[k] @ self.K[k].T, U)
+        self.buf = hp["alpha1"] * self.buf + U + hp["kappa"] * p
+        return self.buf
+
+
+def squeezed(tensors: list[Tensor]) -> list[Tensor]:
+    """Group a parameter by itself, without axes of size 1."""
+    (tensor,) = tensors
+    return [tensor.reshape([n for n in tensor.shape if n != 1] or [1])]
+
+
+class DenseUnit:
+    """The parameters that form problems together, trained by `DenseSIRF`.
+
+    Args:
+        params: The parameters, of a model of their own.
+        split: From tensors shaped as the parameters to problems: the grouping in plain torch.
+        join: The inverse. Default: reshape the only problem to the only parameter.
+        structures: The structures of the axes, "dense" for all by default.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        split: Split = squeezed,
+        join: Split | None = None,
+        structures: Sequence[str] | None = None,
+    ) -> None:
+        self.params, self.split = list(params), split
+        self.join = join or (lambda problems: [problems[0].reshape(self.params[0].shape)])
+        shapes = [problem.shape for problem in split([p.detach() for p in params])]
+        self.problems = [DenseSIRF(s, structures or ["dense"] * len(s)) for s in shapes]
+
+    @torch.no_grad()
+    def step(self, batch_size: int, refresh: bool = True, **hp: float) -> None:
+        """Make one step with the gradients of the parameters."""
+        hp = SETTINGS | hp
+        grads = self.split([p.grad for p in self.params if p.grad is not None])
+        now = self.split([p.detach() for p in self.params])
+        directions = []
+        for problem, G, p in zip(self.problems, grads, now, strict=True):
+            if refresh:
+                problem.refresh(G, batch_size, hp)
+            directions.append(problem.direction(G, p, hp))
+        for p, direction in zip(self.params, self.join(directions), strict=True):
+            p -= hp["lr"] * direction
+
+
+def dense_units(model: nn.Module) -> list[DenseUnit]:
+    """Treat every parameter of a model by itself."""
+    return [DenseUnit([p]) for p in model.parameters()]
+
+
+def linear_unit(layer: nn.Linear) -> DenseUnit:
+    """Treat a linear layer as the matrix of its weight, with the bias as last column."""
+
+    def split(tensors: list[Tensor]) -> list[Tensor]:
+        return squeezed([torch.cat([tensors[0], tensors[1][:, None]], dim=1)])
+
+    def join(problems: list[Tensor]) -> list[Tensor]:
+        matrix = problems[0].reshape(layer.out_features, layer.in_features + 1)
+        return [matrix[:, :-1], matrix[:, -1]]
+
+    return DenseUnit([layer.weight, layer.bias], split, join)
