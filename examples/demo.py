@@ -72,9 +72,12 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for column, (panel, unit) in enumerate(zip(panels, ("step", "training seconds"), strict=True)):
         for run in runs:
-            axis = [point[column] for point in run.curve]
-            panel.plot(axis, [point[2] for point in run.curve], label=f"{run.name}, lr {run.lr:g}")
-        panel.axhline(runs[0].final_loss, color="gray", linestyle=":", linewidth=1)
+            # Not the untrained model's loss, beside which all curves look the same.
+            curve = run.curve[1:]
+            axis, losses = [point[column] for point in curve], [point[2] for point in curve]
+            panel.plot(axis, losses, label=f"{run.name}, lr {run.lr:g}")
+        label = f"{runs[0].name}'s final loss"
+        panel.axhline(runs[0].final_loss, color="gray", linestyle=":", label=label)
         panel.set(xlabel=unit, xlim=(0, None))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("validation loss (nats per character)")

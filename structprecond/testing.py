@@ -215,6 +215,10 @@ class StructuredMatrixContract:
                 actual = self.structure.from_mat_inner(factor)
                 assert_close(actual.to_dense(), self.project(outer), dtype, outer.norm().item())
                 inner = a.mT @ outer @ a
+                actual = A.clone().add_inner_(factor, 0.5, -2.0)
+                mixed = 0.5 * a - 2.0 * self.project(outer)
+                scale = a.norm().item() + outer.norm().item()
+                assert_close(actual.to_dense(), mixed, dtype, scale)
                 actual = A.from_inner(factor)
                 assert_close(actual.to_dense(), self.project(inner), dtype, inner.norm().item())
 

@@ -133,7 +133,7 @@ class KLShampooStrategy(RotatedStrategy):
         for axis, (factor, basis) in enumerate(zip(state.factors, state.bases, strict=True)):
             if factor is not None and basis is not None:
                 X = matricize(grad, axis) * _per_column(grad, axis)
-                factor.lerp_inner_(X, 1 - _decay(hp))
+                factor.add_inner_(X, _decay(hp), 1 - _decay(hp))
                 basis.copy_(factor.eigenbasis().to(basis.dtype))
 
     def update(
@@ -185,7 +185,7 @@ class KLShampooStrategy(RotatedStrategy):
             eigenvalues.lerp_(X.square().sum(-1), 1 - decay)
             factor, basis = state.factors[axis], state.bases[axis]
             if factor is not None and basis is not None:
-                factor.lerp_inner_(basis.to(X.dtype).matmat(X), 1 - decay)
+                factor.add_inner_(basis.to(X.dtype).matmat(X), decay, 1 - decay)
 
     def _refresh(self, state: KLState) -> None:
         """Refresh the eigenbases, and bring the first moment into the new ones."""

@@ -139,7 +139,7 @@ class ShampooStrategy(FactoredStrategy):
         betas = hp["betas"]
         for axis, factor in enumerate(state.factors):
             if factor is not None:
-                factor.lerp_inner_(matricize(grad, axis), 1 - betas[1])
+                factor.add_inner_(matricize(grad, axis), betas[1], 1 - betas[1])
         if ctx.due is not None:
             with rows_of(state, ctx.due) as part:
                 self._refresh(part, hp, correction(betas[1], ctx.steps[ctx.due], part.exp_avg))

@@ -118,28 +118,29 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
         for axis, factor in enumerate(factors):
             if factor is not None:
                 rotated = mode_product(rotated, factor.rmatmat, axis)
-        inner = [
-            None if f is None else f.from_inner() * (1 / d)
-            for f, d in zip(factors, dims, strict=True)
-        ]
+        inner = [None if factor is None else factor.from_inner() for factor in factors]
         traces = [
-            1 / d if a is None else a.average_trace() for a, d in zip(inner, dims, strict=True)
+            1 / d if A is None else A.average_trace() / d for A, d in zip(inner, dims, strict=True)
         ]
-        for axis, (factor, a) in enumerate(zip(factors, inner, strict=True)):
-            if factor is None or a is None:
+        fresh, size = 1 - hp["alpha2"], prod(dims)
+        for axis, (factor, A) in enumerate(zip(factors, inner, strict=True)):
+            stored, stored_momentum = state.preconditioner[axis], state.preconditioner_momenta[axis]
+            if factor is None or A is None or stored is None or stored_momentum is None:
                 continue
             others = prod((t for j, t in enumerate(traces) if j != axis), start=1.0)
-            step = factor.from_mat_inner(matricize(rotated, axis))
-            step.mul_(dims[axis] / 2 * batch_size / prod(dims))
-            step.add_(a, alpha=others * (hp["lam"] / 2 * prod(dims))).diag_add_(-0.5)
-            momentum = state.preconditioner_momenta[axis]
-            stored = state.preconditioner[axis]
-            assert momentum is not None
-            assert stored is not None
-            momentum.mul_(hp["alpha2"]).add_(step, alpha=1 - hp["alpha2"])
-            descent = momentum.to(grad.dtype)
-            norm = descent.frobenius_norm().clamp(min=1.0)
-            stored.copy_((factor @ descent).mul_(-hp["beta2"] / norm).add_(factor))
+            momentum = stored_momentum.to(grad.dtype)
+            momentum.add_inner_(
+                matricize(rotated, axis),
+                beta=hp["alpha2"],
+                alpha=fresh * dims[axis] / 2 * batch_size / size,
+            )
+            momentum.add_(A, alpha=others * (fresh * hp["lam"] / 2 * size / dims[axis]))
+            momentum.diag_add_(-fresh / 2)
+            rate = -hp["beta2"] / momentum.frobenius_norm().clamp(min=1.0)
+            factor.add_(factor @ momentum, alpha=rate)
+            if stored.dtype != grad.dtype:
+                stored_momentum.copy_(momentum)
+                stored.copy_(factor)
 
 
 def _as(dtype: torch.dtype, factors: Factors) -> Factors:

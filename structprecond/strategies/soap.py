@@ -157,7 +157,7 @@ class SOAPStrategy(RotatedStrategy):
         beta = hp["shampoo_beta"] if hp["shampoo_beta"] >= 0 else hp["betas"][1]
         for axis, factor in enumerate(state.factors):
             if factor is not None:
-                factor.lerp_inner_(matricize(grad, axis), 1 - beta)
+                factor.add_inner_(matricize(grad, axis), beta, 1 - beta)
 
     def _clip(self, rotated: Tensor, exp_avg_sq: Tensor, beta2: float, steps: Tensor) -> Tensor:
         """Return the factors `(b, 1, ...)` that bring gradients down to the largest allowed rms."""

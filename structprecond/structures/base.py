@@ -217,11 +217,11 @@ class StructuredMatrix(ABC):
         r"""Return \(\Pi(A^\top X X^\top A)\); `X` of shape `(*b, n, m)`, the identity if None."""
         return self.from_mat_inner(self.to_dense().mT if X is None else self.rmatmat(X))
 
-    def lerp_inner_(self, X: Tensor, weight: float) -> Self:
-        r"""Average in place: \(A \leftarrow (1 - w) A + w \Pi(X X^\top)\), X `(*b, n, m)`."""
+    def add_inner_(self, X: Tensor, beta: float, alpha: float) -> Self:
+        r"""Average in place: \(A \leftarrow \beta A + \alpha \Pi(X X^\top)\), X `(*b, n, m)`."""
         if X.dtype != self.dtype:
-            return self.copy_(self.to(X.dtype).lerp_inner_(X, weight))
-        return self.mul_(1 - weight).add_(self.from_mat_inner(X), alpha=weight)
+            return self.copy_(self.to(X.dtype).add_inner_(X, beta, alpha))
+        return self.mul_(beta).add_(self.from_mat_inner(X), alpha=alpha)
 
     # --- numbers per matrix ----------------------------------------------------------------------
 
@@ -250,9 +250,10 @@ class EntrywiseMatrix(StructuredMatrix):
     """A structure each of whose entries is zero or stored exactly once."""
 
     def _entries(self) -> Tensor:
-        """Return all stored entries, shape `(*b, entries)`."""
+        """Return all stored entries, shape `(*b, entries)`; a view if there is one field."""
         batch_ndim = len(self.shape) - 2
-        return torch.cat([t.flatten(batch_ndim) for t in self.named_tensors().values()], dim=-1)
+        entries = [t.flatten(batch_ndim) for t in self.named_tensors().values()]
+        return torch.cat(entries, dim=-1) if len(entries) > 1 else entries[0]
 
     def frobenius_norm(self) -> Tensor:
         """Return the Frobenius norms, shape `(*b,)`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,8 +12,6 @@ from typing_extensions import Self
 
 from structprecond.structures.base import _per_matrix, matmul_like
 from structprecond.structures.blockwise import BlockwiseMatrix
-
-_MOST_LOOPED = 64
 
 
 @dataclass(eq=False)
@@ -105,13 +103,8 @@ class BlockDiagonalMatrix(BlockwiseMatrix):
     def _multiply(self, blocks: Tensor, rest: Tensor, X: Tensor) -> Tensor:
         product = torch.empty_like(X)
         (X_blocks, X_rest), (out_blocks, out_rest) = self._cut(X), self._cut(product)
-        if blocks.shape[-3] > _MOST_LOOPED:
-            out_blocks.copy_(matmul_like(blocks, X_blocks))
-        else:
-            # block by block: the blocks of several matrices cannot be flattened without a copy
-            parts = (t.unbind(-3) for t in (blocks, X_blocks, out_blocks))
-            for block, X_block, out in zip(*parts, strict=True):
-                out.copy_(matmul_like(block, X_block))
+        for block, X_block, out in _slices(blocks, X_blocks, out_blocks):
+            out.copy_(matmul_like(block, X_block))
         if rest.shape[-1]:
             out_rest.copy_(matmul_like(rest, X_rest))
         return product
@@ -129,11 +122,9 @@ class BlockDiagonalMatrix(BlockwiseMatrix):
     def from_mat_inner(cls, X: Tensor) -> Self:
         r"""Return the diagonal blocks of \(X X^\top\)."""
         X_blocks, X_rest = cls._cut(X)
-        if X_blocks.shape[-3] > _MOST_LOOPED:
-            blocks = X_blocks @ X_blocks.mT
-        else:
-            looped = [part @ part.mT for part in X_blocks.unbind(-3)]
-            blocks = torch.stack(looped, -3) if looped else X_blocks @ X_blocks.mT
+        blocks = X.new_empty(*X_blocks.shape[:-1], cls.block_size)
+        for out, X_block in _slices(blocks, X_blocks):
+            out.copy_(X_block @ X_block.mT)
         return cls(blocks, X_rest @ X_rest.mT)
 
     def from_inner(self, X: Tensor | None = None) -> Self:
@@ -153,3 +144,17 @@ class BlockDiagonalMatrix(BlockwiseMatrix):
         r"""Return \(\mathrm{tr}(A) / n\)."""
         total = self.blocks.diagonal(dim1=-2, dim2=-1).sum((-2, -1))
         return (total + self.rest.diagonal(dim1=-2, dim2=-1).sum(-1)) / self.shape[-1]
+
+
+def _slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Slice tensors `(*b, blocks, ...)` along their blocks or along b, whichever is fewer.
+
+    The blocks of several matrices cannot be flattened to one batch dimension without a copy.
+    """
+    first = tensors[0]
+    matrices = first.shape[:-3].numel()
+    if first.shape[-3] < matrices or first.ndim == 3:
+        yield from zip(*(t.unbind(-3) for t in tensors), strict=True)
+    elif first.numel():
+        flat = (t.flatten(0, -4) if t.ndim > 4 else t for t in tensors)
+        yield from zip(*(t.unbind(0) for t in flat), strict=True)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from typing_extensions import Self
 
 from structprecond.structures.base import EntrywiseMatrix, _per_matrix, matmul_like
@@ -105,25 +106,28 @@ class HierarchicalMatrix(EntrywiseMatrix):
         """Cut the rows of `(*b, n, m)` into those of A, C and E."""
         return X.split(cls._sizes(X.shape[-2]), dim=-2)  # type: ignore[no-any-return]
 
+    def _full_rows(self) -> Tensor:
+        """Return the rows of A and E `(*b, k1 + k2, n)`, dense: all but the diagonal middle."""
+        below = torch.cat([self.d, self.e], dim=-1)
+        below = pad(below, (self.a.shape[-1], 0))
+        return torch.cat([torch.cat([self.a, self.b], dim=-1), below], dim=-2)
+
     def matmat(self, X: Tensor) -> Tensor:
         r"""Return \(A X\)."""
         product = torch.empty_like(X)
         first, middle, last = self._cut(product)
-        top = self.a.shape[-1]
-        first.copy_(torch.cat([self.a, self.b], dim=-1) @ X)
         torch.mul(self._cut(X)[1], self.c.unsqueeze(-1), out=middle)
-        last.copy_(torch.cat([self.d, self.e], dim=-1) @ X[..., top:, :])
+        rows = self._full_rows() @ X
+        first.copy_(rows[..., : first.shape[-2], :])
+        last.copy_(rows[..., first.shape[-2] :, :])
         return product
 
     def rmatmat(self, X: Tensor) -> Tensor:
         r"""Return \(A^\top X\)."""
         first, middle, last = self._cut(X)
-        top, split = self.a.shape[-1], self.c.shape[-1]
-        # the columns of the full rows, times those rows: one product of low rank
-        low_rank = torch.cat([self.b, torch.cat([self.d, self.e], dim=-1)], dim=-2).mT
-        below = matmul_like(low_rank, _cat_rows(first, last))
-        below[..., :split, :].addcmul_(middle, self.c.unsqueeze(-1))
-        return _cat_rows(self.a.mT @ first, below) if top else below
+        product = matmul_like(self._full_rows().mT, _cat_rows(first, last))
+        self._cut(product)[1].addcmul_(middle, self.c.unsqueeze(-1))
+        return product
 
     def _compose(self, other: Self) -> Self:
         split = self.c.shape[-1]
@@ -141,12 +145,16 @@ class HierarchicalMatrix(EntrywiseMatrix):
     def from_mat_inner(cls, X: Tensor) -> Self:
         r"""Return \(\Pi(X X^\top)\) from products of row blocks of X."""
         first, middle, last = cls._cut(X)
-        a_b = first @ X.mT
-        d_e = last @ X[..., first.shape[-2] :, :].mT
-        a, b = a_b.tensor_split([first.shape[-2]], dim=-1)
-        d, e = d_e.tensor_split([middle.shape[-2]], dim=-1)
-        c = middle.square().sum(-1)
-        return cls(a, 2 * b, c, 2 * d, e)
+        top, split = first.shape[-2], first.shape[-2] + middle.shape[-2]
+        rows = _cat_rows(first, last) @ X.mT
+        above, below = rows[..., :top, :], rows[..., top:, :]
+        return cls(
+            above[..., :top].clone(),
+            2 * above[..., top:],
+            middle.square().sum(-1),
+            2 * below[..., top:split],
+            below[..., split:].clone(),
+        )
 
     def from_inner(self, X: Tensor | None = None) -> Self:
         r"""Return \(\Pi(A^\top X X^\top A)\), with X the identity if None."""
@@ -178,13 +186,7 @@ class HierarchicalMatrix(EntrywiseMatrix):
 
 
 def _cat_rows(first: Tensor, last: Tensor) -> Tensor:
-    """Concatenate along the rows, in the memory layout of the last one."""
-    rows = first.shape[-2] + last.shape[-2]
-    shape = (*last.shape[:-2], rows, last.shape[-1])
-    transposed = last.stride(-2) == 1 < last.stride(-1)
-    result = (
-        last.new_empty(*shape[:-2], shape[-1], rows).mT if transposed else last.new_empty(shape)
-    )
-    result[..., : first.shape[-2], :] = first
-    result[..., first.shape[-2] :, :] = last
-    return result
+    """Concatenate along the rows, in their memory layout."""
+    if last.stride(-2) == 1 < last.stride(-1):
+        return torch.cat([first.mT, last.mT], dim=-1).mT
+    return torch.cat([first, last], dim=-2)

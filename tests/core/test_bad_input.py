@@ -199,7 +199,6 @@ CONSTRUCTORS: dict[str, Case] = {
         GroupError,
         "LinearWeightBias.*class instead of an instance",
     ),
-    # was: a rule that is not in a tuple raises a bare "object is not iterable"
     "rule that is not in a tuple": (
         {"combine_params": PerParameter()},
         GroupError,
@@ -222,7 +221,7 @@ CONSTRUCTORS: dict[str, Case] = {
         GroupError,
         r"does not invert.*0\.weight.*\(12,\)",
     ),
-    # was: only shapes are compared. These two train on wrong entries without a word.
+    # the shapes alone are right
     "inverse with other entries": (
         {"combine_params": (Transposing(),)},
         GroupError,
@@ -276,7 +275,6 @@ def test_constructor_refuses_and_leaves_the_model_alone(
 def test_misspelt_keyword_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="beta_2"):
         SIRFShampoo(_net(), beta_2=0.1)  # type: ignore[call-arg]
-    # was: an unknown name in hyperparameters= is dropped without a word.
     with pytest.raises(HyperparameterError, match="beta_2"):
         StructuredOptimizer(
             _net(), strategy=SIRFShampooStrategy(), hyperparameters={"beta_2": 0.1}, batch_size=1

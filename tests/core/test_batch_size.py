@@ -155,17 +155,18 @@ def _floats(tree: Any) -> list[Tensor]:
     ]
 
 
-def test_output_of_which_only_one_part_is_used_counts_once() -> None:
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
+def test_several_outputs_count_once_whichever_are_used(used: tuple[int, ...]) -> None:
     model = Called(lambda net, x: (net(x), net(x) * 2))
     optimizer = SIRFShampoo(model)
-    _, second = model(_x(5))
-    second.sum().backward()
+    outputs = model(_x(5))
+    torch.stack([outputs[i].sum() for i in used]).sum().backward()
     optimizer.step()
     assert optimizer.batch_size == 5
 
 
 def test_output_that_is_a_parameter_counts_once_a_step() -> None:
-    # was: the hook on a leaf stays: 5, 10, 15. (open_clip returns its logit bias, for instance.)
+    # hooks on leaves outlive the pass; open_clip returns its logit bias, for instance
     model = Called(lambda net, x: (net(x), net[2].bias))
     optimizer = SIRFShampoo(model)
     for _ in range(3):
@@ -250,8 +251,7 @@ def test_other_passes_are_not_counted(other: Callable[[nn.Module], None], when: 
 
 
 def test_functional_transforms_work_and_are_not_counted() -> None:
-    # was: the hook writes to a captured tensor, which torch.func.grad refuses: per-sample gradients
-    # of a model in training raise as soon as an optimizer counts its batch size.
+    # torch.func.grad refuses functions that write to captured tensors
     model = _model()
     optimizer = SIRFShampoo(model)
     optimizer.zero_grad()
@@ -294,7 +294,6 @@ def test_two_forwards_and_one_backward_count_both() -> None:
 
 
 def test_two_backwards_of_one_forward_count_it_once() -> None:
-    # was: counted once per backward. Two losses of one pass are one batch.
     model = _model()
     optimizer = SIRFShampoo(model)
     for _ in range(2):
@@ -307,7 +306,6 @@ def test_two_backwards_of_one_forward_count_it_once() -> None:
 
 
 def test_gradient_penalty_counts_the_forward_once() -> None:
-    # was: as above; the inner gradient counts too.
     model = _model()
     optimizer = SIRFShampoo(model)
     x = _x(5).requires_grad_()
@@ -319,7 +317,6 @@ def test_gradient_penalty_counts_the_forward_once() -> None:
 
 
 def test_accumulation_counts_gradients_of_parameters_that_were_added_later() -> None:
-    # was: the hook asks only the parameters of the constructor whether gradients are there.
     model = _model()
     model[0].requires_grad_(False)
     optimizer = SIRFShampoo(model, model[0].parameters())
@@ -416,8 +413,7 @@ def test_checkpointed_part_does_not_count_twice(
         assert optimizer.batch_size == sum(micro_batches)
 
 
-# was: with early stop off and several micro-batches, the recomputation runs the hook while no
-# gradient is there yet, which starts the count anew at the next micro-batch: 3 instead of 8.
+# Without early stop, the recomputation runs the whole forward, its hooks included, in the backward.
 @pytest.mark.parametrize("early_stop", [True, False])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("micro_batches", [(5,), (5, 3)])
@@ -477,7 +473,6 @@ def test_assigned_integer_stays_fixed_and_a_callable_turns_counting_on_again() -
 
 
 def test_integer_assigned_between_forward_and_backward_stays_fixed() -> None:
-    # was: the counter that was replaced still counts when its gradient arrives.
     model = _model()
     optimizer = SIRFShampoo(model)
     loss = model(_x(5)).sum()

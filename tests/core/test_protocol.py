@@ -80,6 +80,7 @@ def test_param_groups_stay_as_given_and_each_follows_its_scheduler() -> None:
             for unit in units:
                 unit.step(6, lr=lr)
         assert_close(values(model), values(twin))
+    assert optimizer.global_step == 6
     for mine, given in zip(optimizer.param_groups, groups, strict=True):
         assert [id(p) for p in mine["params"]] == [id(p) for p in given["params"]]
     names = {id(p): name for name, p in model.named_parameters()}
@@ -412,7 +413,6 @@ def test_group_may_have_a_name() -> None:
 
 
 def test_step_without_any_gradient_changes_nothing_as_in_torch() -> None:
-    # was: raises "needs the batch size" although there is nothing to update.
     model = mlp()
     optimizer = SIRFShampoo(model, **SETTINGS)
     before = snapshot(model, optimizer)
@@ -448,6 +448,41 @@ def test_unit_without_gradient_stays_as_it_is_and_the_others_do_not_notice(missi
                 assert same_bits(after[name], before[name]), name
             assert same_bits(params[missing].detach(), value)
         assert_close(values(model), values(twin))
+
+
+@pytest.mark.parametrize("lacking", ["weight", "bias"])
+def test_joint_unit_waits_until_all_its_members_have_gradients(lacking: str) -> None:
+    model = mlp()
+    twin = copy.deepcopy(model)
+    rules = (LinearWeightBias(),)
+    optimizer = SIRFShampoo(model, combine_params=rules, batch_size=6, **SETTINGS)
+    dense = [linear_unit(layer) for layer in twin if isinstance(layer, nn.Linear)]
+    for step in range(4):
+        for m in (model, twin):
+            set_grads(list(m.parameters()), step)
+        if step == 1:
+            getattr(model[2], lacking).grad = None
+        optimizer.step()
+        for unit in dense:
+            if not (step == 1 and unit.params[0] is twin[2].weight):
+                unit.step(6)
+    assert_close(values(model), values(twin))
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_member_that_is_frozen_from_the_start_leaves_the_others_to_the_next_rule(
+    frozen: str,
+) -> None:
+    model = mlp()
+    getattr(model[2], frozen).requires_grad_(False)
+    twin = copy.deepcopy(model)
+    rules = (LinearWeightBias(), PerParameter())
+    optimizer = SIRFShampoo(model, combine_params=rules, **SETTINGS)
+    dense = [linear_unit(twin[i]) for i in (0, 4, 6)]
+    dense += [DenseUnit([p]) for p in twin[2].parameters() if p.requires_grad]
+    train(model, optimizer, 4)
+    _train_dense(twin, dense, 4)
+    assert_close(values(model), values(twin))
 
 
 @pytest.mark.parametrize(
@@ -534,7 +569,6 @@ STRUCTURES: list[Any] = ["dense", {1: "diagonal", 2: ("hierarchical1_1", "none")
 def test_copies_of_model_and_optimizer_go_on_alike_and_apart(
     copier: Callable[[Any], Any], structures: Any
 ) -> None:
-    # was: a BucketKey holds classes such as hierarchical1_1, which pickle cannot find by name.
     model = mlp()
     rules = (LinearWeightBias(), PerParameter())
     optimizer = SIRFShampoo(
@@ -547,7 +581,8 @@ def test_copies_of_model_and_optimizer_go_on_alike_and_apart(
     assert {id(p) for group in clone.param_groups for p in group["params"]} == mine
     assert {id(p) for p in clone.state} <= mine
     before = snapshot(model, optimizer)
-    assert same_bits(snapshot(model_copy, clone)["stacks"], before["stacks"])
+    for part in ("params", "shown", "stacks", "counters"):
+        assert same_bits(snapshot(model_copy, clone)[part], before[part])
     train(model_copy, clone, 6, start=4)
     assert same_bits(snapshot(model, optimizer), before)
     train(model, optimizer, 6, start=4)
@@ -585,8 +620,7 @@ def test_copy_of_the_optimizer_alone_goes_on_alike(
 
 @pytest.mark.parametrize("copier", COPIERS)
 def test_copy_made_under_a_scheduler_steps_itself(copier: Callable[[Any], Any]) -> None:
-    # was: LRScheduler sets optimizer.step on the instance; __getstate__ takes it along, so a
-    # deepcopy steps the original, and pickling raises. torch's own __getstate__ leaves it out.
+    # schedulers replace optimizer.step by a function that is bound to the original
     model = mlp()
     optimizer = SIRFShampoo(model, **SETTINGS)
     LambdaLR(optimizer, lambda e: 0.9**e)
@@ -601,8 +635,7 @@ def test_copy_made_under_a_scheduler_steps_itself(copier: Callable[[Any], Any]) 
 
 @pytest.mark.parametrize("copier", COPIERS)
 def test_model_that_holds_its_optimizer_can_be_copied(copier: Callable[[Any], Any]) -> None:
-    # was: __setstate__ installs the hook while the model's copy is still empty: AttributeError.
-    # (Trainers keep model and optimizer in one cycle.)
+    # in such a cycle, the optimizer is restored before the model is complete
     model = mlp()
     optimizer = SIRFShampoo(model, **SETTINGS)
     model.optimizer = optimizer
@@ -863,8 +896,6 @@ def _assign(entry: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 
 def _update(entry: dict[str, Tensor], name: str, value: Tensor) -> None:
-    # was: dict.update puts the tensor into the entry without writing it into the stack, and no
-    # step notices; state_dict() saves the tensor that training does not use.
     entry.update({name: value})
 
 
@@ -925,7 +956,6 @@ def _reshape(optimizer: StructuredOptimizer, p: Tensor) -> None:
 
 
 def _delete_name(optimizer: StructuredOptimizer, p: Tensor) -> None:
-    # was: deleting a name from an entry goes unnoticed; state_dict() then lacks it.
     del optimizer.state[p]["momentum_buffer"]
 
 
@@ -961,8 +991,6 @@ def test_writing_an_unknown_name_or_another_shape_raises() -> None:
 
 @pytest.mark.parametrize("copier", COPIERS)
 def test_state_can_be_copied_by_itself(copier: Callable[[Any], Any]) -> None:
-    # was: rebuilding an Entry (a dict subclass) calls its __setitem__ before it has any names:
-    # copy.deepcopy(optimizer.state), the usual backup, raises; so does pickling an entry.
     model = mlp()
     optimizer = SIRFShampoo(model, **SETTINGS)
     train(model, optimizer, 2)
@@ -991,8 +1019,7 @@ def test_memory_format_of_parameters_and_gradients_does_not_matter() -> None:
 
 
 def test_default_device_at_construction_does_not_matter() -> None:
-    # was: counters and masks are made on torch's default device, not on the CPU. (The meta device
-    # stands for a GPU here: torch.set_default_device("cuda") is common.)
+    # the meta device stands for a GPU here: torch.set_default_device("cuda") is common
     model = mlp()
     twin = copy.deepcopy(model)
     with torch.device("meta"):
@@ -1121,7 +1148,6 @@ def test_nonfinite_ignore_spoils_no_other_row_of_the_stack() -> None:
     ("dtype", "size"), [(torch.float32, 1e30), (torch.bfloat16, 1e38), (torch.float64, 1e60)]
 )
 def test_large_finite_gradients_are_not_taken_for_infinite(dtype: torch.dtype, size: float) -> None:
-    # was: float64 only: norms are converted to float32 before isfinite(), so 1e60 counts as inf.
     p = nn.Parameter(torch.zeros(4, dtype=dtype))
     optimizer = SIRFShampoo([p], batch_size=1, lr=1e-3 / size, T=lambda step: False)
     p.grad = torch.full_like(p, size)
@@ -1250,7 +1276,6 @@ def test_interval_callable_is_asked_once_per_step_about_the_global_step() -> Non
 
 
 def test_interval_callable_of_several_groups_is_asked_once_per_step() -> None:
-    # was: a callable that all groups share is asked once per group.
     model = mlp()
     asked: list[int] = []
 
@@ -1275,6 +1300,36 @@ def test_interval_counts_steps(T: int) -> None:
         for unit in dense:
             unit.step(6, refresh=step % T == 0)
     assert_close(values(model), values(twin))
+
+
+def test_staggered_refreshes_take_turns_and_keep_the_interval() -> None:
+    model = mlp()
+    twin = copy.deepcopy(model)
+    optimizer = StructuredOptimizer(
+        model,
+        strategy=SIRFShampooStrategy(),
+        hyperparameters={**SETTINGS, "T": 4},
+        refresh="staggered",
+        batch_size=6,
+    )
+    dense, params = dense_units(twin), list(model.parameters())
+    refreshed: dict[int, list[int]] = {i: [] for i in range(len(params))}
+    for step in range(12):
+        for m in (model, twin):
+            set_grads(list(m.parameters()), step)
+        before = [optimizer.state[p]["preconditioner.0.mat"].clone() for p in params]
+        optimizer.step()
+        for i, (p, unit) in enumerate(zip(params, dense, strict=True)):
+            changed = not same_bits(optimizer.state[p]["preconditioner.0.mat"], before[i])
+            refreshed[i] += [step] if changed else []
+            unit.step(6, refresh=changed)
+    assert_close(values(model), values(twin))
+    for steps in refreshed.values():
+        assert steps == list(range(steps[0], 12, 4))
+        assert steps[0] < 4
+    # 8 units take 4 turns, and the two 4x4 weights do not share one
+    assert {steps[0] for steps in refreshed.values()} == {0, 1, 2, 3}
+    assert refreshed[2] != refreshed[4]
 
 
 @pytest.mark.parametrize("how", ["missing", "frozen", "not finite"])
