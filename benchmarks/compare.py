@@ -154,7 +154,8 @@ def report(outcomes: Sequence[Outcome]) -> str:
                 f"{1e3 * this.step_seconds:.0f}",
             )
         )
-    header = ("optimizer", "lr", "grid", "validation loss", "steps", "wall time", "ms per step")
+    relative = (f"steps / {baseline.name}'s", f"time / {baseline.name}'s")
+    header = ("optimizer", "lr", "grid", "validation loss", *relative, "ms per step")
     return table(header, rows)
 
 

@@ -212,7 +212,7 @@ class TestCompare:
         assert "sirf" in shown.err
 
     def test_tunes_on_one_seed_and_repeats_with_others(self):
-        usual = OPTIMIZERS["adamw"].lr
+        usual = OPTIMIZERS["adamw"].middle
         asked = []
 
         def get(name, lr, seed):
@@ -237,10 +237,10 @@ class TestCompare:
         slow = outcome("slow", [3.1, 3.1], 0.1)
         rows = rows_of(compare.report([base, fast, slow]))
         assert rows["base"]["validation loss"] == f"3.1000 ± {statistics.stdev([3.0, 3.2]):.4f}"
-        assert rows["base"]["steps"] == rows["base"]["wall time"] == "1.00"
-        assert rows["fast"]["steps"] == "0.50"
-        assert rows["fast"]["wall time"] == "0.75"
-        assert rows["slow"]["steps"] == rows["slow"]["wall time"] == "-"
+        assert rows["base"]["steps / base's"] == rows["base"]["time / base's"] == "1.00"
+        assert rows["fast"]["steps / base's"] == "0.50"
+        assert rows["fast"]["time / base's"] == "0.75"
+        assert rows["slow"]["steps / base's"] == rows["slow"]["time / base's"] == "-"
 
     def test_report_marks_the_edge_of_the_grid_and_divergence(self, tmp_path):
         tuning = [fake_run("base", lr, 0, end=3.0) for lr in (1.0, 2.0, 4.0)]

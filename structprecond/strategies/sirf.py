@@ -107,7 +107,8 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
                 grad = mode_product(grad, factor.outer_matmat, axis)
         if hp["kappa"]:
             grad.add_(ctx.params(), alpha=hp["kappa"])
-        return state.momentum_buffer.mul_(hp["alpha1"]).add_(grad)
+        buffer = state.momentum_buffer
+        return torch.add(grad, buffer, alpha=hp["alpha1"], out=buffer)
 
     def _refresh(
         self, state: SIRFShampooState, grad: Tensor, hp: Mapping[str, Any], batch_size: int

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
+from torch import Tensor, nn
 
 import structprecond
+from structprecond import KLSOAP, KLShampoo, StructPrecondError
 from tests import golden
 
 
@@ -18,3 +23,158 @@ def test_reproduces_the_published_trajectory(name: str) -> None:
         kwargs["clamping"] = kwargs.pop("using_clamping")
     make = getattr(structprecond, recorded.meta["optimizer"])
     assert recorded.replay(model, make(model.parameters(), **kwargs)) < 1e-4
+
+
+def _along(vector: Tensor, axis: int, order: int) -> Tensor:
+    return vector.reshape([-1 if i == axis else 1 for i in range(order)])
+
+
+def _turn(tensor: Tensor, matrices: list[Tensor], transpose: bool) -> Tensor:
+    """Multiply every axis with a matrix, or with its transpose."""
+    for axis, Q in enumerate(matrices):
+        moved = torch.tensordot(Q.mT if transpose else Q, tensor, dims=([1], [axis]))
+        tensor = moved.movedim(0, axis)
+    return tensor
+
+
+class _DenseKL:
+    """KL-Shampoo (or KL-SOAP) for one tensor with a dense factor on every axis, as it is written.
+
+    The first moment is kept in the original coordinates; eigenbases come from numpy's conventions
+    only in so far as the direction does not depend on them.
+    """
+
+    def __init__(self, p: Tensor, first: Tensor, soap: bool, clamping: bool) -> None:
+        self.p, self.soap, self.clamping = p.clone(), soap, clamping
+        self.beta1, self.beta2, self.lr, self.eps, self.decay = 0.9, 0.98, 0.01, 1e-8, 0.01
+        self.m = torch.zeros_like(p)
+        self.v = torch.zeros_like(p)
+        self.S, self.Q, self.values = [], [], []
+        for axis, dim in enumerate(p.shape):
+            G = first.movedim(axis, 0).flatten(1)
+            S = (1 - self.beta2) * G @ G.mT / G.shape[1]
+            self.S.append(S)
+            self.Q.append(torch.linalg.eigh(S)[1].flip(-1))
+            self.values.append(torch.full((dim,), 0.1, dtype=p.dtype))
+
+    def roots(self) -> list[Tensor]:
+        roots = [values**-0.5 for values in self.values]
+        if self.clamping:
+            roots = [r.clamp(max=max(10, min(len(r), 4000))) for r in roots]
+        return roots
+
+    def step(self, grad: Tensor, refresh: bool) -> None:
+        order, roots = grad.ndim, self.roots()
+        rotated = _turn(grad, self.Q, transpose=True)
+        self.m = self.beta1 * self.m + (1 - self.beta1) * grad
+        self.v = self.beta2 * self.v + (1 - self.beta2) * rotated**2
+        m = _turn(self.m, self.Q, transpose=True)
+        if self.soap:
+            inside = m / (self.v.sqrt() + self.eps)
+        else:
+            weight = torch.ones_like(m)
+            for axis, root in enumerate(roots):
+                weight = weight * _along(root, axis, order)
+            inside = m * weight / (1 + self.eps * weight)
+        direction = _turn(inside, self.Q, transpose=False)
+        self.p = self.p - self.lr * direction
+        self.p = self.p - self.lr * self.decay * self.p
+        new_values = []
+        for axis in range(order):
+            whitened = grad
+            for other in range(order):
+                if other != axis:
+                    inverse = self.Q[other] * roots[other] ** 2 @ self.Q[other].mT
+                    whitened = torch.tensordot(inverse, whitened, dims=([1], [other]))
+                    whitened = whitened.movedim(0, other)
+            G, W = (t.movedim(axis, 0).flatten(1) for t in (grad, whitened))
+            outer = G @ W.mT / G.shape[1]
+            self.S[axis] = self.beta2 * self.S[axis] + (1 - self.beta2) * outer
+            estimate = (self.Q[axis].mT @ outer @ self.Q[axis]).diagonal()
+            new_values.append(self.beta2 * self.values[axis] + (1 - self.beta2) * estimate)
+        self.values = new_values
+        if refresh:
+            self.Q = [torch.linalg.qr(S @ Q)[0] for S, Q in zip(self.S, self.Q, strict=True)]
+
+
+@pytest.mark.parametrize("clamping", [True, False])
+@pytest.mark.parametrize("make", [KLShampoo, KLSOAP])
+@pytest.mark.parametrize("shape", [(4, 5), (3, 4, 5), (2, 3, 2, 3)])
+def test_tensors_of_any_order_follow_the_dense_formulas(
+    shape: tuple[int, ...], make: type[KLShampoo], clamping: bool
+) -> None:
+    p = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    optimizer = make([p], lr=0.01, clamping=clamping, precondition_frequency=10**6)
+    p.grad = torch.randn_like(p)
+    oracle = _DenseKL(p.detach(), p.grad, make is KLSOAP, clamping)
+    optimizer.step()
+    assert torch.equal(p, oracle.p)
+    for _ in range(6):
+        p.grad = torch.randn_like(p)
+        oracle.step(p.grad, refresh=False)
+        optimizer.step()
+        assert (p - oracle.p).norm() < 1e-9 * oracle.p.norm()
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (3, 4, 5)])
+def test_refreshes_follow_the_dense_formulas(shape: tuple[int, ...]) -> None:
+    p = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    optimizer = KLShampoo([p], lr=0.01, precondition_frequency=2)
+    p.grad = torch.randn_like(p)
+    oracle = _DenseKL(p.detach(), p.grad, soap=False, clamping=True)
+    optimizer.step()
+    for t in range(1, 9):
+        p.grad = torch.randn_like(p)
+        oracle.step(p.grad, refresh=t % 2 == 0)
+        optimizer.step()
+        assert (p - oracle.p).norm() < 1e-7 * oracle.p.norm()
+
+
+@pytest.mark.parametrize("make", [KLShampoo, KLSOAP])
+def test_a_unit_without_a_factor_follows_adamw(make: type[KLShampoo]) -> None:
+    ours, reference = (nn.Parameter(torch.arange(1.0, 7.0).double()) for _ in range(2))
+    optimizer = make([ours], lr=0.02, betas=(0.9, 0.97), weight_decay=0.1)
+    adamw = torch.optim.AdamW([reference], lr=0.02, betas=(0.9, 0.97), weight_decay=0.1)
+    for _ in range(20):
+        ours.grad = torch.randn_like(ours)
+        reference.grad = ours.grad.clone()
+        optimizer.step()
+        adamw.step()
+        assert (ours - reference).norm() < 1e-12 * reference.norm()
+
+
+@pytest.mark.parametrize("make", [KLShampoo, KLSOAP])
+@pytest.mark.parametrize(
+    "structures", ["dense", "diagonal", "block4diagonal", {2: ("dense", "none")}]
+)
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1.0, 1e10])
+def test_hard_gradients_keep_everything_finite(
+    make: type[KLShampoo], structures: Any, scale: float
+) -> None:
+    p = nn.Parameter(torch.randn(9, 7))
+    optimizer = make([p], lr=1e-3, weight_decay=0.0, structures=structures)
+    column = torch.randn(9, 1)
+    for _ in range(60):
+        before = p.detach().clone()
+        p.grad = scale * column @ torch.randn(1, 7)
+        optimizer.step()
+        assert p.isfinite().all()
+        assert all(t.isfinite().all() for t in optimizer.state[p].values())
+        if make is KLSOAP:
+            assert (p - before).abs().max() < 0.1
+    for basis in optimizer.buckets[0].state.bases:  # type: ignore[attr-defined]
+        if basis is not None:
+            Q = basis[0].to_dense()
+            assert (Q.mT @ Q - torch.eye(len(Q))).abs().max() < 1e-5
+
+
+def test_diagonal_factors_keep_eigenvalues_and_no_matrices() -> None:
+    p = nn.Parameter(torch.randn(4, 3))
+    names = set(KLShampoo([p], structures="diagonal").state[p])
+    assert {"eigenvalues.0", "eigenvalues.1", "exp_avg"} <= names
+    assert not any(name.startswith(("factors", "bases", "exp_avg_sq")) for name in names)
+
+
+def test_an_initial_factor_of_zero_raises() -> None:
+    with pytest.raises(StructPrecondError, match="init_factor must be above 0, got 0"):
+        KLShampoo([nn.Parameter(torch.zeros(2, 2))], init_factor=0)
