@@ -25,6 +25,9 @@ def test_reproduces_the_published_trajectory(name: str) -> None:
     assert recorded.replay(model, make(model.parameters(), **kwargs)) < 1e-4
 
 
+STRUCTURES: list[Any] = ["dense", "diagonal", "block4diagonal", {2: ("dense", "none")}]
+
+
 def _along(vector: Tensor, axis: int, order: int) -> Tensor:
     return vector.reshape([-1 if i == axis else 1 for i in range(order)])
 
@@ -144,9 +147,7 @@ def test_a_unit_without_a_factor_follows_adamw(make: type[KLShampoo]) -> None:
 
 
 @pytest.mark.parametrize("make", [KLShampoo, KLSOAP])
-@pytest.mark.parametrize(
-    "structures", ["dense", "diagonal", "block4diagonal", {2: ("dense", "none")}]
-)
+@pytest.mark.parametrize("structures", STRUCTURES)
 @pytest.mark.parametrize("scale", [0.0, 1e-20, 1.0, 1e10])
 def test_hard_gradients_keep_everything_finite(
     make: type[KLShampoo], structures: Any, scale: float

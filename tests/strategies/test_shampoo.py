@@ -24,13 +24,16 @@ def test_reproduces_the_published_trajectory(name: str) -> None:
     assert recorded.replay(model, optimizer) < 1e-6
 
 
+STRUCTURES: list[Any] = ["dense", "diagonal", "block4diagonal", {2: ("dense", "none")}]
+
+
 def _inverse_root(A: Tensor, exponent: float, eps: float) -> Tensor:
     values, Q = torch.linalg.eigh(A)
     return Q * (values - values.min().clamp(max=0) + eps) ** -exponent @ Q.mT
 
 
 def _dense_direction(grads: list[Tensor], t: int, **kw: Any) -> Tensor:
-    """Return Shampoo's direction at update t >= start, refreshed at every step, as it is written."""
+    """Return Shampoo's direction at update t, refreshed at every step, as it is written."""
     order = grads[0].ndim
     beta1, beta2 = kw["betas"]
     m = torch.zeros_like(grads[0])
@@ -40,7 +43,7 @@ def _dense_direction(grads: list[Tensor], t: int, **kw: Any) -> Tensor:
         m = beta1 * m + (1 - beta1) * G
         v = beta2 * v + (1 - beta2) * G**2
         for axis in range(order):
-            X = G.movedim(axis, 0).flatten(1)
+            X = G.movedim(axis, 0).reshape(G.shape[axis], -1)
             factors[axis] = beta2 * factors[axis] + (1 - beta2) * X @ X.mT
     m = m / (1 - beta1**t)
     direction = m
@@ -107,7 +110,7 @@ def test_iterations_agree_with_the_eigendecomposition() -> None:
     results = []
     for root in ("eigh", "coupled_newton", "newton_db"):
         p = nn.Parameter(torch.zeros(6, 5, dtype=torch.float64))
-        optimizer = Shampoo([p], lr=1.0, eps=1e-2, root=root, precondition_frequency=1)  # type: ignore[arg-type]
+        optimizer = Shampoo([p], lr=1.0, eps=1e-2, root=root, precondition_frequency=1)
         for grad in grads:
             p.grad = grad.clone()
             optimizer.step()
@@ -125,9 +128,7 @@ def test_diagonal_factors_take_roots_entry_by_entry() -> None:
     assert (p.detach() - expected).norm() < 1e-12 * expected.norm()
 
 
-@pytest.mark.parametrize(
-    "structures", ["dense", "diagonal", "block4diagonal", {2: ("dense", "none")}]
-)
+@pytest.mark.parametrize("structures", STRUCTURES)
 @pytest.mark.parametrize("scale", [0.0, 1e-20, 1.0, 1e10])
 def test_hard_gradients_give_finite_bounded_updates(structures: Any, scale: float) -> None:
     p = nn.Parameter(torch.randn(9, 7))
