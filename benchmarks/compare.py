@@ -31,7 +31,7 @@ import torch
 from char_lm import Run, load_corpus, train
 from demo import add_shape_arguments, shape_of, table
 from matplotlib import pyplot as plt
-from optimizers import OPTIMIZERS
+from optimizers import DEFAULTS, OPTIMIZERS
 
 TUNING_SEED = 0
 
@@ -193,7 +193,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Do the missing runs, or report on the finished ones."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
+    parser.add_argument("--optimizers", nargs="+", default=list(DEFAULTS), choices=OPTIMIZERS)
     parser.add_argument("--out", type=Path, default=Path("compare.jsonl"), help="the runs")
     parser.add_argument("--report", action="store_true", help="report on the finished runs")
     parser.add_argument("--steps", type=int, default=400)

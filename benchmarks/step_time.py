@@ -1,4 +1,7 @@
-"""Time `optimizer.step()` against a peer: interleaved in one run, medians, the same gradients.
+"""Time `optimizer.step()`: interleaved in one run, medians, the same gradients.
+
+Two tables: SIRF-Shampoo in every structure against the package `sirfshampoo`, and SOAP with
+refreshes all at once and in turns.
 
 Usage: python benchmarks/step_time.py [--workload transformer28] [--rounds 15] [--json out.json]
 """
@@ -22,7 +25,7 @@ from typing import Any
 import torch
 from workloads import WORKLOADS, fill_gradients
 
-from structprecond import SIRFShampoo
+from structprecond import SOAP, SIRFShampoo
 
 STRUCTURES = (
     "dense",
@@ -80,6 +83,7 @@ def compare(workload: str, name: str, ours: Build, peer: Build, rounds: int) -> 
     return Result(workload, name, median, peer_median, ratio, error)
 
 
+@torch.no_grad()
 def _distance(start: list[torch.Tensor], ours: torch.nn.Module, peer: torch.nn.Module) -> float:
     triples = zip(start, ours.parameters(), peer.parameters(), strict=True)
     return max(float((p - q).norm() / (q - p0).norm()) for p0, p, q in triples)
@@ -87,6 +91,8 @@ def _distance(start: list[torch.Tensor], ours: torch.nn.Module, peer: torch.nn.M
 
 def against_sirfshampoo(workload: str, structures: list[str], rounds: int) -> list[Result]:
     """Time SIRF-Shampoo in every structure against the package `sirfshampoo`."""
+    if not structures:
+        return []
     Peer = _sirfshampoo()  # noqa: N806 (a class)
     kwargs: dict[str, Any] = {"lr": 1e-3, "beta2": 0.01, "batch_size": BATCH_SIZE}
     results = []
@@ -103,6 +109,50 @@ def against_sirfshampoo(workload: str, structures: list[str], rounds: int) -> li
                 )
             )
         print(_row(results[-1]), flush=True)
+    return results
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """Step times of SOAP over one refresh cycle, in milliseconds.
+
+    Args:
+        workload: The name of the workload.
+        name: How refreshes are scheduled.
+        mean: The mean over the cycle.
+        worst: The slowest step of the cycle.
+    """
+
+    workload: str
+    name: str
+    mean: float
+    worst: float
+
+
+def refresh_cycles(workload: str, cycles: int, frequency: int = 10) -> list[Cycle]:
+    """Time SOAP step by step, with synchronous and with staggered refreshes, in turns.
+
+    Each of the `frequency` steps of a cycle is represented by its median over all cycles.
+    """
+    model = WORKLOADS[workload]()
+    schedules = ("synchronous", "staggered")
+    models = (model, copy.deepcopy(model))
+    optimizers = [
+        SOAP(m, precondition_frequency=frequency, refresh=refresh)  # type: ignore[arg-type]
+        for m, refresh in zip(models, schedules, strict=True)
+    ]
+    times: tuple[list[float], list[float]] = ([], [])
+    for step in range(1 + frequency * (cycles + 1)):
+        for i in (0, 1):
+            fill_gradients(models[i], seed=step)
+            start = time.perf_counter()
+            optimizers[i].step()
+            times[i].append(1e3 * (time.perf_counter() - start))
+    results = []
+    for name, measured in zip(schedules, times, strict=True):
+        settled = measured[1 + frequency :]  # the first step initializes, the first cycle warms up
+        steps = [statistics.median(settled[i::frequency]) for i in range(frequency)]
+        results.append(Cycle(workload, name, statistics.fmean(steps), max(steps)))
     return results
 
 
@@ -135,22 +185,30 @@ def _row(r: Result) -> str:
     return f"| {r.workload} | {r.name} | {times} | {r.error:.0e} |"
 
 
-def main(argv: list[str] | None = None) -> list[Result]:
-    """Run the benchmark and print a Markdown table."""
+def main(argv: list[str] | None = None) -> list[Result | Cycle]:
+    """Run the benchmarks and print Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workload", choices=WORKLOADS, default="transformer28")
-    parser.add_argument("--structures", nargs="+", default=list(STRUCTURES))
+    parser.add_argument("--structures", nargs="*", default=list(STRUCTURES))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cycles", type=int, default=5, help="refresh cycles of SOAP")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     machine = f"{platform.processor() or platform.machine()}, {args.threads} threads, float32"
-    print(f"SIRF-Shampoo, {date.today()}, {machine}, torch {torch.__version__}\n")
+    print(f"{date.today()}, {machine}, torch {torch.__version__}\n")
     print("| workload | structure | ours (ms) | sirfshampoo (ms) | speed-up | difference |")
     print("|---|---|---|---|---|---|", flush=True)
-    results = against_sirfshampoo(args.workload, args.structures, args.rounds)
+    results: list[Result | Cycle] = []
+    results += against_sirfshampoo(args.workload, args.structures, args.rounds)
+    print("\n| workload | SOAP, refreshes | mean step (ms) | worst step (ms) | worst / mean |")
+    print("|---|---|---|---|---|", flush=True)
+    for cycle in refresh_cycles(args.workload, args.cycles) if args.cycles else []:
+        results.append(cycle)
+        times = f"{cycle.mean:.0f} | {cycle.worst:.0f} | {cycle.worst / cycle.mean:.2f}"
+        print(f"| {cycle.workload} | {cycle.name} | {times} |")
     if args.json:
         args.json.write_text(json.dumps([asdict(r) for r in results], indent=1))
     return results

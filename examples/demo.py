@@ -90,7 +90,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> list[Run]:
     """Run the demo and return what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--optimizers", nargs="+", default=["adamw", "sirf"], choices=OPTIMIZERS)
+    parser.add_argument("--optimizers", nargs="+", default=["adamw", "soap"], choices=OPTIMIZERS)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

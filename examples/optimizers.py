@@ -7,7 +7,8 @@ rate.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -49,9 +50,9 @@ def sirf(model: nn.Module, lr: float) -> Optimizer:
     )
 
 
-def soap(model: nn.Module, lr: float) -> Optimizer:
+def soap(model: nn.Module, lr: float, **options: Any) -> Optimizer:
     """Make SOAP with the weight decay of AdamW."""
-    return SOAP(model, lr=lr, weight_decay=0.1)
+    return SOAP(model, lr=lr, weight_decay=0.1, **options)
 
 
 def klshampoo(model: nn.Module, lr: float) -> Optimizer:
@@ -64,4 +65,12 @@ OPTIMIZERS = {
     "soap": Choice(1.6e-2, soap),
     "klshampoo": Choice(8e-3, klshampoo),
     "sirf": Choice(0.2, sirf, middle=0.2),
+    # what SOAP does beyond the published rule, at one learning rate
+    "soap-published": Choice(1.6e-2, soap, middle=1.6e-2),
+    "soap-staggered": Choice(1.6e-2, partial(soap, refresh="staggered"), middle=1.6e-2),
+    "soap-transport": Choice(1.6e-2, partial(soap, transport=True), middle=1.6e-2),
+    "soap-unskipped": Choice(1.6e-2, partial(soap, skip_first=False), middle=1.6e-2),
+    "soap-clipped": Choice(1.6e-2, partial(soap, clip_rms=3.0), middle=1.6e-2),
 }
+DEFAULTS = ("adamw", "soap", "klshampoo", "sirf")
+"""What the comparison runs unless told otherwise."""
