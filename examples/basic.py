@@ -10,7 +10,7 @@ import argparse
 import torch
 from torch import nn
 
-from structprecond import SIRFShampoo, describe
+from structprecond import SOAP, describe
 
 
 def main(argv: list[str] | None = None) -> list[float]:
@@ -23,8 +23,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     model = nn.Sequential(
         nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)
     )
-    # vectors get a diagonal factor, matrices a dense one for each axis
-    optimizer = SIRFShampoo(model, lr=0.02, structures={1: "diagonal", 2: "dense"})
+    # matrices are rotated in blocks of 16 rows on one axis and as a whole on the other one
+    optimizer = SOAP(model, lr=0.02, structures={1: "none", 2: ("block16diagonal", "dense")})
     print(describe(optimizer))
 
     losses = []

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from structprecond.errors import StructPrecondError
 
@@ -34,6 +35,11 @@ class Entry(dict[str, Tensor]):
         self.check({**self, **values})
         for name, value in values.items():
             self[name] = value
+
+    def __ior__(self, values: Any) -> Self:  # type: ignore[override,misc]
+        """Write several values into the stack."""
+        self.update(values)
+        return self
 
     def setdefault(self, name: str, default: Any = None) -> Tensor:
         """Return the value of a name that exists."""

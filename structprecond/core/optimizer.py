@@ -509,8 +509,11 @@ class StructuredOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
             state_dict = state_dict if result is None else result
+        samples = int(self._samples)
         checkpoint.load(self, state_dict)
-        if self._counter is not None:
+        if self._counter is None:
+            self._samples.fill_(samples)  # a batch size that is given here stays
+        else:
             self._counter.count = int(self._samples)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structprecond.core.batch_size import GetBatchSize, get_batch_size
-from structprecond.core.optimizer import Nonfinite, StructuredOptimizer
+from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
 from structprecond.core.state import State, rows_of
 from structprecond.groups import PerParameter, PreconditionerGroup
 from structprecond.strategies.base import (
@@ -175,6 +175,7 @@ class SIRFShampoo(StructuredOptimizer):
         preconditioner_dtypes: The dtype in which factors are stored, given like `structures`.
             Default: float32, or float64 for float64 parameters.
         combine_params: The grouping rules, most important first. Default: each parameter by itself.
+        refresh: "synchronous" or "staggered", in turns. Default: "synchronous".
         nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
             "skip".
         maximize: Whether to maximize. Default: False.
@@ -212,6 +213,7 @@ class SIRFShampoo(StructuredOptimizer):
         structures: StructureSpec = "dense",
         preconditioner_dtypes: PerAxis[torch.dtype | None] = None,
         combine_params: Sequence[PreconditionerGroup] = (PerParameter(),),
+        refresh: Refresh = "synchronous",
         nonfinite: Nonfinite = "skip",
         maximize: bool = False,
         verbose_init: bool = False,
@@ -233,6 +235,7 @@ class SIRFShampoo(StructuredOptimizer):
             preconditioner_dtypes=preconditioner_dtypes,
             combine_params=combine_params,
             batch_size=batch_size,
+            refresh=refresh,
             nonfinite=nonfinite,
             maximize=maximize,
             verbose_init=verbose_init,

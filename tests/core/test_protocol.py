@@ -729,6 +729,23 @@ def test_low_precision_parameters_get_the_rounded_update_of_float32_factors(
         assert set(floating) == {torch.float32}
 
 
+def test_parameters_of_several_dtypes_train_as_one_at_a_time() -> None:
+    dtypes = (torch.float64, torch.float32, torch.bfloat16)
+    layers = [nn.Linear(4, 4, dtype=dtype) for dtype in dtypes for _ in range(2)]
+    model = nn.ModuleList(layers)
+    twin = copy.deepcopy(model)
+    optimizer = SIRFShampoo(model, batch_size=6, **SETTINGS)
+    singles = [SIRFShampoo([p], batch_size=6, **SETTINGS) for p in twin.parameters()]
+    for step in range(4):
+        for m in (model, twin):
+            set_grads(list(m.parameters()), step)
+        for o in (optimizer, *singles):
+            o.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert p.dtype == q.dtype
+        assert_close(p.detach(), q.detach(), {8: 1e-12, 4: 1e-6, 2: 1e-2}[p.element_size()])
+
+
 def test_float64_parameters_have_float64_state() -> None:
     model = mlp()
     optimizer = SIRFShampoo(model)
@@ -899,6 +916,10 @@ def _update(entry: dict[str, Tensor], name: str, value: Tensor) -> None:
     entry.update({name: value})
 
 
+def _unite(entry: dict[str, Tensor], name: str, value: Tensor) -> None:
+    entry |= {name: value}
+
+
 def _replace(optimizer: StructuredOptimizer, p: Tensor, name: str, value: Tensor) -> None:
     optimizer.state[p] = {**optimizer.state[p], name: value}
 
@@ -912,6 +933,7 @@ def _replace_all(optimizer: StructuredOptimizer, p: Tensor, name: str, value: Te
 WRITERS: dict[str, Callable[[StructuredOptimizer, Tensor, str, Tensor], None]] = {
     "one name": lambda o, p, name, value: _assign(o.state[p], name, value),
     "update": lambda o, p, name, value: _update(o.state[p], name, value),
+    "union": lambda o, p, name, value: _unite(o.state[p], name, value),
     "one entry": _replace,
     "all of state": _replace_all,
 }
@@ -986,6 +1008,8 @@ def test_writing_an_unknown_name_or_another_shape_raises() -> None:
         entry["exp_avg"] = torch.zeros(4, 3)
     with pytest.raises(StructPrecondError, match=r"0\.weight"):
         entry["momentum_buffer"] = torch.zeros(3, 4)
+    with pytest.raises(StructPrecondError, match=r"0\.weight"):
+        entry.update({"momentum_buffer": torch.ones(4, 3), "exp_avg": torch.zeros(4, 3)})
     assert same_bits(snapshot(model, optimizer), before)
 
 

@@ -1,0 +1,185 @@
+"""What every strategy has to survive: resume, copies, gradients that come and go, low precision."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from structprecond import (
+    KLSOAP,
+    SOAP,
+    KLShampoo,
+    LinearWeightBias,
+    PerParameter,
+    Shampoo,
+    SIRFShampoo,
+    StructuredOptimizer,
+)
+
+Make = Callable[[nn.Module], StructuredOptimizer]
+BLOCKS: Any = {1: "none", 2: ("dense", "block3diagonal"), 4: "dense"}
+MAKERS: dict[str, Make] = {
+    "SIRF": partial(SIRFShampoo, batch_size=4, lr=0.05, T=2),
+    "SOAP": partial(SOAP, lr=0.02, precondition_frequency=3),
+    "SOAP staggered": partial(SOAP, lr=0.02, precondition_frequency=3, refresh="staggered"),
+    "SOAP options": partial(
+        SOAP, lr=0.02, precondition_frequency=2, skip_first=False, transport=True, clip_rms=2.0
+    ),
+    "SOAP blocks": partial(SOAP, lr=0.02, structures=BLOCKS, precondition_1d=True),
+    "SOAP merged": partial(SOAP, lr=0.02, merge_dims=True, max_precond_dim=12),
+    "KL-Shampoo": partial(KLShampoo, lr=0.01, precondition_frequency=3),
+    "KL-SOAP": partial(KLSOAP, lr=0.01, precondition_frequency=3, structures=BLOCKS),
+    "Shampoo": partial(Shampoo, lr=0.02, precondition_frequency=3, start_preconditioning_step=2),
+    "Shampoo joint": partial(
+        Shampoo, lr=0.02, grafting="sgd", combine_params=(LinearWeightBias(), PerParameter())
+    ),
+}
+every_strategy = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+
+
+def _model() -> Any:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 5), nn.Linear(5, 5))
+
+
+def _train(model: Any, optimizer: StructuredOptimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+def _same(first: Any, second: Any) -> bool:
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    return all(torch.equal(p, q) for p, q in pairs)
+
+
+@every_strategy
+def test_resume_is_bit_equal(make: Make) -> None:
+    model = _model()
+    optimizer = make(model)
+    _train(model, optimizer, range(7))
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    resumed = _model()
+    again = make(resumed)
+    weights, state = torch.load(file)
+    resumed.load_state_dict(weights)
+    again.load_state_dict(state)
+    _train(model, optimizer, range(7, 27))
+    _train(resumed, again, range(7, 27))
+    assert _same(model, resumed)
+
+
+@every_strategy
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_go_on_alike(make: Make, copier: Callable[[Any], Any]) -> None:
+    model = _model()
+    optimizer = make(model)
+    _train(model, optimizer, range(5))
+    other, other_optimizer = copier((model, optimizer))
+    _train(model, optimizer, range(5, 12))
+    assert not _same(model, other)
+    _train(other, other_optimizer, range(5, 12))
+    assert _same(model, other)
+
+
+@every_strategy
+def test_a_unit_that_starts_late_is_as_one_that_starts_afresh(make: Make) -> None:
+    if make is MAKERS["SOAP staggered"]:
+        pytest.skip("turns depend on the other units, by design")
+    # two layers of one shape, so that they share a stack; the second one is frozen at first
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)).double()
+    alone = nn.Sequential(copy.deepcopy(model[1]))
+    model[1].requires_grad_(False)
+    together, fresh = make(model), make(alone)
+    grads = [[torch.randn(5, 5).double(), torch.randn(5).double()] for _ in range(14)]
+    for step, pair in enumerate(grads):
+        if step == 4:
+            model[1].requires_grad_(True)
+        before = [p.detach().clone() for p in model[1].parameters()]
+        for layer in model:
+            for p, grad in zip(layer.parameters(), pair, strict=True):
+                p.grad = grad.clone() if p.requires_grad else None
+        together.step()
+        if step < 4:
+            frozen = zip(model[1].parameters(), before, strict=True)
+            assert all(torch.equal(p, q) for p, q in frozen)
+            continue
+        for p, grad in zip(alone.parameters(), pair, strict=True):
+            p.grad = grad.clone()
+        fresh.step()
+        for p, q in zip(model[1].parameters(), alone.parameters(), strict=True):
+            assert (p - q).norm() <= 1e-5 * q.norm()
+
+
+@every_strategy
+def test_bfloat16_parameters_train_with_float32_state(make: Make) -> None:
+    model = _model().to(torch.bfloat16)
+    optimizer = make(model)
+    _train(model, optimizer, range(12))
+    assert all(p.isfinite().all() for p in model.parameters())
+    for entry in optimizer.state.values():
+        assert all(t.dtype == torch.float32 for t in entry.values() if t.is_floating_point())
+
+
+@every_strategy
+def test_factors_can_be_stored_in_bfloat16(make: Make) -> None:
+    model, reference = _model(), _model()
+    half = make.func(model, **{**make.keywords, "preconditioner_dtypes": torch.bfloat16})  # type: ignore[attr-defined]
+    full = make(reference)
+    assert sum(t.dtype == torch.bfloat16 for e in half.state.values() for t in e.values()) > 0
+    _train(model, half, range(10))
+    _train(reference, full, range(10))
+    start, moved, expected = (
+        torch.cat([p.detach().flatten() for p in m.parameters()])
+        for m in (_model(), model, reference)
+    )
+    assert moved.isfinite().all()
+    # roughly the same way: rounded factors have 3 digits
+    assert torch.cosine_similarity(moved - start, expected - start, dim=0) > 0.7
+
+
+@every_strategy
+def test_a_nonfinite_gradient_leaves_its_unit_alone(make: Make) -> None:
+    model = _model()
+    optimizer = make(model)
+    _train(model, optimizer, range(4))
+    unit = [model[3].weight, model[3].bias]
+    before = [p.detach().clone() for p in unit]
+    state = {name: t.clone() for name, t in optimizer.state[unit[0]].items()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    for p in unit:
+        p.grad.fill_(torch.inf)
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(unit, before, strict=True))
+    after = optimizer.state[unit[0]]
+    counters = {"skipped", "global_step"}
+    assert all(torch.equal(after[n], t) for n, t in state.items() if n not in counters)
+    assert int(after["skipped"]) == 1
+
+
+@every_strategy
+def test_gradients_are_not_touched(make: Make) -> None:
+    model = _model()
+    optimizer = make(model)
+    for step in range(4):
+        grads = [torch.randn_like(p) for p in model.parameters()]
+        for p, grad in zip(model.parameters(), grads, strict=True):
+            p.grad = grad.clone()
+        optimizer.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+        assert step == optimizer.global_step - 1
