@@ -104,7 +104,10 @@ class BlockDiagonalMatrix(BlockwiseMatrix):
         product = torch.empty_like(X)
         (X_blocks, X_rest), (out_blocks, out_rest) = self._cut(X), self._cut(product)
         for block, X_block, out in _slices(blocks, X_blocks, out_blocks):
-            out.copy_(matmul_like(block, X_block))
+            if out.is_contiguous():
+                torch.matmul(block, X_block, out=out)
+            else:
+                out.copy_(matmul_like(block, X_block))
         if rest.shape[-1]:
             out_rest.copy_(matmul_like(rest, X_rest))
         return product
