@@ -106,7 +106,7 @@ class Bucket:
     def refresh_cost(self) -> int:
         """Return the operations that refreshing one row takes, up to a constant factor."""
         axes = zip(self.key.structures, self.key.shape, strict=True)
-        return sum(dim**3 for structure, dim in axes if structure is not None)
+        return sum(s.refresh_cost(dim) for s, dim in axes if s is not None)
 
     def move(self, device: torch.device) -> None:
         """Move the state to another device; all views of it become stale."""
@@ -174,6 +174,7 @@ class Bucket:
             with rows_of(self.state, rows) as state:
                 self.strategy.begin(state, grad[rows], self.group)
             self.begun |= fresh
+            self.overdue &= ~fresh  # what was made from this gradient needs no refresh
         skipped = self.strategy.skips_first(self.key.structures)
         return fresh if skipped else torch.zeros_like(fresh)
 
@@ -188,7 +189,7 @@ class Bucket:
         if isinstance(every, bool):
             self.overdue |= every
             return self.overdue & live
-        return self.strategy.due(self.steps + self.turns, every) & live
+        return self.strategy.due(self.steps, self.turns, every) & live
 
     def _views(self, stack: Tensor, live: Sequence[bool]) -> list[Tensor]:
         assert self.windows is not None
@@ -226,14 +227,16 @@ class Bucket:
     ) -> None:
         """Subtract lr times the directions from the parameters, and decay them."""
         lr: float | Tensor = hp["lr"]
+        direction = direction.contiguous()
         rate = 1.0
         if isinstance(lr, Tensor):
             # a tensor stays on its device: reading it would stall an accelerator
-            direction = direction * lr.to(direction.device)
+            lr = lr.to(direction.device).reshape(())
+            direction = direction * lr
         else:
             rate = lr
         if self.windows is not None:
-            updates = self._views(direction.contiguous(), live)
+            updates = self._views(direction, live)
         else:
             updates = []
             for unit, span, on in zip(self.units, self.spans, live, strict=True):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from structprecond.errors import CheckpointError
+from structprecond.errors import CheckpointError, StructPrecondError
+from structprecond.structures import StructuredMatrix
 
 if TYPE_CHECKING:
     from structprecond.core.optimizer import StructuredOptimizer
@@ -56,9 +57,14 @@ def _plain(value: Any) -> Any:
 def describe_object(value: Any) -> str:
     """Describe a callable, strategy, rule or structure by what makes two of them equal."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k!r}: {describe_object(v)}" for k, v in value.items()) + "}"
+        entries = sorted((repr(k), describe_object(v)) for k, v in value.items())
+        return "{" + ", ".join(f"{k}: {v}" for k, v in entries) + "}"
     if isinstance(value, tuple):
         return "(" + ", ".join(describe_object(v) for v in value) + ")"
+    if isinstance(value, str):
+        return repr(value)
+    if isinstance(value, type) and issubclass(value, StructuredMatrix):
+        return repr(value.name)
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{value.__module__}.{value.__qualname__}"
     if getattr(type(value), "__repr__") is object.__repr__:  # noqa: B009
@@ -87,6 +93,7 @@ def load(optimizer: StructuredOptimizer, checkpoint: Mapping[str, Any]) -> None:
     copies: list[tuple[Tensor, Tensor]] = []
     for number, (saved, live) in enumerate(zip(saved_groups, live_groups, strict=True)):
         problems += _compare_groups(number, saved, live)
+        problems += _check_numbers(number, saved, live)
         for i, p in zip(_match(saved, live), live["params"], strict=True):
             label, mine = optimizer.name_of(p), dict(optimizer.state.get(p, {}))
             theirs = saved_state.get(i, {})
@@ -164,11 +171,27 @@ def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, An
     return problems
 
 
+def _check_numbers(number: int, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the saved hyperparameters."""
+    problems = []
+    for name, hyperparameter in live["strategy"].hyperparameters.items():
+        value = saved.get(name)
+        if name not in saved or isinstance(value, str):
+            continue
+        try:
+            hyperparameter.validate(name, value)
+            if isinstance(live[name], Tensor):
+                torch.as_tensor(value).reshape(live[name].shape)
+        except (StructPrecondError, RuntimeError, TypeError, ValueError) as error:
+            problems.append(f"param group {number}: {error}")
+    return problems
+
+
 def _load_group(saved: Mapping[str, Any], live: dict[str, Any]) -> None:
     for key in saved.keys() - _NOT_LOADED:
         value, current = saved[key], live.get(key)
         if isinstance(current, Tensor):
-            current.copy_(torch.as_tensor(value))
+            current.copy_(torch.as_tensor(value).reshape(current.shape))
         elif callable(current) or (isinstance(value, str) and not isinstance(current, str)):
             continue  # callables stay the live ones; a text stands for one in the checkpoint
         else:

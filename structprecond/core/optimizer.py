@@ -142,6 +142,7 @@ class StructuredOptimizer(Optimizer):
         self._counter: BatchSizeCounter | None = None
         self._warned = False
         self._turns_for: tuple[Any, ...] = ()
+        _check_strategy(strategy)
         if unknown := set(hyperparameters or {}) - set(strategy.hyperparameters):
             raise HyperparameterError(
                 f"Unknown hyperparameters {sorted(unknown)} of {type(strategy).__name__}. Known "
@@ -178,6 +179,7 @@ class StructuredOptimizer(Optimizer):
         """
         group = self._named_group(param_group)
         strategy = group.get("strategy", self.defaults["strategy"])
+        _check_strategy(strategy)
         known = set(strategy.hyperparameters)
         if unknown := set(group) - known - set(_CONFIGURATION) - _TORCH_KEYS:
             raise HyperparameterError(
@@ -541,3 +543,16 @@ class StructuredOptimizer(Optimizer):
             return
         if "_forward_hooks" in self.model.__dict__:
             self._counter.watch(self.model, self)
+
+
+def _check_strategy(strategy: Any) -> None:
+    if not isinstance(strategy, Strategy):
+        raise StructPrecondError(
+            f"strategy takes an instance of Strategy, got {strategy!r}. "
+            "Did you pass the class instead of an instance?"
+        )
+    if strategy.decay != "inside" and "weight_decay" not in strategy.hyperparameters:
+        raise StructPrecondError(
+            f"{type(strategy).__name__} decays {strategy.decay} the update, but declares no "
+            "hyperparameter weight_decay. Declare it, or set decay = 'inside'."
+        )

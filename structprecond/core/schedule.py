@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from heapq import heappop, heappush
 
 from structprecond.core.bucket import Bucket
 
@@ -14,13 +15,22 @@ def take_turns(buckets: Sequence[Bucket], intervals: Mapping[int, int | bool]) -
         buckets: The buckets, whose `turns` are set.
         intervals: The refresh interval of every param group, by its id.
     """
-    load: dict[int, list[int]] = {}
-    for bucket in sorted(buckets, key=Bucket.refresh_cost, reverse=True):
+    waiting: dict[int, list[tuple[int, str, Bucket, int]]] = {}
+    for bucket in buckets:
         every = intervals[id(bucket.group)]
-        if isinstance(every, bool):
-            continue
-        steps = load.setdefault(every, [0] * every)
-        for row in range(bucket.rows):
-            lightest = min(range(every), key=steps.__getitem__)
-            steps[lightest] += bucket.refresh_cost()
-            bucket.turns[row] = lightest
+        if not isinstance(every, bool):
+            # by name, so that turns do not depend on the order of registration
+            rows = (
+                (-bucket.refresh_cost(), unit.label, bucket, row)
+                for unit, span in zip(bucket.units, bucket.spans, strict=True)
+                for row in range(span.start, span.stop)
+            )
+            waiting.setdefault(every, []).extend(rows)
+    for every, rows_of_all in waiting.items():
+        rows_of_all.sort(key=lambda entry: entry[:2])
+        # the load of each step and the step; more steps than rows are not needed
+        steps = [(0, step) for step in range(min(every, len(rows_of_all)))]
+        for cost, _, bucket, row in rows_of_all:
+            load, step = heappop(steps)
+            bucket.turns[row] = step
+            heappush(steps, (load - cost, step))

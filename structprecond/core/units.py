@@ -93,6 +93,12 @@ def find_units(
                     f"{rule}.identify named something of shape {tuple(foreign[0].shape)} that is "
                     "not a parameter of the model. Rules may only name the model's parameters."
                 )
+            if len({id(p) for p in members}) < len(members):
+                label = " + ".join(names.get(p, "?") for p in members)
+                raise GroupError(
+                    f"{rule}.identify names a parameter twice in one unit: {label}. "
+                    "Are these tied? Name each once."
+                )
             whole = members and all(id(p) in open_params for p in members)
             if whole and len({p.requires_grad for p in members}) == 1:
                 units.append(_unit(rule, members, names, grouped_shapes))

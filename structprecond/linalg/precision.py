@@ -14,21 +14,32 @@ def full_precision() -> Iterator[None]:
     """Run matrix products of float32 in float32: no TF32, no bfloat16.
 
     Example:
-        >>> torch.set_float32_matmul_precision("medium")
+        >>> A = torch.eye(2)
         >>> with full_precision():
-        ...     torch.get_float32_matmul_precision()
-        'highest'
-        >>> torch.set_float32_matmul_precision("highest")
+        ...     product = A @ A
     """
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
+    # settings of torch 2.9 and later; to read them with the older functions is an error
+    settings = [
+        backend
+        for backend in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+        if hasattr(backend, "fp32_precision")
+    ]
+    if settings:
+        before = [backend.fp32_precision for backend in settings]  # type: ignore[union-attr]
+        try:
+            for backend in settings:
+                backend.fp32_precision = "ieee"  # type: ignore[union-attr]
+            yield
+        finally:
+            for backend, precision in zip(settings, before, strict=True):
+                backend.fp32_precision = precision  # type: ignore[union-attr]
         return
+    legacy = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(legacy)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -127,14 +127,15 @@ class Strategy(ABC, Generic[S]):
             dtypes: The dtype of the factor of every axis.
         """
 
-    def due(self, steps: Tensor, every: int) -> Tensor:
+    def due(self, steps: Tensor, turns: Tensor, every: int) -> Tensor:
         """Return which rows an interval of `every` steps says to refresh, `(b,)`.
 
         Args:
-            steps: How many updates each row has had before this one, plus the row's turn.
+            steps: How many updates each row has had before this one.
+            turns: How many steps earlier than the others each row is refreshed.
             every: The interval.
         """
-        return (steps + self.refresh_phase) % every == 0
+        return (steps + turns + self.refresh_phase) % every == 0
 
     def skips_first(self, structures: tuple[Structure, ...]) -> bool:
         """Return whether a row's first gradient only initializes its state."""

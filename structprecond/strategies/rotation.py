@@ -88,7 +88,7 @@ class RotatedStrategy(FactoredStrategy):
         ]
         if not tolerance or not axes:
             return ALL_ROWS
-        ratios = [S.to(Q.dtype).off_diagonal_ratio(Q) for S, Q in axes]
+        ratios = [S.off_diagonal_ratio(Q) for S, Q in axes]
         return select((torch.stack(ratios).amax(0) > tolerance).cpu())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
 from structprecond.core.state import State, rows_of
-from structprecond.errors import StructPrecondError
+from structprecond.errors import StructPrecondError, StructureError
 from structprecond.groups import PerParameter, PreconditionerGroup
 from structprecond.linalg import RootMethod
 from structprecond.strategies.base import (
@@ -116,6 +116,28 @@ class ShampooStrategy(FactoredStrategy):
                 f"{self.start_preconditioning_step!r}."
             )
 
+    def adapt_structures(
+        self, structures: tuple[Structure, ...], dims: Sequence[int], order: int, units: str
+    ) -> tuple[Structure, ...]:
+        """Leave out factors as `FactoredStrategy` does, and check that their root can be taken."""
+        adapted = super().adapt_structures(structures, dims, order, units)
+        root = self._root_order(sum(structure is not None for structure in adapted))
+        if any(s is not None and issubclass(s, BlockwiseMatrix) for s in adapted):
+            known = {
+                "eigh": True,
+                "coupled_newton": root == int(root),
+                "newton_db": root in (2, 4),
+            }
+            if not known[self.root]:
+                raise StructureError(
+                    f"root={self.root!r} cannot compute the inverse root of order {root:g} that "
+                    f"{units} needs. Use 'eigh', another exponent, or fewer factors."
+                )
+        return adapted
+
+    def _root_order(self, factors: int) -> float:
+        return 2 * factors if self.exponent is None else 1 / self.exponent
+
     def init(
         self, like: Tensor, structures: tuple[Structure, ...], dtypes: tuple[torch.dtype, ...]
     ) -> ShampooState:
@@ -127,10 +149,10 @@ class ShampooStrategy(FactoredStrategy):
             torch.zeros_like(like) if self.grafting in ("adam", "rmsprop") else None,
         )
 
-    def due(self, steps: Tensor, every: int) -> Tensor:
+    def due(self, steps: Tensor, turns: Tensor, every: int) -> Tensor:
         """Return which rows are at their first preconditioned step, or at a multiple after it."""
         t, start = steps + 1, self.start_preconditioning_step
-        return (t == start) | ((t > start) & (t % every == 0))
+        return (t == start) | ((t > start) & ((t + turns) % every == 0))
 
     def update(
         self, state: ShampooState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
@@ -161,8 +183,7 @@ class ShampooStrategy(FactoredStrategy):
         return direction
 
     def _refresh(self, state: ShampooState, hp: Mapping[str, Any], unbias: float | Tensor) -> None:
-        order = 2 * sum(factor is not None for factor in state.factors)
-        root = order if self.exponent is None else 1 / self.exponent
+        root = self._root_order(sum(factor is not None for factor in state.factors))
         scale = 1 / (unbias.flatten() if isinstance(unbias, Tensor) else unbias)
         for factor, inverse_root in zip(state.factors, state.inverse_roots, strict=True):
             if isinstance(factor, BlockwiseMatrix) and isinstance(inverse_root, BlockwiseMatrix):

@@ -165,8 +165,9 @@ class SOAPStrategy(RotatedStrategy):
         # before the first update there is nothing to compare with
         seen = (steps > 0).to(rotated.device)
         unbiased = exp_avg_sq / correction(beta2, (steps - 1).clamp(min=0), rotated)
-        ratios = rotated.square().div_(unbiased.clamp_(min=torch.finfo(rotated.dtype).tiny))
-        rms = ratios.flatten(1).mean(1).sqrt_()
+        # entries without a second moment, such as rows of unseen words, say nothing about outliers
+        ratios = torch.where(unbiased > 0, rotated.square() / unbiased, 0.0)
+        rms = ratios.flatten(1).mean(1).sqrt_().nan_to_num_(posinf=torch.finfo(ratios.dtype).max)
         scale = torch.where(seen, (self.clip_rms / rms).clamp(max=1.0), 1.0)
         return scale.reshape(-1, *[1] * (rotated.ndim - 1))
 

@@ -223,6 +223,11 @@ class StructuredMatrix(ABC):
             return self.copy_(self.to(X.dtype).add_inner_(X, beta, alpha))
         return self.mul_(beta).add_(self.from_mat_inner(X), alpha=alpha)
 
+    @classmethod
+    def refresh_cost(cls, dim: int) -> int:
+        """Return the operations of a decomposition of size `dim`, up to a constant factor."""
+        return dim**3
+
     # --- numbers per matrix ----------------------------------------------------------------------
 
     def diag_add_(self, value: float | Tensor) -> Self:

@@ -136,6 +136,11 @@ class BlockDiagonalMatrix(BlockwiseMatrix):
             return self._map(lambda t: t.mT @ t)
         return self.from_mat_inner(self.rmatmat(X))
 
+    @classmethod
+    def refresh_cost(cls, dim: int) -> int:
+        """Return the operations of decomposing all blocks, up to a constant factor."""
+        return dim // cls.block_size * cls.block_size**3 + (dim % cls.block_size) ** 3
+
     def diag_add_(self, value: float | Tensor) -> Self:
         """Add to the diagonal in place."""
         for tensor in (self.blocks, self.rest):

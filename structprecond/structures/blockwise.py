@@ -74,7 +74,9 @@ class BlockwiseMatrix(EntrywiseMatrix):
             basis: The bases \(Q\).
         """
         with full_precision():
-            rotated = basis._map(lambda Q, S: Q.mT @ S @ Q, self)
+            rotated = basis.to(dtype=torch.promote_types(basis.dtype, torch.float32))._map(
+                lambda Q, S: Q.mT @ S.to(Q.dtype) @ Q, self
+            )
         norm = rotated.frobenius_norm()
         for block in rotated.named_tensors().values():
             block.diagonal(dim1=-2, dim2=-1).zero_()

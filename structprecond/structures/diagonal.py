@@ -87,6 +87,11 @@ class DiagonalMatrix(EntrywiseMatrix):
         """
         return type(self)((self.diag + _per_matrix(damping, self.diag)).pow(-1.0 / root))
 
+    @classmethod
+    def refresh_cost(cls, dim: int) -> int:
+        """Return 0: there is nothing to decompose."""
+        return 0
+
     def diag_add_(self, value: float | Tensor) -> Self:
         """Add to the diagonal in place."""
         self.diag.add_(_per_matrix(value, self.diag))
