@@ -3,7 +3,7 @@
 Two tables: SIRF-Shampoo in every structure against the package `sirfshampoo`, and SOAP with
 refreshes all at once and in turns.
 
-Usage: python benchmarks/step_time.py [--workload transformer28] [--rounds 15] [--json out.json]
+Usage: python benchmarks/step_time.py [--workload transformer28] [--rounds 7] [--json out.json]
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> list[Result | Cycle]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workload", choices=WORKLOADS, default="transformer28")
     parser.add_argument("--structures", nargs="*", default=list(STRUCTURES))
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cycles", type=int, default=5, help="refresh cycles of SOAP")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the results here")

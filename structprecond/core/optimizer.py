@@ -16,6 +16,7 @@ from structprecond.core.batch_size import BatchSizeCounter, GetBatchSize
 from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
 from structprecond.core.entry import Entry
 from structprecond.core.finite import with_nonfinite_gradient
+from structprecond.core.memory import keep_freed_memory
 from structprecond.core.schedule import take_turns
 from structprecond.core.units import Unit, find_units
 from structprecond.errors import (
@@ -477,6 +478,8 @@ class StructuredOptimizer(Optimizer):
     def _scratch_for(self, bucket: Bucket) -> Tensor:
         """Return memory for a bucket's stack, shared by all buckets, which run one by one."""
         key, numel = (bucket.device, bucket.dtype), bucket.shape.numel()
+        if key not in self._scratch and bucket.device.type == "cpu":
+            keep_freed_memory()
         if key not in self._scratch or self._scratch[key].numel() < numel:
             largest = max(b.shape.numel() for b in self.buckets if (b.device, b.dtype) == key)
             self._scratch[key] = torch.empty(largest, dtype=bucket.dtype, device=bucket.device)

@@ -135,7 +135,7 @@ def test_global_precision_settings_change_nothing() -> None:
     real = torch.linalg.qr
 
     def spy(matrix: Tensor) -> tuple[Tensor, Tensor]:
-        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
         return real(matrix)
 
     torch.set_float32_matmul_precision("medium")
