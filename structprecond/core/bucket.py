@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -164,7 +164,7 @@ class Bucket:
         if isinstance(rows, Tensor):
             direction = torch.zeros_like(scratch).index_copy_(0, rows.to(self.device), direction)
         moved = [bool(mask[span.start]) for span in self.spans]
-        self._apply(self._live_params(moved), direction, moved, self.group)
+        self._apply(self._live_params(moved), direction, moved)
 
     def _begin(self, live: Tensor, grad: Tensor) -> Tensor:
         """Show the strategy the first gradients of rows; return which rows sit this step out."""
@@ -218,14 +218,9 @@ class Bucket:
         self._gather(self.params, [True] * len(self.units), stack)
         return stack[rows]
 
-    def _apply(
-        self,
-        params: list[nn.Parameter],
-        direction: Tensor,
-        live: Sequence[bool],
-        hp: Mapping[str, Any],
-    ) -> None:
+    def _apply(self, params: list[nn.Parameter], direction: Tensor, live: Sequence[bool]) -> None:
         """Subtract lr times the directions from the parameters, and decay them."""
+        hp = self.group
         lr: float | Tensor = hp["lr"]
         direction = direction.contiguous()
         rate = 1.0

@@ -21,6 +21,7 @@ from structprecond.strategies.base import (
 )
 from structprecond.strategies.moments import (
     adam_direction,
+    factor_decay,
     fraction_or_default,
     pair_of_fractions,
     update_moments,
@@ -133,7 +134,7 @@ class KLShampooStrategy(RotatedStrategy):
         for axis, (factor, basis) in enumerate(zip(state.factors, state.bases, strict=True)):
             if factor is not None and basis is not None:
                 X = matricize(grad, axis) * _per_column(grad, axis)
-                factor.add_inner_(X, _decay(hp), 1 - _decay(hp))
+                factor.add_inner_(X, factor_decay(hp), 1 - factor_decay(hp))
                 basis.copy_(factor.eigenbasis().to(basis.dtype))
 
     def update(
@@ -145,7 +146,7 @@ class KLShampooStrategy(RotatedStrategy):
         rotated = rotate(grad, state.bases)
         roots = [self._inverse_roots(values) for values in state.eigenvalues]
         direction = rotate_back(self._direction(state, rotated, roots, hp), state.bases)
-        self._accumulate(state, rotated, roots, _decay(hp))
+        self._accumulate(state, rotated, roots, factor_decay(hp))
         self._refresh_stale(state, hp, ctx)
         return direction
 
@@ -230,11 +231,6 @@ class KLSOAPStrategy(KLShampooStrategy):
         assert state.exp_avg_sq is not None
         update_moments(state.exp_avg, state.exp_avg_sq, rotated, hp["betas"])
         return state.exp_avg / state.exp_avg_sq.sqrt().add_(hp["eps"])
-
-
-def _decay(hp: Mapping[str, Any]) -> float:
-    beta: float = hp["shampoo_beta"] if hp["shampoo_beta"] >= 0 else hp["betas"][1]
-    return beta
 
 
 def _per_column(stack: Tensor, axis: int) -> float:

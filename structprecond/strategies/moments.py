@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,12 @@ def pair_of_fractions(default: tuple[float, float]) -> Hyperparameter:
 def fraction_or_default(default: float) -> Hyperparameter:
     """Return a hyperparameter for a number below 1, where a negative one stands for another."""
     return Hyperparameter(default, lambda v: v < 1, "a number below 1; negative for betas[1]")
+
+
+def factor_decay(hp: Mapping[str, Any]) -> float:
+    """Return the decay of the factors: `shampoo_beta`, or `betas[1]` if that is negative."""
+    beta: float = hp["shampoo_beta"] if hp["shampoo_beta"] >= 0 else hp["betas"][1]
+    return beta
 
 
 def correction(beta: float, steps: Tensor, like: Tensor) -> float | Tensor:

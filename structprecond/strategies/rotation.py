@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -67,6 +68,7 @@ class RotatedStrategy(FactoredStrategy):
         "refresh_tolerance": nonnegative(0.0),
     }
 
+    @abstractmethod
     def _refresh(self, state: Any) -> None:
         """Refresh the bases of all rows, and bring the moments into the new ones."""
 
@@ -86,7 +88,9 @@ class RotatedStrategy(FactoredStrategy):
         axes = [
             (S, Q) for S, Q in zip(factors, bases, strict=True) if S is not None and Q is not None
         ]
-        if not tolerance or not axes:
+        if not axes:
+            return None  # nothing is rotated
+        if not tolerance:
             return ALL_ROWS
         ratios = [S.off_diagonal_ratio(Q) for S, Q in axes]
         return select((torch.stack(ratios).amax(0) > tolerance).cpu())

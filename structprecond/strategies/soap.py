@@ -21,6 +21,7 @@ from structprecond.strategies.base import (
 )
 from structprecond.strategies.moments import (
     correction,
+    factor_decay,
     fraction_or_default,
     pair_of_fractions,
     update_moments,
@@ -146,15 +147,15 @@ class SOAPStrategy(RotatedStrategy):
         direction = rotate_back(torch.div(state.exp_avg, denominator, out=rotated), state.bases)
         if self.normalize_grads:
             rms = direction.flatten(1).square().mean(1).sqrt_().add_(1e-30)
-            direction = direction / rms.reshape(-1, *[1] * (direction.ndim - 1))
+            direction.div_(rms.reshape(-1, *[1] * (direction.ndim - 1)))
         if self.correct_bias:
             first, second = (correction(beta, ctx.steps, grad) for beta in betas)
-            direction = direction * (second**0.5 / first)
+            direction.mul_(second**0.5 / first)
         self._refresh_stale(state, hp, ctx)
         return direction
 
     def _accumulate(self, state: SOAPState, grad: Tensor, hp: Mapping[str, Any]) -> None:
-        beta = hp["shampoo_beta"] if hp["shampoo_beta"] >= 0 else hp["betas"][1]
+        beta = factor_decay(hp)
         for axis, factor in enumerate(state.factors):
             if factor is not None:
                 factor.add_inner_(matricize(grad, axis), beta, 1 - beta)
