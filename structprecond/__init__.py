@@ -2,6 +2,7 @@
 
 from structprecond.core.batch_size import get_batch_size
 from structprecond.core.optimizer import StructuredOptimizer
+from structprecond.core.routing import Routing
 from structprecond.core.state import State
 from structprecond.errors import (
     CheckpointError,
@@ -16,14 +17,22 @@ from structprecond.groups import (
     FlattenAndConcatenate,
     FlattenEmbedding,
     LinearWeightBias,
+    Matricize,
     MergeDims,
     PerParameter,
     PreconditionerGroup,
     SplitHeads,
+    StackExperts,
 )
 from structprecond.report import describe
+from structprecond.roles import infer_roles
+from structprecond.strategies.adamw import AdamW, AdamWStrategy
 from structprecond.strategies.base import Hyperparameter, StepContext, Strategy
 from structprecond.strategies.kl import KLSOAP, KLShampoo, KLShampooStrategy, KLSOAPStrategy
+from structprecond.strategies.lars import LARS, LARSStrategy
+from structprecond.strategies.muon import Muon, MuonStrategy, NorMuon, NorMuonStrategy
+from structprecond.strategies.orthogonalized import OrthogonalizedMomentumStrategy
+from structprecond.strategies.scion import Scion, ScionStrategy
 from structprecond.strategies.shampoo import Shampoo, ShampooStrategy
 from structprecond.strategies.sirf import SIRFShampoo, SIRFShampooStrategy
 from structprecond.strategies.soap import SOAP, SOAPStrategy
@@ -45,7 +54,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KLSOAP",
+    "LARS",
     "SOAP",
+    "AdamW",
+    "AdamWStrategy",
     "BlockDiagonalMatrix",
     "CheckpointError",
     "DecompositionError",
@@ -61,16 +73,27 @@ __all__ = [
     "KLSOAPStrategy",
     "KLShampoo",
     "KLShampooStrategy",
+    "LARSStrategy",
     "LinearWeightBias",
+    "Matricize",
     "MergeDims",
+    "Muon",
+    "MuonStrategy",
+    "NorMuon",
+    "NorMuonStrategy",
+    "OrthogonalizedMomentumStrategy",
     "PerParameter",
     "PreconditionerGroup",
+    "Routing",
     "SIRFShampoo",
     "SIRFShampooStrategy",
     "SOAPStrategy",
+    "Scion",
+    "ScionStrategy",
     "Shampoo",
     "ShampooStrategy",
     "SplitHeads",
+    "StackExperts",
     "State",
     "StepContext",
     "Strategy",
@@ -86,4 +109,5 @@ __all__ = [
     "TriuTopLeftDiagMatrix",
     "describe",
     "get_batch_size",
+    "infer_roles",
 ]

@@ -15,6 +15,7 @@ class Row:
     Args:
         group: The number of the user's param group.
         strategy: The name of the strategy.
+        rules: The roles and name patterns that sent its units to the strategy.
         rule: The grouping rule.
         names: The names of the parameters of every unit, joined by ` + `.
         shape: The shape of one problem.
@@ -27,6 +28,7 @@ class Row:
 
     group: int
     strategy: str
+    rules: tuple[str, ...]
     rule: str
     names: tuple[str, ...]
     shape: tuple[int, ...]
@@ -56,7 +58,11 @@ class Description:
 
     def __str__(self) -> str:
         """Return a table with one line per stack and the totals."""
-        header = ("group", "parameters", "rule", "shape", "rows", "structures", "state")
+        header: tuple[str, ...] = ("group", "parameters", "rule", "shape", "rows", "structures")
+        strategies = list(dict.fromkeys(row.strategy for row in self.rows))
+        if routed := len(strategies) > 1:
+            header = (*header[:2], "strategy", "route", *header[2:])
+        header = (*header, "state")
         table = [header]
         for row in self.rows:
             more = f" (+{len(row.names) - 1})" if len(row.names) > 1 else ""
@@ -65,6 +71,7 @@ class Description:
                 (
                     str(row.group),
                     _shorten(row.names[0], 40) + more + frozen,
+                    *((row.strategy, _shorten(", ".join(row.rules), 30)) if routed else ()),
                     _shorten(row.rule, 30),
                     "x".join(map(str, row.shape)),
                     str(row.rows),
@@ -78,12 +85,11 @@ class Description:
             for line in table
         ]
         rule = "-" * max(map(len, lines))
-        strategies = ", ".join(dict.fromkeys(row.strategy for row in self.rows))
         ratio = (
             f" = {self.state_bytes / self.parameter_bytes:.2f} x" if self.parameter_bytes else ""
         )
         total = (
-            f"{strategies}: state {_human(self.state_bytes)}{ratio} parameters "
+            f"{', '.join(strategies)}: state {_human(self.state_bytes)}{ratio} parameters "
             f"({_human(self.parameter_bytes)})"
         )
         return "\n".join([lines[0], rule, *lines[1:], rule, total])
@@ -114,6 +120,7 @@ def describe(optimizer: StructuredOptimizer) -> Description:
         Row(
             group=numbers[id(bucket.group)],
             strategy=type(bucket.strategy).__name__,
+            rules=tuple(dict.fromkeys(bucket.rules)),
             rule=describe_object(bucket.key.rule),
             names=tuple(unit.label for unit in bucket.units),
             shape=tuple(bucket.key.shape),

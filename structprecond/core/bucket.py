@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 
+from structprecond.core.routing import view
 from structprecond.core.state import Rows, State, rows_of, select
 from structprecond.core.units import Unit
 from structprecond.core.windows import Window, find_windows
@@ -39,8 +40,10 @@ class Bucket:
     Args:
         group: The user's param group, read at every step.
         strategy: The strategy.
+        prefix: What stands before the names of its hyperparameters in the param group.
         key: What the units have in common.
         units: The units; unit i owns the rows `spans[i]` of every stacked tensor.
+        rules: For each unit, the role or pattern that sent it to the strategy.
 
     Attributes:
         state: The strategy's state, stacked along dimension 0.
@@ -52,9 +55,16 @@ class Bucket:
     """
 
     def __init__(
-        self, group: dict[str, Any], strategy: Strategy[Any], key: BucketKey, units: Sequence[Unit]
+        self,
+        group: dict[str, Any],
+        strategy: Strategy[Any],
+        prefix: str,
+        key: BucketKey,
+        units: Sequence[Unit],
+        rules: Sequence[str],
     ) -> None:
-        self.group, self.strategy, self.key, self.units = group, strategy, key, list(units)
+        self.group, self.strategy, self.prefix, self.key = group, strategy, prefix, key
+        self.units, self.rules = list(units), list(rules)
         self.params: list[nn.Parameter] = [p for unit in units for p in unit.params]
         self.spans: list[slice] = []
         self.windows: list[Window] | None = []
@@ -87,6 +97,21 @@ class Bucket:
     def dtype(self) -> torch.dtype:
         """The dtype of the stack."""
         return compute_dtype(self.key.param_dtype)
+
+    @property
+    def hyperparameters(self) -> Mapping[str, Any]:
+        """The strategy's hyperparameters as the param group has them now, under their own names."""
+        hp = view(self.group, self.strategy, self.prefix)
+        if isinstance(hp["lr"], Tensor):
+            # a tensor stays on its device: reading it would stall an accelerator
+            return {**hp, "lr": hp["lr"].to(self.device).reshape(())}
+        return hp
+
+    @property
+    def interval(self) -> Any:
+        """The interval of refreshes that the param group has now; False if there are none."""
+        name = self.strategy.refresh_interval
+        return False if name is None else self.group[f"{self.prefix}{name}"]
 
     def _empty(self) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -145,7 +170,8 @@ class Bucket:
         self._gather(grads, live, scratch)
         if maximize:
             scratch.neg_()
-        mask &= ~self._begin(mask, scratch)
+        hp = self.hyperparameters
+        mask &= ~self._begin(mask, scratch, hp)
         rows = select(mask)
         if rows is None:
             return
@@ -158,21 +184,24 @@ class Bucket:
             params=lambda: self._stacked_params(rows),
         )
         with rows_of(self.state, rows) as state:
-            direction = self.strategy.update(state, grad, self.group, ctx)
+            direction = self.strategy.update(state, grad, hp, ctx)
         self.steps[rows] += 1
         self.overdue[rows] = False
-        if isinstance(rows, Tensor):
-            direction = torch.zeros_like(scratch).index_copy_(0, rows.to(self.device), direction)
         moved = [bool(mask[span.start]) for span in self.spans]
-        self._apply(self._live_params(moved), direction, moved)
+        params: list[Tensor] = list(self._live_params(moved))
+        self._apply(params, self._scatter(direction, rows, moved), hp)
+        constraint = self.strategy.constraint()
+        if constraint is not None:
+            values = constraint(self._stacked_params(rows))
+            torch._foreach_copy_(params, self._scatter(values, rows, moved))
 
-    def _begin(self, live: Tensor, grad: Tensor) -> Tensor:
+    def _begin(self, live: Tensor, grad: Tensor, hp: Mapping[str, Any]) -> Tensor:
         """Show the strategy the first gradients of rows; return which rows sit this step out."""
         fresh = live & ~self.begun
         rows = select(fresh)
         if rows is not None:
             with rows_of(self.state, rows) as state:
-                self.strategy.begin(state, grad[rows], self.group)
+                self.strategy.begin(state, grad[rows], hp)
             self.begun |= fresh
             self.overdue &= ~fresh  # what was made from this gradient needs no refresh
         skipped = self.strategy.skips_first(self.key.structures)
@@ -210,6 +239,21 @@ class Bucket:
                 members = [next(rest) for _ in unit.params]
                 into[span].view(self._grouped_shape(unit)).copy_(unit.rule.group(members))
 
+    def _scatter(self, stack: Tensor, rows: Rows, live: Sequence[bool]) -> list[Tensor]:
+        """Return one tensor per live parameter, out of the given rows of a stack."""
+        if isinstance(rows, Tensor):
+            whole = stack.new_zeros(self.shape)
+            stack = whole.index_copy_(0, rows.to(self.device), stack)
+        stack = stack.contiguous()
+        if self.windows is not None:
+            return self._views(stack, live)
+        tensors = []
+        for unit, span, on in zip(self.units, self.spans, live, strict=True):
+            if on:
+                grouped = stack[span].view(self._grouped_shape(unit))
+                tensors += unit.rule.ungroup(grouped, unit.shapes)
+        return tensors
+
     def _grouped_shape(self, unit: Unit) -> tuple[int, ...]:
         return (unit.rows, *unit.shape) if unit.rule.stacked else tuple(unit.shape)
 
@@ -218,30 +262,17 @@ class Bucket:
         self._gather(self.params, [True] * len(self.units), stack)
         return stack[rows]
 
-    def _apply(self, params: list[nn.Parameter], direction: Tensor, live: Sequence[bool]) -> None:
+    def _apply(self, params: list[Tensor], directions: list[Tensor], hp: Mapping[str, Any]) -> None:
         """Subtract lr times the directions from the parameters, and decay them."""
-        hp = self.group
         lr: float | Tensor = hp["lr"]
-        direction = direction.contiguous()
         rate = 1.0
         if isinstance(lr, Tensor):
-            # a tensor stays on its device: reading it would stall an accelerator
-            lr = lr.to(direction.device).reshape(())
-            direction = direction * lr
+            directions = list(torch._foreach_mul(directions, lr))
         else:
             rate = lr
-        if self.windows is not None:
-            updates = self._views(direction, live)
-        else:
-            updates = []
-            for unit, span, on in zip(self.units, self.spans, live, strict=True):
-                if on:
-                    grouped = direction[span].view(self._grouped_shape(unit))
-                    updates += unit.rule.ungroup(grouped, unit.shapes)
-        targets: list[Tensor] = list(params)
         decays = self.strategy.decay != "inside" and hp["weight_decay"] != 0
         if decays and self.strategy.decay == "before":
-            torch._foreach_mul_(targets, 1 - lr * hp["weight_decay"])
-        torch._foreach_add_(targets, updates, alpha=-rate)
+            torch._foreach_mul_(params, self.strategy.decay_factor(hp))
+        torch._foreach_add_(params, directions, alpha=-rate)
         if decays and self.strategy.decay == "after":
-            torch._foreach_mul_(targets, 1 - lr * hp["weight_decay"])
+            torch._foreach_mul_(params, self.strategy.decay_factor(hp))

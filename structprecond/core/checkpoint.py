@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from numbers import Number
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from structprecond.core.routing import Routing, as_routing
 from structprecond.errors import CheckpointError, StructPrecondError
+from structprecond.strategies.base import Strategy
 from structprecond.structures import StructuredMatrix
 
 if TYPE_CHECKING:
@@ -67,6 +70,9 @@ def describe_object(value: Any) -> str:
         return repr(value.name)
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, Strategy | Routing):
+        given = (f"{f.name}={describe_object(getattr(value, f.name))}" for f in fields(value))
+        return f"{type(value).__qualname__}({', '.join(given)})"
     if getattr(type(value), "__repr__") is object.__repr__:  # noqa: B009
         return type(value).__qualname__
     return repr(value)
@@ -174,7 +180,7 @@ def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, An
 def _check_numbers(number: int, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the saved hyperparameters."""
     problems = []
-    for name, hyperparameter in live["strategy"].hyperparameters.items():
+    for name, hyperparameter in as_routing(live["strategy"]).hyperparameters.items():
         value = saved.get(name)
         if name not in saved or isinstance(value, str):
             continue

@@ -13,21 +13,21 @@ from torch.optim import Optimizer
 
 from structprecond.core import checkpoint
 from structprecond.core.batch_size import BatchSizeCounter, GetBatchSize
-from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
+from structprecond.core.bucket import Bucket
+from structprecond.core.build import make_buckets, named_group
 from structprecond.core.entry import Entry
 from structprecond.core.finite import with_nonfinite_gradient
 from structprecond.core.memory import keep_freed_memory
+from structprecond.core.routing import Routes, as_routing, check_names
 from structprecond.core.schedule import take_turns
-from structprecond.core.units import Unit, find_units
 from structprecond.errors import (
     GradientError,
     GroupError,
     HyperparameterError,
     StructPrecondError,
 )
-from structprecond.groups import PerParameter, PreconditionerGroup
-from structprecond.strategies.base import Strategy
-from structprecond.structures.spec import PerAxis, StructureSpec, per_axis, resolve_structures
+from structprecond.groups import PreconditionerGroup
+from structprecond.structures.spec import PerAxis, StructureSpec
 
 # what copies and pickles carry: no views, no scratch memory, nothing that others put here
 _COPIED = (
@@ -67,13 +67,21 @@ class StructuredOptimizer(Optimizer):
             them, for rules that do not look at modules.
         params: The parameters to optimize, or group dicts. Default: all parameters of the model,
             the frozen ones included, which take part as soon as they are thawed.
-        strategy: The rule that turns gradients into update directions.
+        strategy: The rule that turns gradients into update directions; or a dict that gives each
+            role (see `infer_roles`) or name pattern one, and a "default" one:
+            `{"conv": SOAPStrategy(), "*.gate.weight": AdamWStrategy(), "default": MuonStrategy()}`.
+            Patterns go before roles. A unit of several parameters goes where its first one goes.
         hyperparameters: Values for the strategy's hyperparameters; the rest get their defaults.
+            Those of the default strategy have their own names, those of the others begin with the
+            strategy's name (`adamw_betas`), and their learning rate is the group's lr times
+            `adamw_lr_scale`, 1.0 by default.
         structures: The structure of every Kronecker factor: a name for all, or a dict from the
             order of a tensor to a name or a tuple of names. Default: `"dense"`.
         preconditioner_dtypes: The dtype of every Kronecker factor, given like `structures`; None
             for the dtype of the computation, float32, or float64 for float64 parameters.
-        combine_params: The grouping rules, most important first. Default: `(PerParameter(),)`.
+        combine_params: The grouping rules, most important first. Default: what the strategies
+            like best, which is each parameter by itself for most; experts that are routed by role
+            are a stack.
         batch_size: The number of samples behind a gradient, or a callable from a forward's inputs
             to it; only for strategies that need it.
         refresh: When rows are refreshed that have the same interval: all in the same step
@@ -106,11 +114,11 @@ class StructuredOptimizer(Optimizer):
         model: nn.Module | Iterable[Any],
         params: Iterable[Any] | None = None,
         *,
-        strategy: Strategy[Any],
+        strategy: Routes,
         hyperparameters: Mapping[str, Any] | None = None,
         structures: StructureSpec = "dense",
         preconditioner_dtypes: PerAxis[torch.dtype | None] = None,
-        combine_params: Sequence[PreconditionerGroup] = (PerParameter(),),
+        combine_params: Sequence[PreconditionerGroup] | None = None,
         batch_size: int | GetBatchSize | None = None,
         refresh: Refresh = "synchronous",
         nonfinite: Nonfinite = "skip",
@@ -143,26 +151,24 @@ class StructuredOptimizer(Optimizer):
         self._counter: BatchSizeCounter | None = None
         self._warned = False
         self._turns_for: tuple[Any, ...] = ()
-        _check_strategy(strategy)
-        if unknown := set(hyperparameters or {}) - set(strategy.hyperparameters):
-            raise HyperparameterError(
-                f"Unknown hyperparameters {sorted(unknown)} of {type(strategy).__name__}. Known "
-                f"are {', '.join(sorted(strategy.hyperparameters))}."
-            )
+        self._used_rules: set[str] = set()
+        routing = as_routing(strategy)
+        check_names(routing, set(hyperparameters or {}))
         if isinstance(combine_params, PreconditionerGroup):
             raise GroupError(
                 f"combine_params takes a tuple of rules, got {combine_params!r} alone. "
                 "Put it into a tuple."
             )
         defaults = {
-            **{name: h.default for name, h in strategy.hyperparameters.items()},
+            **{name: h.default for name, h in routing.hyperparameters.items()},
             **(hyperparameters or {}),
             "strategy": strategy,
             "structures": structures,
             "preconditioner_dtypes": preconditioner_dtypes,
-            "combine_params": tuple(combine_params),
+            "combine_params": combine_params if combine_params is None else tuple(combine_params),
         }
         super().__init__(model if params is None else params, defaults)  # type: ignore[arg-type]
+        routing.check_used(self._used_rules)
         if batch_size is not None:
             self.batch_size = batch_size
         if verbose_init:
@@ -178,94 +184,53 @@ class StructuredOptimizer(Optimizer):
         Raises:
             StructPrecondError: If the group is wrong; then nothing is added.
         """
-        group = self._named_group(param_group)
-        strategy = group.get("strategy", self.defaults["strategy"])
-        _check_strategy(strategy)
-        known = set(strategy.hyperparameters)
-        if unknown := set(group) - known - set(_CONFIGURATION) - _TORCH_KEYS:
+        group = named_group(self.model, param_group)
+        routing = as_routing(group.get("strategy", self.defaults["strategy"]))
+        known = routing.hyperparameters
+        if unknown := set(group) - set(known) - set(_CONFIGURATION) - _TORCH_KEYS:
             raise HyperparameterError(
-                f"Unknown keys {sorted(unknown)} in a param group of {type(strategy).__name__}. "
-                f"Its hyperparameters are {', '.join(sorted(known))}."
+                f"Unknown keys {sorted(unknown)} in a param group of "
+                f"{type(routing.main).__name__}. Its hyperparameters are "
+                f"{', '.join(sorted(known))}."
             )
-        if type(strategy) is not type(self.defaults["strategy"]):
-            # hyperparameters of another strategy may share a name but not a meaning, except for lr
-            for name, hyperparameter in strategy.hyperparameters.items():
-                group.setdefault(
-                    name, self.defaults["lr"] if name == "lr" else hyperparameter.default
-                )
+        usual = as_routing(self.defaults["strategy"])
+        for name, hyperparameter in known.items():
+            # those of another strategy may share a name but not a meaning, except for lr
+            shared = name == "lr" or name not in routing.main.hyperparameters
+            shared = (shared or type(routing.main) is type(usual.main)) and name in self.defaults
+            group.setdefault(name, self.defaults[name] if shared else hyperparameter.default)
+        own_routing = "strategy" in group
         super().add_param_group(group)
         try:
-            for name in set(group) - known - set(_CONFIGURATION) - _TORCH_KEYS:
+            for name in set(group) - set(known) - set(_CONFIGURATION) - _TORCH_KEYS:
                 del group[name]
-            for name, hyperparameter in strategy.hyperparameters.items():
+            for name, hyperparameter in known.items():
                 hyperparameter.validate(name, group[name])
-            buckets = self._make_buckets(group)
+            names = self._labels(group)
+            buckets = make_buckets(self.model, group, routing, names)
+            used = {rule for bucket in buckets for rule in bucket.rules}
+            if own_routing:
+                routing.check_used(used)
         except BaseException:
             self.param_groups.pop()
             raise
+        self._used_rules |= used
+        self._names |= names
         self.buckets += buckets
         for bucket in buckets:
             self._show(bucket)
 
-    def _named_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
-        """Return a copy of a param group with the model's names of its parameters."""
-        group = dict(param_group)
-        if self.model is None or isinstance(group.get("params"), set):
-            return group
-        names = {p: name for name, p in self.model.named_parameters()}
-        params = group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        params = [p[1] if isinstance(p, tuple) else p for p in params]
-        if foreign := [tuple(p.shape) for p in params if p not in names]:
-            raise GroupError(
-                f"Parameters of shapes {foreign} do not belong to the model. Pass parameters of "
-                "the model that is the first argument."
-            )
-        group["params"] = [(names[p], p) for p in params]
-        return group
-
-    def name_of(self, param: nn.Parameter) -> str:
-        """Return the name of a parameter: the model's, or else its place in `param_groups`."""
-        return self._names[param]
-
-    def _make_buckets(self, group: dict[str, Any]) -> list[Bucket]:
+    def _labels(self, group: Mapping[str, Any]) -> dict[nn.Parameter, str]:
+        """Return the names of a param group's parameters, or their places in `param_groups`."""
         number, params = len(self.param_groups) - 1, group["params"]
         labels = group.get("param_names") or [
             f"param_groups[{number}]['params'][{i}]" for i in range(len(params))
         ]
-        names = dict(zip(params, labels, strict=True))
-        for p, name in names.items():
-            if not p.is_floating_point():
-                raise GroupError(
-                    f"{name} is of {p.dtype}; only real floating-point parameters work."
-                )
-        together: dict[BucketKey, list[Unit]] = {}
-        for unit in find_units(self.model, params, group["combine_params"], names):
-            if unit.shape.numel() and unit.rows:
-                together.setdefault(self._bucket_key(unit, group), []).append(unit)
-        self._names |= names
-        return [Bucket(group, group["strategy"], key, units) for key, units in together.items()]
+        return dict(zip(params, labels, strict=True))
 
-    @staticmethod
-    def _bucket_key(unit: Unit, group: Mapping[str, Any]) -> BucketKey:
-        label = f"{unit.label} (grouped shape {tuple(unit.shape)})"
-        order, dtype, device = len(unit.shape), unit.params[0].dtype, unit.params[0].device
-        structures = group["strategy"].adapt_structures(
-            resolve_structures(group["structures"], order, label),
-            unit.shape,
-            max(p.ndim for p in unit.params),
-            label,
-        )
-        given = per_axis(group["preconditioner_dtypes"], order, "preconditioner_dtypes", label)
-        for entry in given:
-            if entry is not None and not (
-                isinstance(entry, torch.dtype) and entry.is_floating_point
-            ):
-                raise StructPrecondError(
-                    f"preconditioner_dtypes takes floating-point dtypes and None, got {entry!r}."
-                )
-        dtypes = tuple(compute_dtype(dtype) if entry is None else entry for entry in given)
-        return BucketKey(unit.rule, unit.shape, structures, dtypes, dtype, device)
+    def name_of(self, param: nn.Parameter) -> str:
+        """Return the name of a parameter: the model's, or else its place in `param_groups`."""
+        return self._names[param]
 
     def _show(self, bucket: Bucket) -> None:
         """Let `state` show the rows of a bucket, under the first parameter of each unit.
@@ -375,7 +340,7 @@ class StructuredOptimizer(Optimizer):
             bucket.step(
                 alive,
                 self._scratch_for(bucket),
-                refresh[id(bucket.group)],
+                refresh[id(bucket)],
                 self.global_step,
                 batch_size,
                 self.maximize,
@@ -457,19 +422,18 @@ class StructuredOptimizer(Optimizer):
         return self.batch_size
 
     def _refresh_now(self) -> dict[int, int | bool]:
-        """Return every group's refresh interval, with callables asked once about this step."""
+        """Return every bucket's refresh interval, with callables asked once about this step."""
         answers: dict[int, int | bool] = {}
         asked: dict[int, bool] = {}
-        for group in self.param_groups:
-            name = group["strategy"].refresh_interval
-            every = group[name] if name is not None else False
+        for bucket in self.buckets:
+            every = bucket.interval
             if callable(every):
                 if id(every) not in asked:
                     asked[id(every)] = bool(every(self.global_step))
                 every = asked[id(every)]
-            answers[id(group)] = every
+            answers[id(bucket)] = every
         if self.refresh == "staggered":
-            key = tuple((id(b), answers[id(b.group)]) for b in self.buckets)
+            key = tuple(answers.items())
             if key != self._turns_for:
                 take_turns(self.buckets, answers)
                 self._turns_for = key
@@ -534,6 +498,7 @@ class StructuredOptimizer(Optimizer):
             "_entries": {},
             "_scratch": {},
             "_turns_for": (),
+            "_used_rules": set(),
         }
         super().__setstate__({**state, **fresh})
         for bucket in self.buckets:
@@ -546,16 +511,3 @@ class StructuredOptimizer(Optimizer):
             return
         if "_forward_hooks" in self.model.__dict__:
             self._counter.watch(self.model, self)
-
-
-def _check_strategy(strategy: Any) -> None:
-    if not isinstance(strategy, Strategy):
-        raise StructPrecondError(
-            f"strategy takes an instance of Strategy, got {strategy!r}. "
-            "Did you pass the class instead of an instance?"
-        )
-    if strategy.decay != "inside" and "weight_decay" not in strategy.hyperparameters:
-        raise StructPrecondError(
-            f"{type(strategy).__name__} decays {strategy.decay} the update, but declares no "
-            "hyperparameter weight_decay. Declare it, or set decay = 'inside'."
-        )

@@ -13,11 +13,11 @@ def take_turns(buckets: Sequence[Bucket], intervals: Mapping[int, int | bool]) -
 
     Args:
         buckets: The buckets, whose `turns` are set.
-        intervals: The refresh interval of every param group, by its id.
+        intervals: The refresh interval of every bucket, by its id.
     """
     waiting: dict[int, list[tuple[int, str, Bucket, int]]] = {}
     for bucket in buckets:
-        every = intervals[id(bucket.group)]
+        every = intervals[id(bucket)]
         if not isinstance(every, bool):
             # by name, so that turns do not depend on the order of registration
             rows = (

@@ -2,7 +2,9 @@
 
 from structprecond.groups.base import FlattenAndConcatenate, PreconditionerGroup
 from structprecond.groups.embedding import FlattenEmbedding
+from structprecond.groups.experts import StackExperts
 from structprecond.groups.linear import LinearWeightBias
+from structprecond.groups.matricize import Matricize
 from structprecond.groups.merge import MergeDims
 from structprecond.groups.per_parameter import PerParameter
 from structprecond.groups.split import SplitHeads
@@ -11,8 +13,10 @@ __all__ = [
     "FlattenAndConcatenate",
     "FlattenEmbedding",
     "LinearWeightBias",
+    "Matricize",
     "MergeDims",
     "PerParameter",
     "PreconditionerGroup",
     "SplitHeads",
+    "StackExperts",
 ]

@@ -10,18 +10,26 @@ from structprecond.linalg.eigen import (
     refresh_eigenbasis,
     sort_eigenbasis_by_approx_eigvals,
 )
+from structprecond.linalg.polar import (
+    COEFFICIENTS,
+    newton_schulz,
+    polar_factor,
+)
 from structprecond.linalg.precision import full_precision
 from structprecond.linalg.roots import RootMethod, matrix_inverse_root
 
 __all__ = [
+    "COEFFICIENTS",
     "RootMethod",
     "eigh",
     "full_precision",
     "get_eigenbasis_eigh",
     "get_eigenbasis_qr",
     "matrix_inverse_root",
+    "newton_schulz",
     "off_diagonal_ratio",
     "orthogonal_iteration",
+    "polar_factor",
     "rayleigh_quotients",
     "refresh_eigenbasis",
     "sort_eigenbasis_by_approx_eigvals",

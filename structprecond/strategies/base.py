@@ -13,6 +13,7 @@ from torch import Tensor
 
 from structprecond.core.state import Rows, S
 from structprecond.errors import HyperparameterError, StructureError
+from structprecond.groups import PerParameter, PreconditionerGroup
 from structprecond.structures import SUPPORTED_STRUCTURES, StructuredMatrix
 from structprecond.structures.spec import Structure
 
@@ -56,6 +57,11 @@ def fraction(default: Any) -> Hyperparameter:
     return Hyperparameter(default, lambda v: 0 <= v < 1, "a number from 0 to below 1")
 
 
+def flag(default: bool) -> Hyperparameter:
+    """Return a hyperparameter for True and False."""
+    return Hyperparameter(default, lambda v: isinstance(v, bool), "True or False")
+
+
 def interval(default: Any) -> Hyperparameter:
     """Return a hyperparameter for a number of steps, or a callable of the global step."""
 
@@ -95,10 +101,12 @@ class Strategy(ABC, Generic[S]):
 
     Attributes:
         hyperparameters: The strategy's hyperparameters by name; `lr` always exists.
-        decay: Where the core applies decoupled weight decay, `p <- p - lr * weight_decay * p`:
-            before or after the update; "inside" leaves all decay to the strategy.
+        decay: Where the core applies weight decay, `p <- decay_factor(hp) * p`: before or after
+            the update; "inside" leaves all decay to the strategy.
         refresh_interval: The name of the hyperparameter that says how often rows are refreshed.
-        structures: The classes of structured matrices that it can work with.
+        structures: The classes of structured matrices that it can work with; empty if it has no
+            Kronecker factors.
+        combine_params: The grouping rules that suit it, where the user gives none.
         refresh_phase: Rows are refreshed before update t = 0, 1, ... (phase 0) or after update
             t = 1, 2, ... (phase 1) that their interval divides.
         needs_batch_size: Whether the update depends on the batch size.
@@ -108,8 +116,14 @@ class Strategy(ABC, Generic[S]):
     decay: ClassVar[Literal["before", "after", "inside"]]
     refresh_interval: ClassVar[str | None] = None
     structures: ClassVar[tuple[type[StructuredMatrix], ...]] = (StructuredMatrix,)
+    combine_params: ClassVar[tuple[PreconditionerGroup, ...]] = (PerParameter(),)
     refresh_phase: ClassVar[Literal[0, 1]] = 0
     needs_batch_size: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """The name of the class, short and in lower case: `adamw` for `AdamWStrategy`."""
+        return type(self).__name__.removesuffix("Strategy").lower()
 
     @abstractmethod
     def init(
@@ -151,6 +165,18 @@ class Strategy(ABC, Generic[S]):
         The core applies `p <- p - lr * direction`. `grad` is the core's own copy and may be
         overwritten, also with the directions.
         """
+
+    def decay_factor(self, hp: Mapping[str, Any]) -> float | Tensor:
+        """Return what the core multiplies the parameters by to decay them."""
+        factor: float | Tensor = 1 - hp["lr"] * hp["weight_decay"]
+        return factor
+
+    def constraint(self) -> Callable[[Tensor], Tensor] | None:
+        """Return what maps stacked parameters `(b, *dims)` to the values that they shall have.
+
+        The core applies it after every update. Default: None, for no constraint.
+        """
+        return None
 
     def adapt_structures(
         self, structures: tuple[Structure, ...], dims: Sequence[int], order: int, units: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from structprecond.strategies.base import Hyperparameter
@@ -69,4 +70,5 @@ def adam_direction(
     Source: Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1.
     """
     first, second = (correction(beta, steps, exp_avg) for beta in betas)
-    return (exp_avg / first).div_((exp_avg_sq / second).sqrt_().add_(eps))
+    denominator = exp_avg_sq.sqrt().div_(second**0.5).add_(eps)
+    return torch.div(exp_avg, denominator, out=denominator).div_(first)

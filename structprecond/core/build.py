@@ -1,0 +1,141 @@
+"""From a param group to buckets: what is treated jointly, by which strategy, in which stack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
+from structprecond.core.routing import Route, Routing
+from structprecond.core.units import Unit, find_units
+from structprecond.errors import GroupError, StructPrecondError, StructureError
+from structprecond.groups import StackExperts
+from structprecond.roles import RoleName, infer_roles
+from structprecond.strategies.base import Strategy
+from structprecond.structures.spec import per_axis, resolve_structures
+
+
+def named_group(model: nn.Module | None, param_group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a param group with the model's names of its parameters.
+
+    Raises:
+        GroupError: If a parameter does not belong to the model.
+    """
+    group = dict(param_group)
+    if model is None or isinstance(group.get("params"), set):
+        return group
+    names = {p: name for name, p in model.named_parameters()}
+    params = group["params"]
+    params = [params] if isinstance(params, Tensor) else list(params)
+    params = [p[1] if isinstance(p, tuple) else p for p in params]
+    if foreign := [tuple(p.shape) for p in params if p not in names]:
+        raise GroupError(
+            f"Parameters of shapes {foreign} do not belong to the model. Pass parameters of "
+            "the model that is the first argument."
+        )
+    group["params"] = [(names[p], p) for p in params]
+    return group
+
+
+def make_buckets(
+    model: nn.Module | None,
+    group: dict[str, Any],
+    routing: Routing,
+    names: Mapping[nn.Parameter, str],
+) -> list[Bucket]:
+    """Distribute the parameters of a param group to units, strategies and stacks.
+
+    Args:
+        model: The model; None if only parameters are known.
+        group: The param group, complete.
+        routing: What the group's `strategy` says.
+        names: The names of its parameters.
+
+    Raises:
+        StructPrecondError: If something of the group cannot be applied to its parameters.
+    """
+    for p, name in names.items():
+        if not p.is_floating_point():
+            raise GroupError(f"{name} is of {p.dtype}; only real floating-point parameters work.")
+    if group["structures"] != "dense" and not any(s.structures for s in routing.strategies):
+        raise StructureError(
+            f"structures={group['structures']!r} is given, but "
+            f"{type(routing.main).__name__} has no Kronecker factors. Leave it out."
+        )
+    together: dict[tuple[Strategy[Any], BucketKey], list[tuple[Unit, str]]] = {}
+    for unit, route in _find_routes(model, group, routing, names):
+        if unit.shape.numel() and unit.rows:
+            key = (route.strategy, _bucket_key(unit, group, route.strategy))
+            together.setdefault(key, []).append((unit, route.rule))
+    return [
+        Bucket(
+            group,
+            strategy,
+            routing.prefix(strategy),
+            key,
+            [unit for unit, _ in members],
+            [rule for _, rule in members],
+        )
+        for (strategy, key), members in together.items()
+    ]
+
+
+def _find_routes(
+    model: nn.Module | None,
+    group: Mapping[str, Any],
+    routing: Routing,
+    names: Mapping[nn.Parameter, str],
+) -> Iterable[tuple[Unit, Route]]:
+    """Yield the units of a param group with the strategy that each gets."""
+    params, rules = group["params"], group["combine_params"]
+    if not routing.looks_at_roles:
+        route = Route(routing.main, "default")
+        rules = routing.main.combine_params if rules is None else rules
+        for unit in find_units(model, params, rules, names):
+            yield unit, route
+        return
+    roles = _roles(model, params)
+    if rules is not None:
+        for unit in find_units(model, params, rules, names):
+            yield unit, routing.route(unit.names, roles[unit.params[0]])
+        return
+    # without rules of the user, each strategy treats its parameters as it likes best
+    routes = {p: routing.route((names[p],), roles[p]) for p in params}
+    for strategy in routing.strategies:
+        own = [p for p in params if routes[p].strategy == strategy]
+        usual = strategy.combine_params
+        experts = () if model is None else (StackExperts(),)
+        for unit in find_units(model, own, (*experts, *usual), names):
+            yield unit, routes[unit.params[0]]
+
+
+def _roles(model: nn.Module | None, params: Sequence[nn.Parameter]) -> dict[nn.Parameter, RoleName]:
+    """Return the role of each parameter; by shape alone if there is no model."""
+    seen = nn.ParameterList(params) if model is None else model
+    roles = infer_roles(seen)
+    return {p: roles[name].role for name, p in seen.named_parameters()}
+
+
+def _bucket_key(unit: Unit, group: Mapping[str, Any], strategy: Strategy[Any]) -> BucketKey:
+    label = f"{unit.label} (grouped shape {tuple(unit.shape)})"
+    order, dtype, device = len(unit.shape), unit.params[0].dtype, unit.params[0].device
+    own = compute_dtype(dtype)
+    if not strategy.structures:
+        return BucketKey(unit.rule, unit.shape, (None,) * order, (own,) * order, dtype, device)
+    structures = strategy.adapt_structures(
+        resolve_structures(group["structures"], order, label),
+        unit.shape,
+        max(p.ndim for p in unit.params),
+        label,
+    )
+    given = per_axis(group["preconditioner_dtypes"], order, "preconditioner_dtypes", label)
+    for entry in given:
+        if entry is not None and not (isinstance(entry, torch.dtype) and entry.is_floating_point):
+            raise StructPrecondError(
+                f"preconditioner_dtypes takes floating-point dtypes and None, got {entry!r}."
+            )
+    dtypes = tuple(own if entry is None else entry for entry in given)
+    return BucketKey(unit.rule, unit.shape, structures, dtypes, dtype, device)

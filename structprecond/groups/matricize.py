@@ -1,0 +1,38 @@
+"""Weights as matrices, for the strategies that know matrices only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Size, Tensor, nn
+
+from structprecond.groups.base import PreconditionerGroup
+
+
+@dataclass(frozen=True)
+class Matricize(PreconditionerGroup):
+    """Treat each weight `(out, ...)` as a matrix; a convolution is `(out, in * kh * kw)`.
+
+    Axes of size 1 stay, since `(1, n)` and `(n, 1)` are different matrices. Parameters with fewer
+    than two axes are vectors.
+
+    Example:
+        >>> Matricize().group([torch.zeros(8, 3, 5, 5)]).shape
+        torch.Size([8, 75])
+    """
+
+    requires_modules = False
+
+    def identify(self, model: nn.Module) -> list[list[nn.Parameter]]:
+        """Return every parameter as a unit of its own."""
+        return [[p] for p in model.parameters()]
+
+    def group(self, tensors: list[Tensor]) -> Tensor:
+        """Return the matrix."""
+        (tensor,) = tensors
+        return tensor.reshape(-1) if tensor.ndim < 2 else tensor.flatten(1)
+
+    def ungroup(self, grouped_tensor: Tensor, tensor_shapes: list[Size]) -> list[Tensor]:
+        """Return the tensor in the parameter's shape."""
+        (shape,) = tensor_shapes
+        return [grouped_tensor.reshape(shape)]

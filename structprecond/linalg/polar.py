@@ -1,0 +1,322 @@
+"""Polar factors of stacks: by Newton-Schulz iterations, and exactly by singular values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from structprecond.errors import StructPrecondError
+from structprecond.linalg.precision import (
+    at_least_float32,
+    full_precision,
+    has_native_bfloat16,
+    reduced_precision,
+)
+
+Coefficients: TypeAlias = tuple[float, float, float]
+"""The polynomial \\(aX + bX^3 + cX^5\\) of one step."""
+
+CoefficientType: TypeAlias = (
+    Literal["simple", "quintic", "polar_express", "cans", "aol", "cubic5"] | Sequence[Coefficients]
+)
+MatmulPrecision: TypeAlias = Literal["highest", "high", "medium"]
+
+_SMALLEST_NORM = 1e-15
+# Without a restart the rounding errors of R = XX' grow: 1e-3 after 5 steps, 1e-1 after 8 of Polar
+# Express. The first segment is the shortest, since its steps change the singular values the most.
+_FIRST_SEGMENT, _SEGMENT = 3, 4
+
+
+class _Table(NamedTuple):
+    """Published coefficients, and how they go on after the last: None if they do not."""
+
+    steps: tuple[Coefficients, ...]
+    then: Literal["cycle", "repeat last"] | None
+    fewest: int = 1
+
+
+COEFFICIENTS: Mapping[str, _Table] = {
+    # Jordan et al. 2024 (kellerjordan.github.io/posts/muon)
+    "simple": _Table(((3.4445, -4.7750, 2.0315),), "cycle"),
+    "quintic": _Table(
+        (
+            (4.0848, -6.8946, 2.9270),
+            (3.9505, -6.3029, 2.6377),
+            (3.7418, -5.5913, 2.3037),
+            (2.8769, -3.1427, 1.2046),
+            (2.8366, -3.0525, 1.2012),
+        ),
+        "cycle",
+    ),
+    # Amsel et al. 2025 (arXiv 2505.16932)
+    "polar_express": _Table(
+        (
+            (8.2051, -22.9019, 16.4607),
+            (4.0664, -2.8612, 0.5184),
+            (3.9096, -2.8234, 0.5250),
+            (3.2856, -2.4153, 0.4853),
+            (2.2779, -1.6198, 0.3985),
+            (1.8726, -1.2307, 0.3585),
+            (1.8564, -1.2132, 0.3568),
+            (1.8750, -1.2500, 0.3750),
+        ),
+        "repeat last",
+    ),
+    # Grishina et al. 2025 (arXiv 2506.10935)
+    "cans": _Table(
+        (
+            (8.4703, -25.1081, 18.6293),
+            (4.1828, -3.1087, 0.5806),
+            (3.9619, -2.9541, 0.5630),
+            (3.2866, -2.4647, 0.5074),
+            (2.2737, -1.6447, 0.4162),
+        ),
+        "repeat last",
+    ),
+    "aol": _Table(
+        (
+            (4.0098, -7.0585, 2.4635),
+            (3.4585, -5.5479, 2.5959),
+            (2.7573, -3.2939, 1.4254),
+            (2.7215, -3.0494, 1.3169),
+        ),
+        None,
+    ),
+    "cubic5": _Table(
+        (
+            (3.3656576, -3.3420992, 0.0),
+            (2.5744352, -1.4957376, 0.0),
+            (2.5368962, -1.4312570, 0.0),
+            (2.4418906, -1.2764040, 0.0),
+            (2.2230472, -0.9630650, 0.0),
+        ),
+        None,
+        fewest=5,
+    ),
+}
+"""The coefficients of the published Newton-Schulz iterations, by name."""
+
+
+def coefficients_of(kind: CoefficientType, steps: int) -> tuple[Coefficients, ...]:
+    """Return the coefficients of each of a number of steps.
+
+    Args:
+        kind: A name of `COEFFICIENTS`, or the coefficients themselves, one triple per step.
+        steps: The number of steps, at least 1.
+
+    Raises:
+        StructPrecondError: If there is no such name, or the coefficients are not made for so many
+            steps.
+
+    Example:
+        >>> coefficients_of("simple", 2)
+        ((3.4445, -4.775, 2.0315), (3.4445, -4.775, 2.0315))
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise StructPrecondError(
+            f"The number of Newton-Schulz steps must be an integer of at least 1, got {steps!r}."
+        )
+    if not isinstance(kind, str):
+        return _custom(kind, steps)
+    if kind not in COEFFICIENTS:
+        raise StructPrecondError(
+            f"Unknown Newton-Schulz coefficients {kind!r}. Known are {', '.join(COEFFICIENTS)}, or "
+            "give a list with a triple (a, b, c) per step."
+        )
+    table = COEFFICIENTS[kind]
+    known = len(table.steps)
+    if steps < table.fewest or (table.then is None and steps > known):
+        wanted = f"exactly {known}" if table.fewest == known else f"at most {known}"
+        raise StructPrecondError(
+            f"The coefficients {kind!r} are made for {wanted} steps, got {steps} steps."
+        )
+    if table.then == "cycle":
+        return tuple(table.steps[i % known] for i in range(steps))
+    return tuple(table.steps[min(i, known - 1)] for i in range(steps))
+
+
+def _custom(kind: Sequence[Coefficients], steps: int) -> tuple[Coefficients, ...]:
+    try:
+        triples = tuple((float(a), float(b), float(c)) for a, b, c in kind)
+    except (TypeError, ValueError):
+        raise StructPrecondError(
+            f"Newton-Schulz coefficients are a name ({', '.join(COEFFICIENTS)}) or a list of "
+            f"triples (a, b, c), got {kind!r}."
+        ) from None
+    if len(triples) != steps:
+        raise StructPrecondError(
+            f"There are {len(triples)} triples of Newton-Schulz coefficients for {steps} steps. "
+            "Give one triple per step."
+        )
+    return triples
+
+
+@torch.no_grad()
+def newton_schulz(
+    matrix: Tensor,  # (*b, m, n)
+    steps: int = 5,
+    coefficients: CoefficientType = "quintic",
+    precision: MatmulPrecision = "highest",
+) -> Tensor:  # (*b, m, n)
+    r"""Approximate the polar factor \(U V^\top\) of each matrix \(U \Sigma V^\top\) in a stack.
+
+    \[ X \leftarrow M / \max(\|M\|_F, 10^{-15}), \quad
+       X \leftarrow a X + (b A + c A^2) X, \; A = X X^\top \quad \text{for each step}, \]
+
+    on the transpose if M is tall. Zero gives zero. Directions whose singular values are far below
+    \(\|M\|_F\) are not brought to 1 by few steps. Where it takes fewer operations, for matrices
+    that are long enough, the same polynomial is applied to \(R = X X^\top\) alone, from which X is
+    restored every few steps (the Gram form).
+
+    Args:
+        matrix: The stack M, of any scale. Half precision is computed in float32.
+        steps: The number of steps. Default: 5.
+        coefficients: A name of `COEFFICIENTS` or one triple (a, b, c) per step: "simple" and
+            "quintic" reach singular values from 0.7 to 1.2 in 5 steps, "polar_express" and "cans"
+            converge with more of them. Default: "quintic".
+        precision: What float32 input is multiplied in: float32 ("highest"), TF32 on accelerators
+            that have it ("high"), or bfloat16 on devices that compute in it natively, and float32
+            on the others ("medium"). Default: "highest".
+
+    Returns:
+        The approximations, in the dtype of the input.
+
+    Raises:
+        StructPrecondError: If the input is no stack of matrices, or steps, coefficients or
+            precision are not allowed.
+
+    Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the Gram form follows from
+        \(R \leftarrow P R P, \; Q \leftarrow P Q\) with \(P = aI + bR + cR^2\).
+
+    Example:
+        >>> X = newton_schulz(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), 8, "polar_express")
+        >>> (X - torch.eye(2)).abs().max() < 1e-3
+        tensor(True)
+    """
+    if matrix.ndim < 2 or not matrix.is_floating_point():
+        raise StructPrecondError(
+            f"newton_schulz takes stacks (*b, m, n) of real matrices, got a tensor of shape "
+            f"{tuple(matrix.shape)} and {matrix.dtype}."
+        )
+    if precision not in ("highest", "high", "medium"):
+        raise StructPrecondError(
+            f"precision must be 'highest', 'high' or 'medium', got {precision!r}."
+        )
+    polynomials = coefficients_of(coefficients, steps)
+    if not matrix.numel():
+        return matrix.clone()
+    X = _normalized(at_least_float32(matrix))
+    if X.shape[-2] > X.shape[-1]:
+        return _iterate(X.mT, polynomials, precision).mT.to(matrix.dtype)
+    return _iterate(X, polynomials, precision).to(matrix.dtype)
+
+
+def _normalized(matrix: Tensor) -> Tensor:
+    """Divide by the Frobenius norm, without overflow or underflow of the squares."""
+    largest: Tensor = torch.linalg.vector_norm(matrix, torch.inf, dim=(-2, -1), keepdim=True)
+    scale = largest.clamp(min=torch.finfo(matrix.dtype).tiny)
+    X: Tensor = matrix / scale
+    norm: Tensor = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    # |M| = norm * scale: below the smallest norm, the quotient shrinks with the matrix
+    return X.div_(torch.maximum(norm, _SMALLEST_NORM / scale))
+
+
+def _iterate(X: Tensor, polynomials: Sequence[Coefficients], precision: MatmulPrecision) -> Tensor:
+    """Apply the polynomials to a stack of wide matrices."""
+    stack = X.reshape(-1, *X.shape[-2:])
+    if precision == "medium" and X.dtype == torch.float32 and has_native_bfloat16(X.device):
+        return _standard(stack.bfloat16(), polynomials).to(X.dtype).view(X.shape)
+    if precision != "highest" and X.dtype == torch.float32 and X.device.type != "cpu":
+        with reduced_precision():
+            return _standard(stack, polynomials).view(X.shape)
+    # only here: the Gram form squares the condition, which the lower precisions do not stand
+    run = _gram if _gram_saves(stack.shape[1], stack.shape[2], len(polynomials)) else _standard
+    with full_precision():
+        return run(stack, polynomials).view(X.shape)
+
+
+def _standard(X: Tensor, polynomials: Sequence[Coefficients]) -> Tensor:
+    for a, b, c in polynomials:
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X
+
+
+def _segments(steps: int) -> list[int]:
+    """Return the numbers of steps between restarts of the Gram form."""
+    lengths = [min(steps, _FIRST_SEGMENT)]
+    while (rest := steps - sum(lengths)) > 0:
+        lengths.append(min(rest, _SEGMENT))
+    return lengths
+
+
+def _gram_saves(rows: int, columns: int, steps: int) -> bool:
+    """Whether the Gram form takes fewer operations, by counting those of its products."""
+    segments = _segments(steps)
+    # in multiples of rows^2: Z and Q at each step, R twice; neither Q at first nor R at last
+    gram = sum((4 * k - 3) * rows + 2 * columns for k in segments)
+    return gram < steps * (2 * columns + rows)
+
+
+def _gram(X: Tensor, polynomials: Sequence[Coefficients]) -> Tensor:
+    start = 0
+    for length in _segments(len(polynomials)):
+        segment = polynomials[start : start + length]
+        start += length
+        R = X @ X.mT
+        Q: Tensor | None = None
+        for i, (a, b, c) in enumerate(segment):
+            Z = torch.baddbmm(R, R, R, beta=b, alpha=c)
+            if i + 1 < length:
+                # P R P with P = aI + Z, which commutes with R
+                R = torch.baddbmm(R, R, Z, beta=a)
+                R = torch.baddbmm(R, Z, R, beta=a)
+            if Q is None:
+                Q = Z
+                Q.diagonal(dim1=-2, dim2=-1).add_(a)
+            else:
+                Q = torch.baddbmm(Q, Q, Z, beta=a)
+        assert Q is not None
+        X = Q @ X
+    return X
+
+
+@torch.no_grad()
+def polar_factor(
+    matrix: Tensor,  # (*b, m, n)
+) -> Tensor:  # (*b, m, n)
+    r"""Compute the polar factor \(U V^\top\) of each matrix \(U \Sigma V^\top\) exactly.
+
+    Directions with singular values of at most \(\max(m, n) \, \epsilon \, \sigma_1\), with the
+    machine precision \(\epsilon\), count as zero and are left out.
+
+    Args:
+        matrix: The stack. Half precision is computed in float32.
+
+    Returns:
+        The polar factors, in the dtype of the input.
+
+    Raises:
+        StructPrecondError: If the input is no stack of matrices.
+
+    Example:
+        >>> polar_factor(torch.tensor([[0.0, -2.0], [0.0, 0.0]]))
+        tensor([[ 0., -1.],
+                [ 0.,  0.]])
+    """
+    if matrix.ndim < 2 or not matrix.is_floating_point():
+        raise StructPrecondError(
+            f"polar_factor takes stacks (*b, m, n) of real matrices, got a tensor of shape "
+            f"{tuple(matrix.shape)} and {matrix.dtype}."
+        )
+    if not matrix.numel():
+        return matrix.clone()
+    X = at_least_float32(matrix)
+    svd = torch.linalg.svd(X, full_matrices=False)
+    zero = svd.S[..., :1] * max(matrix.shape[-2:]) * torch.finfo(X.dtype).eps
+    kept = torch.gt(svd.S, zero).to(X.dtype)
+    with full_precision():
+        return torch.matmul(svd.U * kept.unsqueeze(-2), svd.Vh).to(matrix.dtype)

@@ -1,0 +1,125 @@
+"""AdamW, for what other strategies do not treat, and as a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from structprecond.core.optimizer import Nonfinite, StructuredOptimizer
+from structprecond.core.state import State
+from structprecond.groups import PerParameter, PreconditionerGroup
+from structprecond.strategies.base import (
+    Hyperparameter,
+    StepContext,
+    Strategy,
+    nonnegative,
+)
+from structprecond.strategies.moments import adam_direction, pair_of_fractions, update_moments
+from structprecond.structures.spec import Structure
+
+
+@dataclass
+class AdamWState(State):
+    """State of AdamW for a stack `(b, *dims)`.
+
+    Args:
+        exp_avg: The first moment `(b, *dims)`.
+        exp_avg_sq: The second moment, alike.
+    """
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+@dataclass(frozen=True)
+class AdamWStrategy(Strategy[AdamWState]):
+    r"""The AdamW rule, as in `torch.optim.AdamW`.
+
+    \[ p \leftarrow p - \eta \lambda p, \quad
+       m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+       v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+       p \leftarrow p - \eta \frac{m / (1 - \beta_1^t)}
+                               {\sqrt{v / (1 - \beta_2^t)} + \epsilon}. \]
+
+    Source: Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2.
+    """
+
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
+        "lr": nonnegative(1e-3),
+        "betas": pair_of_fractions((0.9, 0.999)),
+        "eps": nonnegative(1e-8),
+        "weight_decay": nonnegative(1e-2),
+    }
+    decay: ClassVar[Literal["before", "after", "inside"]] = "before"
+    structures = ()
+
+    def init(
+        self, like: Tensor, structures: tuple[Structure, ...], dtypes: tuple[torch.dtype, ...]
+    ) -> AdamWState:
+        """Return zero moments."""
+        return AdamWState(torch.zeros_like(like), torch.zeros_like(like))
+
+    def update(
+        self, state: AdamWState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
+    ) -> Tensor:
+        """Update the moments and return the directions."""
+        update_moments(state.exp_avg, state.exp_avg_sq, grad, hp["betas"])
+        return adam_direction(state.exp_avg, state.exp_avg_sq, hp["betas"], hp["eps"], ctx.steps)
+
+
+class AdamW(StructuredOptimizer):
+    """AdamW with the checkpoints, skipped steps and groups of this library.
+
+    The update rule stands at `AdamWStrategy`.
+
+    Args:
+        model: The model, or parameters as torch optimizers take them.
+        params: The parameters to optimize, or group dicts. Default: all of the model's.
+        lr: Learning rate. Default: 1e-3.
+        betas: Decay of the first and the second moment. Default: (0.9, 0.999).
+        eps: Added to the root of the second moment. Default: 1e-8.
+        weight_decay: Decoupled weight decay. Default: 0.01.
+        combine_params: The grouping rules, most important first. Default: each parameter by itself.
+        nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
+            "skip".
+        maximize: Whether to maximize. Default: False.
+        verbose_init: Whether to print what is treated how. Default: False.
+
+    Raises:
+        StructPrecondError: If an argument is wrong; the message says what to do.
+
+    Example:
+        >>> model = nn.Linear(4, 1)
+        >>> optimizer = AdamW(model, lr=0.01)
+        >>> model(torch.ones(16, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[Any],
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        combine_params: Sequence[PreconditionerGroup] = (PerParameter(),),
+        nonfinite: Nonfinite = "skip",
+        maximize: bool = False,
+        verbose_init: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            params,
+            strategy=AdamWStrategy(),
+            hyperparameters={"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
+            combine_params=combine_params,
+            nonfinite=nonfinite,
+            maximize=maximize,
+            verbose_init=verbose_init,
+        )

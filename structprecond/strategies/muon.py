@@ -1,0 +1,419 @@
+"""Muon and NorMuon: momentum that is orthogonalized by Newton-Schulz iterations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from structprecond.core.optimizer import Nonfinite, StructuredOptimizer
+from structprecond.core.routing import Routing
+from structprecond.errors import HyperparameterError, StructPrecondError
+from structprecond.groups import PreconditionerGroup
+from structprecond.linalg.polar import (
+    CoefficientType,
+    MatmulPrecision,
+    coefficients_of,
+    newton_schulz,
+)
+from structprecond.strategies.adamw import AdamWStrategy
+from structprecond.strategies.base import Hyperparameter, Strategy, fraction, nonnegative
+from structprecond.strategies.orthogonalized import (
+    NOT_MATRICES,
+    MomentumState,
+    OrthogonalizedMomentumStrategy,
+    WeightDecayMethod,
+    check_choice,
+)
+from structprecond.structures.spec import Structure
+
+ScaleMode = Literal["spectral", "shape_scaling", "unit_rms_norm", "match_rms_adamw"]
+
+
+@dataclass(frozen=True)
+class MuonStrategy(OrthogonalizedMomentumStrategy):
+    r"""The Muon rule: the momentum's polar factor by Newton-Schulz iterations, scaled.
+
+    \[ p \leftarrow p - \eta \, s \, \mathrm{NewtonSchulz}(u), \quad u \text{ as in
+       OrthogonalizedMomentumStrategy}. \]
+
+    The scale s of a matrix `(out, in)` is, times `extra_scale_factor`, for
+
+    - "spectral": \(\sqrt{\max(out, in)}\), for a root mean square of 1,
+    - "shape_scaling": \(\sqrt{\max(1, out / in)}\), as first published,
+    - "unit_rms_norm": \(\sqrt{out / in}\), for an operator norm of 1 between root mean squares,
+    - "match_rms_adamw": \(0.2 \sqrt{\max(out, in)}\), for updates as large as those of AdamW, whose
+      learning rates then carry over (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+
+    Args:
+        coefficient_type: The coefficients of the iteration, as in `linalg.newton_schulz`. Default:
+            "quintic".
+        num_ns_steps: The number of its steps. Default: 5.
+        scale_mode: One of the four above. Default: "spectral".
+        extra_scale_factor: A further factor. Default: 1.0.
+        fp32_matmul_prec: The precision of its products: "highest" for float32, "high" for TF32
+            where there is such, "medium" for bfloat16 where the device computes in it natively.
+            Default: "medium".
+
+    Raises:
+        StructPrecondError: If an argument is not one of those named.
+
+    Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
+    """
+
+    coefficient_type: CoefficientType = "quintic"
+    num_ns_steps: int = 5
+    scale_mode: ScaleMode = "spectral"
+    extra_scale_factor: float = 1.0
+    fp32_matmul_prec: MatmulPrecision = "medium"
+
+    def __post_init__(self) -> None:
+        """Check the static configuration."""
+        super().__post_init__()
+        coefficients_of(self.coefficient_type, self.num_ns_steps)
+        check_choice("scale_mode", self.scale_mode, ScaleMode)
+        check_choice("fp32_matmul_prec", self.fp32_matmul_prec, MatmulPrecision)
+        if not isinstance(self.coefficient_type, str):
+            # strategies are compared and hashed
+            triples = tuple((a, b, c) for a, b, c in self.coefficient_type)
+            object.__setattr__(self, "coefficient_type", triples)
+
+    def scaled_orthogonalize_fn(self, update: Tensor) -> Tensor:
+        """Return the scaled polar factors `(b, out, in)` of momenta `(b, out, in)`."""
+        return self._orthogonalize(update).mul_(self.scale(*update.shape[1:]))
+
+    def _orthogonalize(self, update: Tensor) -> Tensor:
+        return newton_schulz(
+            update, self.num_ns_steps, self.coefficient_type, self.fp32_matmul_prec
+        )
+
+    def scale(self, rows: int, columns: int) -> float:
+        """Return what the polar factor of a matrix of this shape is multiplied by."""
+        scale = {
+            "spectral": math.sqrt(max(rows, columns)),
+            "shape_scaling": math.sqrt(max(1.0, rows / columns)),
+            "unit_rms_norm": math.sqrt(rows / columns),
+            "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)),
+        }[self.scale_mode]
+        return scale * self.extra_scale_factor
+
+
+@dataclass
+class NorMuonState(MomentumState):
+    """State of NorMuon for a stack `(b, out, ...)`.
+
+    Args:
+        row_exp_avg_sq: The second moment of the rows of the polar factors `(b, out)`.
+    """
+
+    row_exp_avg_sq: Tensor
+
+
+@dataclass(frozen=True)
+class NorMuonStrategy(MuonStrategy):
+    r"""The NorMuon rule: Muon with a second moment for every neuron, which is a row.
+
+    \[ O = \mathrm{NewtonSchulz}(u), \quad
+       v \leftarrow \beta_2 v + (1 - \beta_2) \, \mathrm{mean}_{columns}(O^2), \quad
+       \hat O = O / (\sqrt v + \epsilon), \quad
+       p \leftarrow p - \eta \, s \sqrt{\min(out, in)} \, \hat O / \|\hat O\|_F. \]
+
+    With the scale s of "match_rms_adamw", the default here, the factor is the published
+    \(0.2 \sqrt{out \cdot in}\).
+
+    Source: Li et al. 2025 (arXiv 2510.05491), algorithm 1.
+    """
+
+    scale_mode: ScaleMode = "match_rms_adamw"
+
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
+        **MuonStrategy.hyperparameters,
+        "beta2": fraction(0.95),
+        "eps": nonnegative(1e-8),
+    }
+
+    def init(
+        self, like: Tensor, structures: tuple[Structure, ...], dtypes: tuple[torch.dtype, ...]
+    ) -> NorMuonState:
+        """Return zero moments."""
+        return NorMuonState(torch.zeros_like(like), like.new_zeros(like.shape[:2]))
+
+    def direction(self, state: NorMuonState, update: Tensor, hp: Mapping[str, Any]) -> Tensor:
+        """Return the directions `(b, out, in)` of momenta `(b, out, in)`."""
+        polar = self._orthogonalize(update)
+        rows = state.row_exp_avg_sq.lerp_(polar.square().mean(-1), 1 - hp["beta2"])
+        polar.div_(rows.sqrt().add_(hp["eps"]).unsqueeze(-1))
+        norm = torch.linalg.vector_norm(polar, dim=(-2, -1), keepdim=True)
+        size = self.scale(*update.shape[1:]) * min(update.shape[1:]) ** 0.5
+        return polar.mul_(size / norm.clamp_(min=torch.finfo(norm.dtype).tiny))
+
+
+def auxiliary_routing(
+    matrices: Strategy[Any],
+    others: Strategy[Any],
+    routes: Mapping[str, str | Strategy[Any]] | None,
+) -> Routing:
+    """Send what is no hidden matrix to another strategy, with the user's rules on top.
+
+    Args:
+        matrices: The strategy for hidden matrices.
+        others: The strategy for embeddings, heads, norms, biases and the rest.
+        routes: From roles or name patterns to a strategy, or to the name of one of these two.
+
+    Raises:
+        StructPrecondError: If `routes` names another strategy.
+    """
+    known = {strategy.name: strategy for strategy in (matrices, others)}
+    rules: dict[str, Strategy[Any]] = {}
+    for rule, chosen in (routes or {}).items():
+        if isinstance(chosen, str) and chosen not in known:
+            raise StructPrecondError(
+                f"routes sends {rule!r} to {chosen!r}. Give a strategy, or one of "
+                f"{', '.join(map(repr, known))}."
+            )
+        rules[rule] = known[chosen] if isinstance(chosen, str) else chosen
+    return Routing(matrices, rules, dict.fromkeys(NOT_MATRICES, others))
+
+
+def scale_to(lr: float | Tensor, own_lr: float | None) -> float:
+    """Return the factor from a param group's lr to the one that an auxiliary strategy has.
+
+    Raises:
+        HyperparameterError: If lr is zero, so that there is no such factor.
+    """
+    if own_lr is None:
+        return 1.0
+    if float(lr) == 0:
+        raise HyperparameterError(
+            f"adamw_lr={own_lr!r} is kept as a factor to lr, which cannot be with lr=0. Start with "
+            "an lr above 0, and let the schedule lower it."
+        )
+    return own_lr / float(lr)
+
+
+class Muon(StructuredOptimizer):
+    """Muon for hidden matrices, and AdamW for the rest (Jordan et al. 2024).
+
+    What is a hidden matrix is inferred from the model's modules (see `infer_roles`): matrices,
+    convolutions, fused projections and experts, each expert by itself, go to Muon; embeddings,
+    heads, tied ones as well, norms, biases and what is unknown go to AdamW.
+    `print(describe(optimizer))` shows what went where. The roles of bare parameters follow from
+    their shapes alone, which cannot tell an embedding from a matrix: pass the model.
+
+    The update rule stands at `MuonStrategy`.
+
+    Args:
+        model: The model, or parameters as torch optimizers take them.
+        params: The parameters to optimize, or group dicts; a group with
+            `"strategy": MuonStrategy()` goes to Muon as a whole. Default: all of the model's.
+        lr: Learning rate. Default: 3e-4.
+        momentum: Decay of the momentum. Default: 0.95.
+        weight_decay: Weight decay of what goes to Muon. Default: 0.01.
+        nesterov: Whether to use Nesterov momentum. Default: False.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm". Default: "decoupled".
+        fp32_matmul_prec: "highest", "high" or "medium", which is bfloat16 where the device has it.
+            Default: "medium".
+        coefficient_type: The coefficients of the Newton-Schulz iteration: "simple", "quintic",
+            "polar_express", "cans", "aol", "cubic5", or one triple per step. Default: "quintic".
+        num_ns_steps: The number of its steps. Default: 5.
+        scale_mode: "spectral", "shape_scaling" or "unit_rms_norm". Default: "spectral".
+        extra_scale_factor: A factor to all updates of Muon. Default: 1.0.
+        match_rms: "adamw" for updates as large as AdamW's, so that its learning rate carries over;
+            stands in place of `scale_mode`. Default: None.
+        before_weight_update: Called with stacked parameters and updates; returns the updates.
+            Default: None.
+        after_weight_update: Called with stacked parameters; returns their new values. Default:
+            None.
+        routes: From roles or patterns of parameter names to "muon", "adamw" or another strategy:
+            `{"head": "muon", "*.router.weight": "adamw"}`. Default: None.
+        adamw_lr: AdamW's learning rate, kept as a factor to `lr` (`adamw_lr_scale` in the param
+            groups), so that schedules apply to both. Default: `lr`.
+        adamw_betas: AdamW's decay of the moments. Default: (0.9, 0.95).
+        adamw_eps: AdamW's epsilon. Default: 1e-8.
+        adamw_weight_decay: AdamW's weight decay. Default: 0.01.
+        combine_params: The grouping rules, most important first; `SplitHeads("*.qkv.weight", 3)`
+            orthogonalizes the blocks of a fused projection one by one. Append `Matricize()`.
+            Default: experts as stacks, everything else as matrices.
+        nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
+            "skip".
+        maximize: Whether to maximize. Default: False.
+        verbose_init: Whether to print what is treated how. Default: False.
+
+    Raises:
+        StructPrecondError: If an argument is wrong; the message says what to do.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 8), nn.Linear(8, 9))
+        >>> optimizer = Muon(model, lr=1e-2, match_rms="adamw")
+        >>> print(describe(optimizer))
+        group  parameters  strategy       route      rule            shape  rows  structures  state
+        -------------------------------------------------------------------------------------------
+        0      1.weight    MuonStrategy   matrix     Matricize()     8x4    1     none none   146 B
+        0      0.weight    AdamWStrategy  embedding  PerParameter()  9x4    1     none none   306 B
+        0      1.bias      AdamWStrategy  bias       PerParameter()  8      1     none        82 B
+        0      2.weight    AdamWStrategy  head       PerParameter()  9x8    1     none none   594 B
+        0      2.bias      AdamWStrategy  bias       PerParameter()  9      1     none        90 B
+        -------------------------------------------------------------------------------------------
+        MuonStrategy, AdamWStrategy: state 1.2 KiB = 1.94 x parameters (628 B)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[Any],
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float | Tensor = 3e-4,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        nesterov: bool = False,
+        weight_decay_method: WeightDecayMethod = "decoupled",
+        fp32_matmul_prec: MatmulPrecision = "medium",
+        coefficient_type: CoefficientType = "quintic",
+        num_ns_steps: int = 5,
+        scale_mode: ScaleMode = "spectral",
+        extra_scale_factor: float = 1.0,
+        match_rms: Literal["adamw"] | None = None,
+        before_weight_update: Callable[[Tensor, Tensor], Tensor] | None = None,
+        after_weight_update: Callable[[Tensor], Tensor] | None = None,
+        routes: Mapping[str, str | Strategy[Any]] | None = None,
+        adamw_lr: float | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float = 0.01,
+        combine_params: Sequence[PreconditionerGroup] | None = None,
+        nonfinite: Nonfinite = "skip",
+        maximize: bool = False,
+        verbose_init: bool = False,
+    ) -> None:
+        strategy = MuonStrategy(
+            nesterov=nesterov,
+            weight_decay_method=weight_decay_method,
+            before_weight_update=before_weight_update,
+            after_weight_update=after_weight_update,
+            coefficient_type=coefficient_type,
+            num_ns_steps=num_ns_steps,
+            scale_mode=scale_mode,
+            extra_scale_factor=extra_scale_factor,
+            fp32_matmul_prec=fp32_matmul_prec,
+        )
+        if match_rms is not None:
+            if match_rms != "adamw" or scale_mode != "spectral":
+                raise StructPrecondError(
+                    "match_rms is None or 'adamw' and stands in place of scale_mode, got "
+                    f"match_rms={match_rms!r} and scale_mode={scale_mode!r}."
+                )
+            strategy = replace(strategy, scale_mode="match_rms_adamw")
+        super().__init__(
+            model,
+            params,
+            strategy=auxiliary_routing(strategy, AdamWStrategy(), routes),
+            hyperparameters={
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "adamw_lr_scale": scale_to(lr, adamw_lr),
+                "adamw_betas": adamw_betas,
+                "adamw_eps": adamw_eps,
+                "adamw_weight_decay": adamw_weight_decay,
+            },
+            combine_params=combine_params,
+            nonfinite=nonfinite,
+            maximize=maximize,
+            verbose_init=verbose_init,
+        )
+
+
+class NorMuon(StructuredOptimizer):
+    """NorMuon for hidden matrices, and AdamW for the rest (Li et al. 2025, arXiv 2510.05491).
+
+    The update rule stands at `NorMuonStrategy`; what goes where is as in `Muon`. Its updates are as
+    large as AdamW's, so one learning rate suits both.
+
+    Args:
+        model: The model, or parameters as torch optimizers take them.
+        params: The parameters to optimize, or group dicts. Default: all of the model's.
+        lr: Learning rate. Default: 1e-3.
+        momentum: Decay of the momentum. Default: 0.95.
+        beta2: Decay of the second moment of the rows. Default: 0.95.
+        eps: Added to the root of the second moment. Default: 1e-8.
+        weight_decay: Decoupled weight decay of what goes to NorMuon. Default: 0.01.
+        nesterov: Whether to use Nesterov momentum. Default: False.
+        fp32_matmul_prec: As in `Muon`. Default: "medium".
+        coefficient_type: As in `Muon`. Default: "quintic".
+        num_ns_steps: As in `Muon`. Default: 5.
+        routes: From roles or patterns of parameter names to "normuon", "adamw" or another strategy.
+            Default: None.
+        adamw_lr: AdamW's learning rate, kept as a factor to `lr`. Default: `lr`.
+        adamw_betas: AdamW's decay of the moments. Default: (0.9, 0.95).
+        adamw_eps: AdamW's epsilon. Default: 1e-8.
+        adamw_weight_decay: AdamW's weight decay. Default: 0.01.
+        combine_params: The grouping rules, most important first. Default: as in `Muon`.
+        nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
+            "skip".
+        maximize: Whether to maximize. Default: False.
+        verbose_init: Whether to print what is treated how. Default: False.
+
+    Raises:
+        StructPrecondError: If an argument is wrong; the message says what to do.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> optimizer = NorMuon(model, lr=1e-2)
+        >>> model(torch.ones(16, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[Any],
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.95,
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        nesterov: bool = False,
+        fp32_matmul_prec: MatmulPrecision = "medium",
+        coefficient_type: CoefficientType = "quintic",
+        num_ns_steps: int = 5,
+        routes: Mapping[str, str | Strategy[Any]] | None = None,
+        adamw_lr: float | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float = 0.01,
+        combine_params: Sequence[PreconditionerGroup] | None = None,
+        nonfinite: Nonfinite = "skip",
+        maximize: bool = False,
+        verbose_init: bool = False,
+    ) -> None:
+        strategy = NorMuonStrategy(
+            nesterov=nesterov,
+            coefficient_type=coefficient_type,
+            num_ns_steps=num_ns_steps,
+            fp32_matmul_prec=fp32_matmul_prec,
+        )
+        super().__init__(
+            model,
+            params,
+            strategy=auxiliary_routing(strategy, AdamWStrategy(), routes),
+            hyperparameters={
+                "lr": lr,
+                "momentum": momentum,
+                "beta2": beta2,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "adamw_lr_scale": scale_to(lr, adamw_lr),
+                "adamw_betas": adamw_betas,
+                "adamw_eps": adamw_eps,
+                "adamw_weight_decay": adamw_weight_decay,
+            },
+            combine_params=combine_params,
+            nonfinite=nonfinite,
+            maximize=maximize,
+            verbose_init=verbose_init,
+        )

@@ -1,0 +1,142 @@
+"""What the strategies share that orthogonalize, or otherwise normalize, a matrix's momentum."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from structprecond.core.state import State
+from structprecond.errors import StructPrecondError
+from structprecond.groups import Matricize, PreconditionerGroup
+from structprecond.roles import RoleName
+from structprecond.strategies.base import (
+    Hyperparameter,
+    StepContext,
+    Strategy,
+    fraction,
+    nonnegative,
+)
+from structprecond.structures.spec import Structure
+
+WeightDecayMethod = Literal["decoupled", "independent", "l2", "palm"]
+
+NOT_MATRICES: tuple[RoleName, ...] = ("embedding", "head", "norm", "bias", "other")
+"""The roles of the parameters that are no linear maps between hidden features."""
+
+
+@dataclass
+class MomentumState(State):
+    """State of an orthogonalized momentum for a stack `(b, *dims)`.
+
+    Args:
+        momentum_buffer: The moving average of the gradients `(b, *dims)`.
+    """
+
+    momentum_buffer: Tensor
+
+
+@dataclass(frozen=True)
+class OrthogonalizedMomentumStrategy(Strategy[Any]):
+    r"""Base of the rules that step along a normalized momentum, such as Muon.
+
+    \[ m \leftarrow \mu m + (1 - \mu) g, \quad
+       u = m \text{ or, with Nesterov momentum, } (1 - \mu) g + \mu m, \quad
+       p \leftarrow p - \eta \, \mathrm{scaled\_orthogonalize\_fn}(u). \]
+
+    Subclasses define `scaled_orthogonalize_fn`, which sees every parameter as a matrix
+    `(out, in)`: trailing axes are flattened, so a convolution is `(out, in * kh * kw)`, and a
+    vector is a column.
+
+    Weight decay \(\lambda\) comes before the momentum: "decoupled"
+    \(p \leftarrow (1 - \eta \lambda) p\), "independent" \(p \leftarrow (1 - \lambda) p\), "palm"
+    \(p \leftarrow (1 - \eta^2 \lambda) p\), or "l2" \(g \leftarrow g + \lambda p\), which leaves
+    `p.grad` as it is.
+
+    Args:
+        nesterov: Whether to use Nesterov momentum. Default: False.
+        weight_decay_method: One of the four above. Default: "decoupled".
+        before_weight_update: Called with the stacked parameters and updates `(b, *dims)`, in that
+            order, before weights are decayed or moved; returns the updates to use. Default: None.
+        after_weight_update: Called with the stacked parameters `(b, *dims)` after they moved;
+            returns their new values, for constraints such as unit rows. Default: None.
+
+    Raises:
+        StructPrecondError: If `weight_decay_method` is not one of the four.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from structprecond.linalg import polar_factor
+        >>> @dataclass(frozen=True)
+        ... class ExactStrategy(OrthogonalizedMomentumStrategy):
+        ...     def scaled_orthogonalize_fn(self, update):
+        ...         return polar_factor(update)
+        >>> optimizer = StructuredOptimizer(nn.Linear(3, 2), strategy=ExactStrategy())
+    """
+
+    nesterov: bool = False
+    weight_decay_method: WeightDecayMethod = "decoupled"
+    before_weight_update: Callable[[Tensor, Tensor], Tensor] | None = None
+    after_weight_update: Callable[[Tensor], Tensor] | None = None
+
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
+        "lr": nonnegative(3e-4),
+        "momentum": fraction(0.95),
+        "weight_decay": nonnegative(0.01),
+    }
+    decay: ClassVar[Literal["before", "after", "inside"]] = "before"
+    structures = ()
+    combine_params: ClassVar[tuple[PreconditionerGroup, ...]] = (Matricize(),)
+
+    def __post_init__(self) -> None:
+        """Check the static configuration."""
+        check_choice("weight_decay_method", self.weight_decay_method, WeightDecayMethod)
+
+    @abstractmethod
+    def scaled_orthogonalize_fn(self, update: Tensor) -> Tensor:
+        """Return the directions `(b, out, in)` of stacked momenta `(b, out, in)`."""
+
+    def init(
+        self, like: Tensor, structures: tuple[Structure, ...], dtypes: tuple[torch.dtype, ...]
+    ) -> MomentumState:
+        """Return a zero momentum."""
+        return MomentumState(torch.zeros_like(like))
+
+    def decay_factor(self, hp: Mapping[str, Any]) -> float | Tensor:
+        """Return what the core multiplies the parameters by to decay them."""
+        lr, decay = hp["lr"], hp["weight_decay"]
+        rates = {"decoupled": lr * decay, "independent": decay, "palm": lr * lr * decay, "l2": 0}
+        factor: float | Tensor = 1 - rates[self.weight_decay_method]
+        return factor
+
+    def update(self, state: Any, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext) -> Tensor:
+        """Update the momentum and return the directions."""
+        if self.weight_decay_method == "l2" and hp["weight_decay"] != 0:
+            grad.add_(ctx.params(), alpha=hp["weight_decay"])
+        momentum = state.momentum_buffer.lerp_(grad, 1 - hp["momentum"])
+        update = grad.lerp_(momentum, hp["momentum"]) if self.nesterov else momentum
+        matrices = update.flatten(2) if update.ndim > 2 else update.unsqueeze(-1)
+        direction = self.direction(state, matrices, hp).view(grad.shape)
+        if self.before_weight_update is not None:
+            direction = self.before_weight_update(ctx.params(), direction)
+        return direction
+
+    def constraint(self) -> Callable[[Tensor], Tensor] | None:
+        """Return the hook after the weight update."""
+        return self.after_weight_update
+
+    def direction(self, state: Any, update: Tensor, hp: Mapping[str, Any]) -> Tensor:
+        """Return the directions of momenta `(b, out, in)`, for subclasses with more state."""
+        return self.scaled_orthogonalize_fn(update)
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise `StructPrecondError` unless a value is one of a `Literal`'s."""
+    if value not in get_args(choices):
+        raise StructPrecondError(
+            f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}."
+        )

@@ -1,0 +1,414 @@
+"""One optimizer that routes each parameter to a strategy by its role or name."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from structprecond import (
+    SOAP,
+    AdamW,
+    AdamWStrategy,
+    CheckpointError,
+    GroupError,
+    HyperparameterError,
+    KLShampooStrategy,
+    LARSStrategy,
+    LinearWeightBias,
+    Muon,
+    MuonStrategy,
+    PerParameter,
+    Routing,
+    ShampooStrategy,
+    SIRFShampooStrategy,
+    SOAPStrategy,
+    State,
+    StepContext,
+    Strategy,
+    StructPrecondError,
+    StructuredOptimizer,
+    describe,
+)
+
+
+class _Net(nn.Module):
+    """Convolutions, hidden matrices, an embedding, a norm and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+        self.conv1 = nn.Conv1d(4, 6, 3, padding=1)
+        self.conv2 = nn.Conv1d(6, 6, 3, padding=1)
+        self.norm = nn.LayerNorm(6)
+        self.hidden = nn.Linear(6, 8)
+        self.head = nn.Linear(8, 9)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens).mT
+        x = self.norm(self.conv2(self.conv1(x)).relu().mean(-1))
+        out: Tensor = self.head(self.hidden(x).relu())
+        return out
+
+
+MIXED: Any = {"conv": SOAPStrategy(), "matrix": MuonStrategy(), "default": AdamWStrategy()}
+
+
+def _net() -> _Net:
+    torch.manual_seed(0)
+    return _Net()
+
+
+def _mixed(model: nn.Module, **kwargs: Any) -> StructuredOptimizer:
+    settings = {"lr": 0.01, "soap_precondition_frequency": 3, "muon_lr_scale": 0.5}
+    return StructuredOptimizer(model, strategy=MIXED, hyperparameters=settings, **kwargs)
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(0, 9, (32, 5), generator=generator)
+        loss = nn.functional.cross_entropy(model(tokens), tokens[:, 2])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _routes(optimizer: StructuredOptimizer) -> dict[str, tuple[str, str]]:
+    return {
+        unit.label: (bucket.strategy.name, rule)
+        for bucket in optimizer.buckets
+        for unit, rule in zip(bucket.units, bucket.rules, strict=True)
+    }
+
+
+def test_every_parameter_goes_where_its_role_says() -> None:
+    assert _routes(_mixed(_net())) == {
+        "embedding.weight": ("adamw", "embedding"),
+        "conv1.weight": ("soap", "conv"),
+        "conv1.bias": ("adamw", "bias"),
+        "conv2.weight": ("soap", "conv"),
+        "conv2.bias": ("adamw", "bias"),
+        "norm.weight": ("adamw", "norm"),
+        "norm.bias": ("adamw", "norm"),
+        "hidden.weight": ("muon", "matrix"),
+        "hidden.bias": ("adamw", "bias"),
+        "head.weight": ("adamw", "head"),
+        "head.bias": ("adamw", "bias"),
+    }
+
+
+def test_each_part_is_as_an_optimizer_of_its_own() -> None:
+    model = _net().double()
+    other = copy.deepcopy(model)
+    optimizer = StructuredOptimizer(
+        model,
+        strategy=MIXED,
+        hyperparameters={
+            "lr": 0.02,
+            "betas": (0.8, 0.9),
+            "weight_decay": 0.2,
+            "muon_momentum": 0.7,
+            "muon_lr_scale": 0.1,
+            "muon_weight_decay": 0.3,
+            "soap_precondition_frequency": 2,
+            "soap_lr_scale": 2.0,
+            "soap_betas": (0.6, 0.7),
+        },
+    )
+    elsewhere = {"conv1.weight", "conv2.weight", "hidden.weight"}
+    rest = [p for name, p in other.named_parameters() if name not in elsewhere]
+    parts: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            rest,
+            lr=0.02,
+            betas=(0.8, 0.9),
+            weight_decay=0.2,
+        ),
+        Muon([other.hidden.weight], lr=0.002, momentum=0.7, weight_decay=0.3),
+        SOAP(
+            [other.conv1.weight, other.conv2.weight],
+            lr=0.04,
+            betas=(0.6, 0.7),
+            precondition_frequency=2,
+        ),
+    ]
+    for step in range(8):
+        generator = torch.Generator().manual_seed(step)
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        for part in parts:
+            part.step()
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-9, atol=1e-11), name
+
+
+def test_mixed_optimizer_trains_and_resumes_to_the_bit() -> None:
+    model = _net()
+    optimizer = _mixed(model)
+    losses = _train(model, optimizer, range(150))
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    resumed = _net()
+    again = _mixed(resumed)
+    resumed.load_state_dict(weights)
+    again.load_state_dict(state)
+    _train(model, optimizer, range(150, 170))
+    _train(resumed, again, range(150, 170))
+    pairs = zip(model.parameters(), resumed.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+
+
+def test_schedulers_see_one_lr_per_group_as_given() -> None:
+    model = _net()
+    groups: list[dict[str, Any]] = [
+        {"params": [*model.embedding.parameters(), *model.conv1.parameters()], "lr": 0.3},
+        {"params": [p for m in (model.conv2, model.hidden) for p in m.parameters()]},
+        {"params": [*model.norm.parameters(), *model.head.parameters()], "lr": 0.1},
+    ]
+    optimizer = _mixed(model, params=groups)
+    given = [[id(p) for p in group["params"]] for group in groups]
+    assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == given
+    schedule = LambdaLR(optimizer, lambda step: 0.5**step)
+    assert schedule.get_last_lr() == [0.3, 0.01, 0.1]
+    _train(model, optimizer, range(1))
+    schedule.step()
+    assert schedule.get_last_lr() == [0.15, 0.005, 0.05]
+    halves = {b.strategy.name: b.hyperparameters["lr"] for b in optimizer.buckets}
+    assert halves["muon"] == 0.0025
+
+
+def test_patterns_go_before_roles() -> None:
+    rules: Any = {"conv2.*": MuonStrategy(), "conv": SOAPStrategy(), "default": AdamWStrategy()}
+    routes = _routes(StructuredOptimizer(_net(), strategy=rules))
+    assert routes["conv1.weight"] == ("soap", "conv")
+    assert routes["conv2.weight"] == ("muon", "conv2.*")
+    assert routes["conv2.bias"] == ("muon", "conv2.*")
+    assert routes["conv1.bias"] == ("adamw", "bias")
+
+
+def test_muon_is_overridden_by_role_by_name_and_by_param_group() -> None:
+    model = _net()
+    routes = _routes(
+        Muon(model, routes={"head": "muon", "conv1.weight": "adamw", "embedding": LARSStrategy()})
+    )
+    assert routes["head.weight"] == ("muon", "head")
+    assert routes["conv1.weight"] == ("adamw", "conv1.weight")
+    assert routes["conv2.weight"] == ("muon", "conv")
+    assert routes["embedding.weight"] == ("lars", "embedding")
+    optimizer = Muon(
+        model,
+        [
+            {"params": model.head.parameters(), "strategy": MuonStrategy(scale_mode="spectral")},
+            {"params": [*model.conv1.parameters(), *model.hidden.parameters()], "lr": 0.5},
+            {"params": model.embedding.parameters(), "strategy": AdamWStrategy(), "eps": 1e-4},
+        ],
+        adamw_eps=1e-6,
+    )
+    routes = _routes(optimizer)
+    assert routes["head.bias"][0] == "muon"
+    assert routes["hidden.bias"] == ("adamw", "bias")
+    assert routes["hidden.weight"] == ("muon", "matrix")
+    eps = {b.units[0].label: b.hyperparameters.get("eps") for b in optimizer.buckets}
+    assert eps["embedding.weight"] == 1e-4
+    assert eps["hidden.bias"] == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ({"*.gate": MuonStrategy(), "default": AdamWStrategy()}, r"'\*\.gate' apply to no param"),
+        (
+            {"experts": MuonStrategy(), "default": AdamWStrategy()},
+            "'experts' apply to no parameter",
+        ),
+        (
+            {"conv1.*": MuonStrategy(), "conv*": MuonStrategy(), "default": AdamWStrategy()},
+            r"Several rules apply to conv1\.weight: 'conv1\.\*', 'conv\*'",
+        ),
+        (
+            # all convolutions are taken by the pattern
+            {"conv?.*": MuonStrategy(), "conv": SOAPStrategy(), "default": AdamWStrategy()},
+            "'conv' apply to no parameter",
+        ),
+    ],
+)
+def test_ignored_and_double_rules_raise(strategy: Any, message: str) -> None:
+    model = _net()
+    with pytest.raises(GroupError, match=message):
+        StructuredOptimizer(model, strategy=strategy)
+    assert not model._forward_hooks
+
+
+def test_rules_of_a_param_group_have_to_apply_in_it() -> None:
+    model = _net()
+    optimizer = Muon(model, model.hidden.parameters())
+    rules: Any = {"conv": SOAPStrategy(), "default": AdamWStrategy()}
+    with pytest.raises(GroupError, match="'conv' apply to no parameter"):
+        optimizer.add_param_group({"params": model.head.parameters(), "strategy": rules})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": model.conv1.parameters(), "strategy": rules})
+    assert _routes(optimizer)["conv1.weight"] == ("soap", "conv")
+    assert optimizer.param_groups[1]["soap_precondition_frequency"] == 10
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ({}, "goes from roles, name patterns and 'default'"),
+        ({"conv": SOAPStrategy()}, "goes from roles, name patterns and 'default'"),
+        ({1: SOAPStrategy(), "default": SOAPStrategy()}, "goes from roles"),
+        ({"conv": SOAPStrategy, "default": AdamWStrategy()}, "Did you pass the class"),
+        ("muon", "strategy takes an instance of Strategy"),
+    ],
+)
+def test_what_is_no_routing_is_refused(strategy: Any, message: str) -> None:
+    with pytest.raises(StructPrecondError, match=message):
+        StructuredOptimizer(_net(), strategy=strategy)
+
+
+def test_misspelt_hyperparameters_are_refused() -> None:
+    for wrong in ("muon_lr", "adamw_betas", "soap_lrscale", "conv_lr_scale"):
+        with pytest.raises(HyperparameterError, match=rf"Unknown hyperparameters \['{wrong}'\]"):
+            StructuredOptimizer(_net(), strategy=MIXED, hyperparameters={wrong: 0.1})
+    model = _net()
+    with pytest.raises(HyperparameterError, match=r"Unknown keys \['adamw_lr'\].*adamw_lr_scale"):
+        Muon(model, [{"params": model.head.parameters(), "adamw_lr": 0.1}])
+    with pytest.raises(HyperparameterError, match="soap_betas must be a pair"):
+        StructuredOptimizer(_net(), strategy=MIXED, hyperparameters={"soap_betas": (1.0, 0.9)})
+
+
+def test_grouping_rules_come_first_and_the_first_parameter_decides() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    rules = (LinearWeightBias(), PerParameter())
+    optimizer = StructuredOptimizer(
+        model,
+        strategy={"head": AdamWStrategy(), "default": SOAPStrategy()},
+        combine_params=rules,
+    )
+    assert _routes(optimizer) == {
+        "0.weight + 0.bias": ("soap", "matrix"),
+        "2.weight + 2.bias": ("adamw", "head"),
+    }
+    with pytest.raises(GroupError, match=r"'0\.bias' applies to a parameter of 0\.weight \+ 0\.b"):
+        StructuredOptimizer(
+            model,
+            strategy={"0.bias": AdamWStrategy(), "default": SOAPStrategy()},
+            combine_params=rules,
+        )
+
+
+def test_bare_parameters_are_routed_by_shape() -> None:
+    shapes: list[tuple[int, ...]] = [(4, 3), (3,), (2, 3, 3, 3), ()]
+    optimizer = Muon([nn.Parameter(torch.randn(shape)) for shape in shapes])
+    names = [name for name, _ in _routes(optimizer).values()]
+    assert sorted(names) == ["adamw", "adamw", "muon", "muon"]
+    assert _routes(optimizer)["param_groups[0]['params'][2]"] == ("muon", "conv")
+
+
+def test_checkpoints_of_another_routing_are_refused() -> None:
+    model = _net()
+    saved = Muon(model).state_dict()
+    with pytest.raises(CheckpointError, match="strategy is"):
+        Muon(model, routes={"head": "muon"}).load_state_dict(saved)
+    with pytest.raises(CheckpointError, match="strategy is"):
+        AdamW(model).load_state_dict(saved)
+    hooked = Muon(model, after_weight_update=torch.tanh)
+    described = hooked.state_dict()["param_groups"][0]["strategy"]
+    assert "tanh" in described
+    assert " at 0x" not in described
+    Muon(model, after_weight_update=torch.tanh).load_state_dict(hooked.state_dict())
+
+
+def test_strategies_may_not_share_a_name() -> None:
+    class AdamWStrategy(Strategy[State]):
+        hyperparameters: ClassVar[Any] = {}
+        decay = "inside"
+
+        def init(self, like: Tensor, structures: Any, dtypes: Any) -> State:
+            raise NotImplementedError
+
+        def update(self, state: State, grad: Tensor, hp: Any, ctx: StepContext) -> Tensor:
+            raise NotImplementedError
+
+    other = type(MIXED["default"])
+    with pytest.raises(StructPrecondError, match="Two strategies are called 'adamw'"):
+        Routing(AdamWStrategy(), {"conv": other()})
+
+
+def test_two_configurations_of_one_strategy_share_hyperparameters() -> None:
+    strategies: Any = {"conv": SOAPStrategy(max_precond_dim=4), "default": SOAPStrategy()}
+    optimizer = StructuredOptimizer(
+        _net(), strategy=strategies, hyperparameters={"lr": 0.1, "eps": 1e-5}
+    )
+    assert not [name for name in optimizer.param_groups[0] if name.startswith("soap_")]
+    assert {bucket.hyperparameters["eps"] for bucket in optimizer.buckets} == {1e-5}
+    configured = {b.units[0].label: b.strategy.max_precond_dim for b in optimizer.buckets}  # type: ignore[attr-defined]
+    assert configured["conv1.weight"] == 4
+    assert configured["hidden.weight"] == 10000
+
+
+def test_refreshes_keep_their_own_intervals() -> None:
+    asked: list[int] = []
+
+    def never(step: int) -> bool:
+        asked.append(step)
+        return False
+
+    model = _net()
+    strategies: Any = {
+        "conv": ShampooStrategy(),
+        "matrix": KLShampooStrategy(),
+        "default": SIRFShampooStrategy(),
+    }
+    optimizer = StructuredOptimizer(
+        model,
+        strategy=strategies,
+        batch_size=32,
+        hyperparameters={
+            "klshampoo_precondition_frequency": never,
+            "shampoo_precondition_frequency": 2,
+        },
+    )
+    _train(model, optimizer, range(4))
+    assert asked == [0, 1, 2, 3]
+
+
+def test_tied_heads_are_not_for_muon() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wte = nn.Embedding(9, 4)
+            self.hidden = nn.Linear(4, 4, bias=False)
+            self.lm_head = nn.Linear(4, 9, bias=False)
+            self.lm_head.weight = self.wte.weight
+
+    assert _routes(Muon(Tied())) == {
+        "wte.weight": ("adamw", "head"),
+        "hidden.weight": ("muon", "matrix"),
+    }
+
+
+def test_the_table_says_what_went_where(capsys: pytest.CaptureFixture[str]) -> None:
+    optimizer = Muon(_net(), verbose_init=True)
+    shown = capsys.readouterr().out
+    assert str(describe(optimizer)) in shown
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["hidden.weight", "MuonStrategy", "matrix"] in [line[1:4] for line in lines]
+    assert ["head.weight", "AdamWStrategy", "head"] in [line[1:4] for line in lines]
+    rows: Sequence[Any] = describe(optimizer).rows
+    assert {row.strategy for row in rows} == {"MuonStrategy", "AdamWStrategy"}

@@ -1,0 +1,235 @@
+"""Newton-Schulz iterations against singular value decompositions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from structprecond import StructPrecondError
+from structprecond.linalg import newton_schulz, polar, polar_factor
+from structprecond.linalg.polar import COEFFICIENTS, coefficients_of
+
+
+def _with_singular_values(sigma: Tensor, rows: int, columns: int, seed: int) -> Tensor:
+    """Return a float64 matrix with random singular vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    svd = torch.linalg.svd(noise, full_matrices=False)
+    return svd.U @ sigma.diag() @ svd.Vh
+
+
+def _random_matrices() -> list[Tensor]:
+    """Return 200 matrices from 3x3 to 400x60 with condition numbers up to 1e6."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = []
+    for seed in range(200):
+        rows = int(torch.randint(3, 401, (), generator=generator))
+        columns = int(torch.randint(3, 61, (), generator=generator))
+        if seed % 2:
+            rows, columns = columns, rows
+        condition = 6 * torch.rand((), generator=generator, dtype=torch.float64)
+        sigma = torch.logspace(0, -float(condition), min(rows, columns), dtype=torch.float64)
+        scale = 10 ** (6 * torch.rand((), generator=generator, dtype=torch.float64) - 3)
+        matrices.append(scale * _with_singular_values(sigma, rows, columns, seed))
+    return matrices
+
+
+def test_polar_express_brings_singular_values_to_one() -> None:
+    counted = 0
+    for matrix in _random_matrices():
+        svd = torch.linalg.svd(matrix, full_matrices=False)
+        found = newton_schulz(matrix.float(), 8, "polar_express").double()
+        # the iteration keeps singular vectors, so this is diagonal
+        gains = (svd.U.mT @ found @ svd.Vh.mT).diagonal()
+        large = 1e-3 * svd.S.norm() <= svd.S
+        assert (gains[large] - 1).abs().max() < 0.1
+        counted += int(large.sum())
+    assert counted > 1000
+
+
+@pytest.mark.parametrize("coefficients", ["polar_express", "quintic", "simple", "cans"])
+@pytest.mark.parametrize("steps", [2, 5, 8])
+def test_gram_form_is_the_standard_form(coefficients: str, steps: int) -> None:
+    polynomials = coefficients_of(coefficients, steps)  # type: ignore[arg-type]
+    for seed, (rows, columns) in enumerate([(3, 9), (20, 60), (60, 120), (60, 400)]):
+        sigma = torch.logspace(0, -6, rows, dtype=torch.float64)
+        matrix = _with_singular_values(sigma, rows, columns, seed)
+        X = polar._normalized(matrix.float()).unsqueeze(0)
+        standard, gram = polar._standard(X, polynomials), polar._gram(X, polynomials)
+        assert (gram - standard).norm() < 1e-3 * standard.norm()
+
+
+@pytest.mark.parametrize("coefficients", ["polar_express", "simple"])
+def test_gram_form_rounds_no_worse_than_the_standard_form(coefficients: str) -> None:
+    # many steps blow up the rounding errors of tiny singular values in either form
+    polynomials = coefficients_of(coefficients, 16)  # type: ignore[arg-type]
+    for seed, (rows, columns) in enumerate([(20, 60), (60, 400)]):
+        sigma = torch.logspace(0, -6, rows, dtype=torch.float64)
+        X = polar._normalized(_with_singular_values(sigma, rows, columns, seed)).unsqueeze(0)
+        exact = polar._standard(X, polynomials)
+        standard = (polar._standard(X.float(), polynomials) - exact).norm()
+        gram = (polar._gram(X.float(), polynomials) - exact).norm()
+        assert 1e-4 < gram < 2 * standard
+
+
+def _reference(matrix: Tensor, polynomials: list[tuple[float, float, float]]) -> Tensor:
+    """Apply the polynomials to the singular values."""
+    svd = torch.linalg.svd(matrix.double(), full_matrices=False)
+    sigma = svd.S / svd.S.norm()
+    for a, b, c in polynomials:
+        sigma = a * sigma + b * sigma**3 + c * sigma**5
+    return svd.U @ sigma.diag() @ svd.Vh
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (9, 4), (4, 9), (5, 40), (40, 5), (1, 7), (7, 1)])
+@pytest.mark.parametrize("kind", [*COEFFICIENTS, "custom"])
+def test_iterations_apply_their_polynomials(shape: tuple[int, int], kind: str) -> None:
+    custom = [(2.0, -1.5, 0.5), (1.5, -0.5, 0.0), (1.875, -1.25, 0.375)]
+    steps = {"aol": 4, "custom": 3}.get(kind, 5)
+    given = custom if kind == "custom" else list(COEFFICIENTS[kind].steps)
+    polynomials = [given[i % len(given)] for i in range(steps)]
+    matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = newton_schulz(matrix, steps, custom if kind == "custom" else kind)  # type: ignore[arg-type]
+    assert (found - _reference(matrix, polynomials)).norm() < 1e-10
+
+
+def test_coefficients_go_on_as_published() -> None:
+    assert coefficients_of("simple", 7) == ((3.4445, -4.7750, 2.0315),) * 7
+    quintic = coefficients_of("quintic", 7)
+    assert quintic[5:] == ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377))
+    assert coefficients_of("polar_express", 10)[7:] == ((1.8750, -1.2500, 0.3750),) * 3
+    assert coefficients_of("cans", 7)[4:] == ((2.2737, -1.6447, 0.4162),) * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "message"),
+    [
+        ("cubic5", 4, "exactly 5 steps, got 4"),
+        ("cubic5", 6, "exactly 5 steps, got 6"),
+        ("aol", 5, "at most 4 steps, got 5"),
+        ("quintik", 5, "Unknown Newton-Schulz coefficients 'quintik'. Known are simple"),
+        ("quintic", 0, "integer of at least 1, got 0"),
+        ("quintic", True, "integer of at least 1, got True"),
+        ("quintic", 2.5, "integer of at least 1, got 2.5"),
+        ([(1.0, 2.0)], 1, "list of triples"),
+        ([1.0, 2.0, 3.0], 3, "list of triples"),
+        ([(1.5, -0.5, 0.0)], 5, "1 triples of Newton-Schulz coefficients for 5 steps"),
+    ],
+)
+def test_wrong_coefficients_are_refused(kind: object, steps: int, message: str) -> None:
+    with pytest.raises(StructPrecondError, match=message):
+        newton_schulz(torch.eye(3), steps, kind)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("function", [newton_schulz, polar_factor])
+@pytest.mark.parametrize("wrong", [torch.ones(3), torch.ones(2, 2, dtype=torch.int64)])
+def test_what_is_no_stack_of_matrices_is_refused(function: object, wrong: Tensor) -> None:
+    with pytest.raises(StructPrecondError, match=r"stacks \(\*b, m, n\) of real matrices"):
+        function(wrong)  # type: ignore[operator]
+
+
+def test_wrong_precision_is_refused() -> None:
+    with pytest.raises(StructPrecondError, match="precision must be 'highest'"):
+        newton_schulz(torch.eye(3), precision="low")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+def test_scale_does_not_matter_and_nothing_is_infinite(precision: str, coefficients: str) -> None:
+    matrix = torch.randn(4, 24, generator=torch.Generator().manual_seed(0))
+    expected = newton_schulz(matrix, 5, coefficients, precision)  # type: ignore[arg-type]
+    for scale in (1e-12, 1e15, 1e37):
+        found = newton_schulz(scale * matrix, 5, coefficients, precision)  # type: ignore[arg-type]
+        assert torch.allclose(found, expected, atol=2e-2 if precision == "medium" else 1e-4)
+    zero = newton_schulz(torch.zeros(4, 24), 5, coefficients, precision)  # type: ignore[arg-type]
+    assert torch.equal(zero, torch.zeros(4, 24))
+    # the published rule divides by at least 1e-15
+    tiny = newton_schulz(1e-20 * matrix, 5, coefficients, precision)  # type: ignore[arg-type]
+    assert tiny.isfinite().all()
+    assert 0 < tiny.norm() < 0.1 * expected.norm()
+    low_rank = matrix[:, :1] * torch.randn(1, 24)
+    assert newton_schulz(low_rank, 8, coefficients, precision).isfinite().all()  # type: ignore[arg-type]
+
+
+def test_tiny_matrices_are_divided_by_the_smallest_norm() -> None:
+    matrix = 1e-20 * torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    # so small that only the linear term counts
+    found = newton_schulz(matrix, 2, [(2.0, -1.5, 0.5), (1.5, -0.5, 0.0)])
+    assert torch.allclose(found, 3.0 * 1e15 * matrix, rtol=1e-5)
+
+
+def test_stacks_are_their_matrices() -> None:
+    stack = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    found, exact = newton_schulz(stack), polar_factor(stack)
+    for i in range(2):
+        for j in range(3):
+            assert torch.allclose(found[i, j], newton_schulz(stack[i, j]), atol=1e-12)
+            assert torch.allclose(exact[i, j], polar_factor(stack[i, j]), atol=1e-12)
+    assert newton_schulz(torch.zeros(0, 3, 4)).shape == (0, 3, 4)
+    assert polar_factor(torch.zeros(2, 0, 4)).shape == (2, 0, 4)
+
+
+def test_input_stays_as_it_is() -> None:
+    for shape in ((4, 4), (9, 2), (2, 9)):
+        matrix = torch.randn(shape)
+        before = matrix.clone()
+        newton_schulz(matrix)
+        newton_schulz(matrix, precision="medium")
+        polar_factor(matrix)
+        assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_dtype_of_the_input_is_kept(dtype: torch.dtype) -> None:
+    matrix = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = newton_schulz(matrix.double(), 8, "polar_express")
+    found = newton_schulz(matrix, 8, "polar_express")
+    assert found.dtype == dtype
+    assert polar_factor(matrix).dtype == dtype
+    assert torch.allclose(found.double(), expected, atol=50 * torch.finfo(dtype).eps)
+
+
+def test_float64_is_never_reduced() -> None:
+    matrix = torch.randn(6, 8, dtype=torch.float64)
+    assert torch.equal(newton_schulz(matrix, precision="medium"), newton_schulz(matrix))
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bfloat16_is_used_only_where_it_is_native(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(polar, "has_native_bfloat16", lambda device: native)
+    seen = []
+    standard = polar._standard
+
+    def spy(X: Tensor, polynomials: object) -> Tensor:
+        seen.append(X.dtype)
+        return standard(X, polynomials)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(polar, "_standard", spy)
+    newton_schulz(torch.randn(4, 4), precision="medium")
+    assert seen == [torch.bfloat16 if native else torch.float32]
+
+
+def test_long_matrices_take_the_gram_form_and_others_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = []
+    gram = polar._gram
+    monkeypatch.setattr(polar, "_gram", lambda X, p: taken.append(X.shape[1:]) or gram(X, p))  # type: ignore[func-returns-value]
+    for shape in ((4, 4), (4, 5), (4, 16), (16, 4)):
+        newton_schulz(torch.randn(shape))
+    assert taken == [(4, 16), (4, 16)]
+    monkeypatch.setattr(polar, "has_native_bfloat16", lambda device: True)
+    newton_schulz(torch.randn(4, 16), precision="medium")
+    assert len(taken) == 2
+
+
+def test_polar_factor_drops_directions_without_a_singular_value() -> None:
+    sigma = torch.tensor([3.0, 1.0, 1e-3, 0.0], dtype=torch.float64)
+    matrix = _with_singular_values(sigma, 4, 7, seed=3)
+    svd = torch.linalg.svd(matrix, full_matrices=False)
+    expected = svd.U[:, :3] @ svd.Vh[:3]
+    assert torch.allclose(polar_factor(matrix), expected, atol=1e-10)
+    assert torch.equal(polar_factor(torch.zeros(3, 2)), torch.zeros(3, 2))
