@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from structprecond import SOAP, KLShampoo, SIRFShampoo
+from structprecond import SOAP, KLShampoo, Muon, SIRFShampoo
 
 
 class Choice(NamedTuple):
@@ -21,7 +21,7 @@ class Choice(NamedTuple):
 
     lr: float
     make: Callable[[nn.Module, float], Optimizer]
-    middle: float = 8e-3
+    middle: float = 1.6e-2
 
 
 def count_tokens(inputs: tuple[Tensor, ...]) -> int:
@@ -60,17 +60,31 @@ def klshampoo(model: nn.Module, lr: float) -> Optimizer:
     return KLShampoo(model, lr=lr, weight_decay=0.1)
 
 
+def muon(model: nn.Module, lr: float) -> Optimizer:
+    """Make Muon with updates as large as AdamW's, which embeddings, head and norms get."""
+    return Muon(
+        model,
+        lr=lr,
+        match_rms="adamw",
+        nesterov=True,
+        coefficient_type="polar_express",
+        weight_decay=0.1,
+        adamw_weight_decay=0.1,
+    )
+
+
 OPTIMIZERS = {
     "adamw": Choice(1.6e-2, adamw),
     "soap": Choice(1.6e-2, soap),
     "klshampoo": Choice(8e-3, klshampoo),
     "sirf": Choice(0.2, sirf, middle=0.2),
+    "muon": Choice(1.6e-2, muon),
     # what SOAP does beyond the published rule, at one learning rate
-    "soap-published": Choice(1.6e-2, soap, middle=1.6e-2),
-    "soap-staggered": Choice(1.6e-2, partial(soap, refresh="staggered"), middle=1.6e-2),
-    "soap-transport": Choice(1.6e-2, partial(soap, transport=True), middle=1.6e-2),
-    "soap-unskipped": Choice(1.6e-2, partial(soap, skip_first=False), middle=1.6e-2),
-    "soap-clipped": Choice(1.6e-2, partial(soap, clip_rms=3.0), middle=1.6e-2),
+    "soap-published": Choice(1.6e-2, soap),
+    "soap-staggered": Choice(1.6e-2, partial(soap, refresh="staggered")),
+    "soap-transport": Choice(1.6e-2, partial(soap, transport=True)),
+    "soap-unskipped": Choice(1.6e-2, partial(soap, skip_first=False)),
+    "soap-clipped": Choice(1.6e-2, partial(soap, clip_rms=3.0)),
 }
-DEFAULTS = ("adamw", "soap", "klshampoo", "sirf")
+DEFAULTS = ("adamw", "soap", "klshampoo", "sirf", "muon")
 """What the comparison runs unless told otherwise."""

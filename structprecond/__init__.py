@@ -1,5 +1,6 @@
 """Structured preconditioners for PyTorch: one optimizer core, every strategy, every structure."""
 
+from structprecond.batch_norm import freeze_batch_norm
 from structprecond.core.batch_size import get_batch_size
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.routing import Routing
@@ -26,6 +27,7 @@ from structprecond.groups import (
 )
 from structprecond.report import describe
 from structprecond.roles import infer_roles
+from structprecond.sam import SAM
 from structprecond.strategies.adamw import AdamW, AdamWStrategy
 from structprecond.strategies.base import Hyperparameter, StepContext, Strategy
 from structprecond.strategies.kl import KLSOAP, KLShampoo, KLShampooStrategy, KLSOAPStrategy
@@ -55,6 +57,7 @@ __version__ = "0.1.0"
 __all__ = [
     "KLSOAP",
     "LARS",
+    "SAM",
     "SOAP",
     "AdamW",
     "AdamWStrategy",
@@ -108,6 +111,7 @@ __all__ = [
     "TriuToeplitzMatrix",
     "TriuTopLeftDiagMatrix",
     "describe",
+    "freeze_batch_norm",
     "get_batch_size",
     "infer_roles",
 ]

@@ -92,8 +92,8 @@ def infer_roles(model: nn.Module) -> Roles:
         2.weight   2x4    head       last linear layer outside repeated blocks
         2.bias     2      bias       bias of Linear
     """
-    path, module = _unwrap("", model)
-    nodes = list(_walk(_Node(path, "", module, repeated=isinstance(module, _BLOCKS)), set()))
+    root = _Node("", "", model, repeated=isinstance(model, _BLOCKS))
+    nodes = list(_walk(root, set()))
     sites: dict[nn.Parameter, list[_Site]] = {}  # by identity: the places of a tied parameter
     for node in nodes:
         for name, p in node.module.named_parameters(recurse=False, remove_duplicate=False):
@@ -166,7 +166,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_embedding(module: nn.Module) -> bool:
-    named = _kind(module).endswith("Embedding") and not isinstance(module, nn.Linear | _ConvNd)
+    named = _kind(module).endswith("Embedding") and not isinstance(module, nn.Linear)
     return named or isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
@@ -342,7 +342,7 @@ def _by_module(site: _Site, p: nn.Parameter, heads: dict[nn.Module, str]) -> Rol
     in_proj = node.name == "in_proj" and node.attention
     if (in_proj or _says(_QKV, node.name)) and outputs > inputs:
         return Role("fused_qkv", f"linear layer named {node.name}, longer along its outputs")
-    expert = ", of one expert" if _says(_EXPERTS, *node.path.split(".")) else ""
+    expert = ", of one expert" if "expert" in node.path.lower() else ""
     return Role("matrix", f"{site.name} of {kind}{expert}")
 
 

@@ -260,6 +260,12 @@ def test_experts_by_any_name():
     model = Bag(expert_weights=param(3, 4, 5), experts=nn.ParameterDict({"up": param(3, 4, 5)}))
     check(model, {"expert_weights": "experts", "experts.up": "experts"})
 
+    class MoE(Bag):
+        pass
+
+    model = MoE(weights=nn.ParameterDict({"up": param(3, 4, 5), "gate": param(3, 4)}))
+    check(model, {"weights.up": "experts", "weights.gate": "matrix"})
+
 
 def test_experts_and_routers_at_the_top_are_no_heads():
     experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
@@ -301,7 +307,7 @@ def test_in_proj_is_fused_in_attention_only():
 
 
 def test_multihead_attention_alone():
-    model = nn.MultiheadAttention(4, 2, kdim=3, vdim=3, add_bias_kv=True)
+    model = nn.MultiheadAttention(4, 2, kdim=1, vdim=3, add_bias_kv=True)
     matrices = {"q_proj_weight": "matrix", "k_proj_weight": "matrix", "v_proj_weight": "matrix"}
     biases = {"in_proj_bias": "bias", "bias_k": "bias", "bias_v": "bias"}
     check(model, matrices | biases | at("", out_proj=LINEAR))
@@ -421,10 +427,8 @@ def test_vit():
     heads.add_module("pre_logits", nn.Linear(4, 4))
     heads.add_module("head", nn.Linear(4, 3))
     roles = check(vit(heads=heads), VIT | at("", heads__pre_logits=LINEAR, heads__head=HEAD))
-    # Says which parameters to override: those of all blocks.
-    assert "'encoder.layers.encoder_layer_0.ls'" in (
-        roles["encoder.layers.encoder_layer_0.ls"].reason
-    )
+    name = "encoder.layers.encoder_layer_0.ls"
+    assert f"match '{name}'" in roles[name].reason  # how to choose another role
     check(vit(), VIT)
 
 
@@ -484,6 +488,16 @@ def test_numbered_blocks_are_repeated():
     check(stages, at("0.0", "1.0", **{"": LINEAR}))
     expected = at("0.0", "1.0", **{"": LINEAR}) | at("2", **{"": HEAD})
     check(nn.Sequential(*stages, nn.Linear(4, 4)), expected)
+
+
+def test_layers_of_an_mlp_are_no_blocks():
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Sequential(nn.Linear(4, 2))]
+    check(nn.ModuleList(layers), at("0.0", **{"": LINEAR}) | at("1.0", **{"": HEAD}))
+    normed = [parametrizations.spectral_norm(nn.Linear(4, 4)) for _ in range(2)]
+    check(nn.ModuleList(normed), {
+        "0.bias": "bias", "0.parametrizations.weight.original": "matrix",
+        "1.bias": "bias", "1.parametrizations.weight.original": "head",
+    })  # fmt: skip
 
 
 def test_blocks_count_only_if_they_hold_parameters():
@@ -554,7 +568,17 @@ def test_names_of_heads_in_blocks_say_nothing():
     single = Bag(blocks=nn.Sequential(Bag(sa=Attention())), out=nn.Linear(4, 9))
     check(single, at("blocks.0.sa", **{"": inside}) | at("", out=HEAD))
     scores = [Bag(score=nn.Linear(4, 4), fc=nn.Linear(4, 4)) for _ in range(2)]
-    check(nn.ModuleList(scores), at("0", "1", score=LINEAR, fc=LINEAR))
+    inside = at("blocks.0", "blocks.1", score=LINEAR, fc=LINEAR)
+    check(Bag(blocks=nn.ModuleList(scores), out=nn.Linear(4, 9)), inside | at("", out=HEAD))
+    bare = [Bag(score=param(4, 3), fc=nn.Linear(3, 4)) for _ in range(2)]
+    inside = at("blocks.0", "blocks.1", fc=LINEAR, **{"": {"score": "matrix"}})
+    check(Bag(blocks=nn.ModuleList(bare), out=nn.Linear(4, 9)), inside | at("", out=HEAD))
+
+
+def test_attention_has_no_head():
+    attention = Bag(key=nn.Linear(4, 4), out_proj=nn.Linear(4, 4))
+    model = Bag(words=nn.Embedding(9, 4), attn=attention)
+    check(model, {"words.weight": "embedding"} | at("attn", key=LINEAR, out_proj=LINEAR))
 
 
 @pytest.mark.parametrize(
@@ -581,11 +605,24 @@ def test_module_used_twice_counts_once():
     check(model, at("0", **{"": LINEAR}) | at("4", **{"": HEAD}))
 
 
+def test_parameter_with_two_names():
+    weight = param(4, 3)
+    check(Bag(w=weight, lm_head=weight), {"w": "head"})
+
+
+def test_cycles():
+    """A module may hold its parent, as `named_modules` allows."""
+    child = Bag(fc=nn.Linear(4, 2))
+    model = Bag(child=child)
+    child.parent = model
+    check(model, at("child", fc=HEAD))
+
+
 # --- other modules -------------------------------------------------------------------------------
 
 
 def test_recurrent():
-    model = Bag(emb=nn.Embedding(9, 3), rnn=nn.LSTM(3, 4, num_layers=2, proj_size=2),
+    model = Bag(emb=nn.Embedding(9, 1), rnn=nn.LSTM(1, 4, num_layers=2, proj_size=2),
                 cell=nn.GRUCell(2, 4), fc=nn.Linear(4, 2))  # fmt: skip
     one = {"weight_ih": "matrix", "weight_hh": "matrix", "bias_ih": "bias", "bias_hh": "bias"}
     rnn = {f"{name}_l{i}": role for i in range(2) for name, role in one.items()}
@@ -616,6 +653,31 @@ def test_norms():
     model = nn.Sequential(Scaled(3), FrozenNorm2d(), NormLinear(3, 3), nn.Linear(3, 3))
     expected = at("0", **{"": NORM}) | {"1.gain": "norm", "1.bias": "norm"}
     check(model, expected | at("2", **{"": LINEAR}) | at("3", **{"": HEAD}))
+
+
+def test_classes_are_known_by_the_ends_of_their_names():
+    class ParallelLinear(nn.Module):
+        def __init__(self, *shape: int) -> None:
+            super().__init__()
+            self.weight, self.bias, self.scale = param(*shape), param(4), param(4)
+
+    class NormMLP(Bag):
+        pass
+
+    class PatchEmbedding(nn.Linear):
+        pass
+
+    model = nn.Sequential(NormMLP(w=param(4, 4)), PatchEmbedding(4, 4), ParallelLinear(3, 4, 4),
+                          ParallelLinear(4, 4))  # fmt: skip
+    scale = {"scale": "other"}
+    grouped = {"weight": "other", "bias": "bias"}
+    expected = {"0.w": "matrix"} | at("1", **{"": LINEAR})
+    check(model, expected | at("2", **{"": grouped | scale}) | at("3", **{"": HEAD | scale}))
+
+
+def test_bias_of_a_layer_named_norm():
+    model = Bag(norm_proj=nn.Linear(4, 4), out=nn.Linear(4, 2))
+    check(model, at("", norm_proj=LINEAR, out=HEAD))
 
 
 def test_convolutions():
@@ -668,10 +730,11 @@ def test_bare_parameters_by_name():
     names = {
         "emb": "embedding", "wte": "embedding", "lm_head": "head", "norm": "norm",
         "final_norm_weight": "norm", "bias": "bias", "w_bias": "bias", "wqkv": "fused_qkv",
-        "w1": "matrix", "member": "matrix", "b1": "other",
+        "w1": "matrix", "member": "matrix", "b1": "other", "wte_weight": "embedding",
+        "square_qkv": "matrix",
     }  # fmt: skip
     shapes = {"emb": (9, 4), "wte": (9, 4), "lm_head": (9, 4), "wqkv": (4, 12), "w1": (4, 4),
-              "member": (4, 4)}  # fmt: skip
+              "member": (4, 4), "wte_weight": (9, 4), "square_qkv": (4, 4)}  # fmt: skip
     model = nn.ParameterDict({name: param(*shapes.get(name, (4,))) for name in names})
     check(model, names)
     check(Bag(**model, fc=nn.Linear(3, 3)), names | at("", fc=LINEAR))  # the bare head is the head
@@ -686,6 +749,7 @@ def test_lists_and_custom_layers_by_their_own_name():
     model = Bag(pos_embeds=nn.ParameterList([param(1, 5, 4)]), tok_emb=Layer(9, 4), ln_1=Layer(4),
                 qkv=Layer(12, 4), up=Layer(4, 4), patch_embed=Layer(4, 3, 2, 2),
                 lm_head=Layer(9, 4))  # fmt: skip
+    check(Bag(tok_emb=Bag(mix=param(4, 4))), {"tok_emb.mix": "matrix"})
     check(model, at(
         "", pos_embeds={"0": "embedding"}, tok_emb={"weight": "embedding", "bias": "bias"},
         ln_1=NORM, qkv={"weight": "fused_qkv", "bias": "bias"}, up=LINEAR,
@@ -705,13 +769,14 @@ def test_parametrizations():
         head=parametrizations.weight_norm(nn.Linear(3, 2)),
     )
     weight = "parametrizations.weight.original"
-    check(model, {
+    roles = check(model, {
         "conv.bias": "bias", f"conv.{weight}": "conv",
         "fc.bias": "bias", f"fc.{weight}0": "other", f"fc.{weight}1": "matrix",
         "square.bias": "bias", f"square.{weight}": "matrix",
         f"emb.{weight}": "embedding",
         "head.bias": "bias", f"head.{weight}0": "other", f"head.{weight}1": "head",
     })  # fmt: skip
+    assert roles[f"fc.{weight}1"].reason == "weight of Linear"
 
 
 def test_parametrized_bias_and_recurrence():

@@ -1,0 +1,37 @@
+"""Batch norm during passes that should leave no trace in its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def freeze_batch_norm(model: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of batch norm as they are, also in training mode.
+
+    The outputs are the same: of the batch's own statistics in training, of the running ones in
+    evaluation. For the second pass of `SAM`, whose activations belong to perturbed parameters.
+
+    Args:
+        model: The model. Its modules are as before after the context, also after an exception.
+
+    Example:
+        >>> from structprecond import freeze_batch_norm
+        >>> norm = nn.BatchNorm1d(2)
+        >>> with freeze_batch_norm(norm):
+        ...     _ = norm(torch.ones(4, 2))
+        >>> norm.running_mean
+        tensor([0., 0.])
+    """
+    tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for module in tracking:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True

@@ -1,0 +1,498 @@
+"""SAM: step from where the parameters are, by the gradient from where the loss is high nearby."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from numbers import Real
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from structprecond.batch_norm import freeze_batch_norm
+from structprecond.core.finite import with_nonfinite_gradient
+from structprecond.core.optimizer import StructuredOptimizer
+from structprecond.core.perturbation import Part, total_norm
+from structprecond.errors import GradientError, HyperparameterError, StructPrecondError
+
+_TINY = 1e-12
+_SETTINGS = ("rho", "adaptive")
+# what copies and pickles carry: the rest belongs to this object (hooks, a scheduler's wrapper)
+_COPIED = ("base_optimizer", "skipped", "_own_defaults", "_model", "_old", "_failed", "_warned")
+# the base makes and loads state dicts, so it is the one to run their hooks
+_HOOKS_OF_BASE = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+def _of_base(name: str) -> Any:
+    """Return a property that is the base's attribute, which loading may replace."""
+    return property(
+        lambda sam: getattr(sam.base_optimizer, name),
+        lambda sam, value: setattr(sam.base_optimizer, name, value),
+        doc=f"The `{name}` of the base optimizer.",
+    )
+
+
+class SAM(Optimizer):
+    r"""Sharpness-aware minimization around any optimizer.
+
+    With the gradient g of all parameters together, and \(T = |p|\) elementwise if `adaptive`, else
+    \(T = 1\),
+
+    \[ e = \frac{\rho}{\|T g\|_2 + 10^{-12}} \, T^2 g, \]
+
+    and the base optimizer steps from p by the gradient at \(p + e\) (at \(p - e\) where it
+    maximizes). A parameter without a gradient in the first pass is not perturbed.
+
+    Either give `step` a closure, or compute both gradients yourself:
+
+    ```python
+    for x, y in batches:
+        sam.zero_grad()
+        loss(model(x), y).backward()
+        sam.first_step(zero_grad=True)
+        with freeze_batch_norm(model):
+            loss(model(x), y).backward()
+        sam.second_step()
+    ```
+
+    **Mixed precision.** e does not depend on the scale of the gradients, so only the second pass is
+    unscaled; `scaler.unscale_(sam)`, for clipping, goes right before `scaler.step`:
+
+    ```python
+    sam.zero_grad()
+    scaler.scale(loss(model(x), y)).backward()
+    sam.first_step(zero_grad=True)
+    scaler.scale(loss(model(x), y)).backward()
+    scaler.step(sam)
+    scaler.update()
+    ```
+
+    **Data parallel.** The first backward needs no exchange of gradients: every rank then perturbs
+    by the gradient of its own samples (m-SAM), and only the second gradients are averaged. A
+    closure under DistributedDataParallel has to exchange the gradients in both of its calls.
+
+    ```python
+    sam.zero_grad()
+    with model.no_sync():
+        loss(model(x), y).backward()
+    sam.first_step(zero_grad=True)
+    loss(model(x), y).backward()
+    sam.second_step()
+    ```
+
+    **Non-finite gradients**, in either pass, skip the whole step: parameters and state stay as they
+    are. In the second pass a `StructuredOptimizer` decides itself, by its `nonfinite`. If the first
+    pass fails, `first_step(zero_grad=True)` fills the gradients with NaN instead of clearing them,
+    so that a scaler and the other ranks learn of it with the second backward.
+
+    **Whatever goes wrong**, in a closure or in the base's step, the parameters return to the bits
+    that they had. `state_dict` holds no parameters, so it may be called between the two steps, but
+    the model's has the perturbed ones there: call `restore` first.
+
+    Hooks for state dicts are those of the base, and get it as their argument. Where torch wants to
+    step an optimizer itself (`torch.distributed.checkpoint` does), pass `sam.base_optimizer`.
+
+    Args:
+        params: What the class `base_optimizer` takes: parameters, named parameters, group dicts, or
+            the model, of which optimizers that do not know models get the parameters. Group dicts
+            may have their own `rho` and `adaptive`. None if `base_optimizer` is an instance.
+        base_optimizer: The optimizer that makes the step: a class, or an instance, such as
+            `SOAP(model, some_of_its_parameters)`, whose param groups keep the `rho` and `adaptive`
+            that they have.
+        rho: The size \(\rho\) of the neighbourhood, at least 0. Default: 0.05. Adaptive SAM wants
+            about ten times the rho of the original.
+        adaptive: Whether the neighbourhood scales with the parameters (adaptive SAM). Default:
+            True.
+        **base_kwargs: The other arguments of the class `base_optimizer`.
+
+    Attributes:
+        base_optimizer: The base. `param_groups`, `state` and `defaults` are its own.
+        skipped: How many steps were skipped because a gradient was not finite.
+
+    Raises:
+        StructPrecondError: If an argument is wrong.
+
+    Source: Foret et al. 2021, "Sharpness-Aware Minimization for Efficiently Improving
+    Generalization" (arXiv 2010.01412); adaptive: Kwon et al. 2021, "ASAM" (arXiv 2102.11600).
+
+    Example:
+        >>> model = nn.Linear(3, 1)
+        >>> sam = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9)
+        >>> def closure():
+        ...     loss = model(torch.ones(8, 3)).square().mean()
+        ...     loss.backward()
+        ...     return loss
+        >>> first = sam.step(closure)
+        >>> bool(sam.step(closure) < first)
+        True
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then tells `step` of infinities and the scale
+
+    param_groups = _of_base("param_groups")
+    state = _of_base("state")
+    defaults = _of_base("defaults")
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any] | None,
+        base_optimizer: type[Optimizer] | Optimizer,
+        rho: float = 0.05,
+        adaptive: bool = True,
+        **base_kwargs: Any,
+    ) -> None:
+        own_defaults = _checked({"rho": rho, "adaptive": adaptive})
+        if isinstance(base_optimizer, SAM) or base_optimizer is SAM:
+            raise StructPrecondError(
+                "base_optimizer is a SAM, which needs two gradients of its own. Pass the optimizer "
+                "that is to make the step."
+            )
+        if isinstance(base_optimizer, Optimizer):
+            base = base_optimizer
+            _check_instance(base, params, base_kwargs)
+            settings = [_checked(group) for group in base.param_groups]
+        elif isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer):
+            given, settings = _taken_apart(params, base_optimizer)
+            base = base_optimizer(given, **base_kwargs)
+        else:
+            raise StructPrecondError(
+                f"base_optimizer takes a class of optimizers or an instance, got "
+                f"{base_optimizer!r}. Pass the class, as in SAM(params, torch.optim.SGD, lr=0.1)."
+            )
+        if clash := sorted(set(_SETTINGS) & set(base.defaults)):
+            raise StructPrecondError(
+                f"{type(base).__name__} has hyperparameters {clash} of its own, which would be one "
+                "with those of SAM. Choose another base optimizer."
+            )
+        if len(settings) != len(base.param_groups):
+            if any(settings):
+                raise StructPrecondError(
+                    f"{type(base).__name__} made {len(base.param_groups)} param groups of "
+                    f"{len(settings)}, so it is not known which have the rho and adaptive that "
+                    "were given. Set them in the param_groups of an instance, and pass that."
+                )
+            settings = [{} for _ in base.param_groups]
+        for group, own in zip(base.param_groups, settings, strict=True):
+            group.update(own_defaults | own)
+        model = params if isinstance(params, nn.Module) else getattr(base, "model", None)
+        self.base_optimizer: Optimizer = base
+        self.skipped = 0
+        self._own_defaults = own_defaults
+        self._model = model if isinstance(model, nn.Module) else None
+        # while a first step is pending: the old parameters, and whether the norm was not finite
+        self._old: dict[Tensor, Tensor] | None = None
+        self._failed = self._warned = False
+        self.__setstate__({})  # the hooks; Optimizer.__init__ would make groups and state as well
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group to the base; it may have its own `rho` and `adaptive`.
+
+        Raises:
+            StructPrecondError: If the group is wrong; then nothing is added.
+        """
+        if not isinstance(param_group, Mapping):
+            raise StructPrecondError(f"A param group is a dict with 'params', got {param_group!r}.")
+        settings = self._own_defaults | _checked(param_group)
+        self.base_optimizer.add_param_group(_without_settings(param_group))
+        self.param_groups[-1].update(settings)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as `torch.optim.Optimizer.zero_grad`."""
+        self.base_optimizer.zero_grad(set_to_none)
+
+    # --- the step --------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Make one step: both passes with a closure, without one the rest after `first_step`.
+
+        Args:
+            closure: Computes the loss and the gradients. It is called twice, each time after the
+                gradients were cleared. The second call leaves the batch-norm statistics alone if
+                the model is known: as `params`, or as the base's `model`.
+
+        Returns:
+            What the first call of the closure returned.
+
+        Raises:
+            StructPrecondError: If there is neither a closure nor a pending `first_step`.
+            GradientError: If a gradient cannot be used.
+        """
+        try:
+            loss = None if closure is None else self._both_passes(closure)
+            self._complete()
+            return loss
+        except BaseException:
+            self.restore()
+            # it would be multiplied into the scale of the next step
+            self.__dict__.pop("grad_scale", None)
+            raise
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Go from the parameters p to p + e.
+
+        A pending first step is given up: its parameters are restored before.
+
+        Args:
+            zero_grad: Whether to clear the gradients afterwards. Default: False.
+
+        Raises:
+            GradientError: If a gradient is sparse or complex; the parameters are the old ones then.
+        """
+        self.restore()
+        parts = self._parts()
+        norm, unit = total_norm(parts)
+        # from here on the step is pending
+        self._old, self._failed = {}, not math.isfinite(norm)
+        if self._failed:
+            self.skipped += 1
+        else:
+            try:
+                self._old = {p: p.clone() for part in parts for p in part.params}
+                for part in parts:
+                    part.perturb(norm + _TINY / unit)
+            except BaseException:
+                self.restore()
+                raise
+        if zero_grad and self._failed:
+            torch._foreach_mul_(_grads(self._with_gradient()), math.nan)
+        elif zero_grad:
+            self.zero_grad()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Go back to the parameters p, and let the base step by the gradients at p + e.
+
+        Args:
+            zero_grad: Whether to clear the gradients afterwards. Default: False.
+
+        Raises:
+            StructPrecondError: If there is no pending `first_step`.
+        """
+        self.step()  # by that name, so that hooks and learning rate schedulers see it
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give up a pending `first_step`: the parameters return to their exact old values."""
+        self._go_back()
+        self._old = None
+
+    def _go_back(self) -> None:
+        if self._old:
+            torch._foreach_copy_(list(self._old), list(self._old.values()))
+
+    def _both_passes(self, closure: Callable[[], float]) -> float:
+        self.restore()
+        self.zero_grad()
+        with torch.enable_grad():
+            loss = closure()
+        self.first_step()
+        if not self._failed:
+            self.zero_grad()
+            frozen = nullcontext() if self._model is None else freeze_batch_norm(self._model)
+            with torch.enable_grad(), frozen:
+                closure()
+        return loss
+
+    def _complete(self) -> None:
+        """Make the second step; whoever calls restores if it raises."""
+        if self._old is None:
+            raise StructPrecondError(
+                "There is nothing to complete: no first step is pending. Call first_step() before "
+                "step() or second_step(), or give step() a closure."
+            )
+        self._go_back()
+        overflow = bool(getattr(self, "found_inf", False))
+        if self._failed or overflow or self._base_would_not_notice():
+            self.skipped += not self._failed
+            if not overflow:  # which is business as usual under a scaler
+                self._warn()
+        else:
+            self._unscale()
+            self._old |= {p: p.clone() for p in self._with_gradient() if p not in self._old}
+            self.base_optimizer.step()
+        self._old = None
+
+    def _base_would_not_notice(self) -> bool:
+        """Whether gradients are not finite and the base would use them all the same."""
+        params = self._with_gradient()
+        own_policy = isinstance(self.base_optimizer, StructuredOptimizer)
+        return not own_policy and bool(with_nonfinite_gradient(params))
+
+    def _unscale(self) -> None:
+        """Divide by the scale, if `GradScaler` says that the gradients have one."""
+        scale = getattr(self, "grad_scale", None)
+        grads = _grads(self._with_gradient())
+        if scale is None or not grads:
+            return
+        if any(g.dtype == torch.float16 for g in grads):
+            raise GradientError(
+                "float16 gradients lose small values when they are unscaled. Keep the parameters "
+                "in float32 and run the forward pass under torch.autocast."
+            )
+        torch._foreach_mul_(grads, 1 / float(scale))
+
+    def _warn(self) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"SAM skipped a step, because a gradient of the {'first' if self._failed else 'second'}"
+            " pass was not finite. Parameters and state stay as they are for this step; further "
+            "steps are skipped without a warning and counted in sam.skipped.",
+            stacklevel=6,
+        )
+
+    def _parts(self) -> list[Part]:
+        """Return what takes part in the perturbation, in parts that are treated alike."""
+        base_maximizes = getattr(self.base_optimizer, "maximize", False)
+        parts = []
+        for group in self.param_groups:
+            settings = self._own_defaults | _checked(group)
+            sign = -1 if group.get("maximize", base_maximizes) else 1
+            alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            for p in self._with_gradient([group]):
+                if p.requires_grad:  # else its gradient is an old one
+                    alike.setdefault((p.device, p.dtype), []).append(p)
+            for (_, dtype), params in alike.items():
+                grads = _grads(params)
+                if dtype.itemsize < 4:
+                    grads = [g.float() for g in grads]
+                parts.append(Part(sign * settings["rho"], settings["adaptive"], params, grads))
+        return parts
+
+    def _with_gradient(self, groups: Iterable[dict[str, Any]] | None = None) -> list[nn.Parameter]:
+        """Return the parameters that have a gradient; raise if it is of a kind that cannot be used.
+
+        Raises:
+            GradientError: If a gradient is sparse or complex.
+        """
+        found = []
+        for group in self.param_groups if groups is None else groups:
+            for p in group["params"]:
+                if p.grad is None or not p.numel():
+                    continue
+                if p.grad.layout != torch.strided or p.grad.is_complex():
+                    raise GradientError(
+                        f"The gradient of a parameter of shape {tuple(p.shape)} has the layout "
+                        f"{p.grad.layout} and dtype {p.grad.dtype}; only dense, real gradients "
+                        "work. Build embeddings with sparse=False, and split complex parameters."
+                    )
+                found.append(p)
+        return found
+
+    # --- checkpoints and copies ------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state dict of the base, whose param groups have `rho` and `adaptive`."""
+        return self.base_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state dict of a SAM, or of a bare base: then `rho` and `adaptive` stay.
+
+        Raises:
+            StructPrecondError: If a first step is pending, whose old parameters would overwrite
+                those of a model that was loaded just before.
+        """
+        if self._old is not None:
+            raise StructPrecondError(
+                "A state dict cannot be loaded between first_step() and second_step(), where the "
+                "parameters are perturbed. Call restore(), then load the model and the optimizer."
+            )
+        before = self.param_groups
+        self.base_optimizer.load_state_dict(state_dict)
+        for group, old in zip(self.param_groups, before, strict=True):
+            for name, default in self._own_defaults.items():
+                group.setdefault(name, old.get(name, default))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles need, a pending first step included."""
+        return {name: self.__dict__[name] for name in _COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy or pickle."""
+        self.__dict__.update(state)
+        super().__setstate__({name: getattr(self.base_optimizer, name) for name in _HOOKS_OF_BASE})
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} around {self.base_optimizer!r}"
+
+
+def _grads(params: Iterable[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def _checked(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `rho` and `adaptive` of a param group, as far as it has them.
+
+    Raises:
+        HyperparameterError: If one has a wrong value.
+    """
+    settings = {name: group[name] for name in _SETTINGS if name in group}
+    if "rho" in settings:
+        rho = settings["rho"]
+        if isinstance(rho, bool) or not isinstance(rho, Real) or not 0 <= float(rho) < math.inf:
+            raise HyperparameterError(f"rho must be a finite number of at least 0, got {rho!r}.")
+        settings["rho"] = float(rho)  # numpy's numbers do not belong into checkpoints
+    if "adaptive" in settings and not isinstance(settings["adaptive"], bool):
+        raise HyperparameterError(f"adaptive must be True or False, got {settings['adaptive']!r}.")
+    return settings
+
+
+def _without_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in _SETTINGS}
+
+
+def _taken_apart(
+    params: nn.Module | Iterable[Any] | None, base: type[Optimizer]
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Return what a class of optimizers takes, and the settings of every param group."""
+    if params is None:
+        raise StructPrecondError(
+            f"params is None, but the base optimizer is a class. Pass parameters, or an instance "
+            f"of {base.__name__}."
+        )
+    if isinstance(params, nn.Module):
+        return params if issubclass(base, StructuredOptimizer) else params.parameters(), [{}]
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise StructPrecondError(
+            f"params takes parameters, named parameters, group dicts or a model, got a "
+            f"{type(params).__name__}. Put a single parameter into a list."
+        )
+    given = list(params)
+    if not any(isinstance(group, dict) for group in given):
+        return given, [{}]
+    settings = [_checked(group) if isinstance(group, dict) else {} for group in given]
+    return [_without_settings(g) if isinstance(g, dict) else g for g in given], settings
+
+
+def _check_instance(base: Optimizer, params: Any, base_kwargs: Mapping[str, Any]) -> None:
+    name = type(base).__name__
+    if params is not None:
+        raise StructPrecondError(
+            f"base_optimizer is an instance of {name}, which has its parameters, but params is a "
+            f"{type(params).__name__}. Pass SAM(None, optimizer), or the class {name}."
+        )
+    if base_kwargs:
+        raise StructPrecondError(
+            f"base_optimizer is an instance of {name}, so the arguments {sorted(base_kwargs)} "
+            f"cannot be passed on. Give them to {name}, or pass the class."
+        )
