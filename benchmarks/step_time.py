@@ -1,216 +1,269 @@
-"""Time `optimizer.step()`: interleaved in one run, medians, the same gradients.
+"""Time `optimizer.step()`: all contestants of a race interleaved in one run, on the same gradients.
 
-Two tables: SIRF-Shampoo in every structure against the package `sirfshampoo`, and SOAP with
-refreshes all at once and in turns.
+Prints a table per race: the mean over a refresh cycle of ten steps, each of which is represented by
+its median over all cycles; the slowest of the ten; state; and the memory that a step needs on top.
 
-Usage: python benchmarks/step_time.py [--workload transformer28] [--rounds 7] [--json out.json]
+    python benchmarks/step_time.py --workloads W1 --races soap "muon, float32" --json times.json
+    python benchmarks/step_time.py --report times.json
+
+Contestants that cannot be imported are left out and named. `--peer-path` adds a directory to the
+places where packages are looked for.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
+import gc
 import json
 import platform
 import statistics
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+
 import torch
+from contestants import OURS, RACES, Build
+from matplotlib import pyplot as plt
+from torch import nn
 from workloads import WORKLOADS, fill_gradients
 
-from structprecond import SOAP, SIRFShampoo
+from structprecond import StructuredOptimizer
 
-STRUCTURES = (
-    "dense",
-    "diagonal",
-    "block30diagonal",
-    "hierarchical15_15",
-    "triltoeplitz",
-    "triutoeplitz",
-)
-BATCH_SIZE = 32
-Build = Callable[[torch.nn.Module], torch.optim.Optimizer]
+CYCLE = 10
 
 
 @dataclass(frozen=True)
 class Result:
-    """Step times of one configuration, in milliseconds.
+    """The times of one contestant, in milliseconds, and its memory.
 
     Args:
         workload: The name of the workload.
-        name: What was timed.
-        ours: The median of our step.
-        peer: The median of the peer's step.
-        ratio: The median over rounds of the peer's time over ours.
-        error: The largest relative difference of the first update of a parameter.
-    """
-
-    workload: str
-    name: str
-    ours: float
-    peer: float
-    ratio: float
-    error: float
-
-
-def compare(workload: str, name: str, ours: Build, peer: Build, rounds: int) -> Result:
-    """Step both optimizers in turn, `rounds` times, on copies of one model."""
-    model = WORKLOADS[workload]()
-    models = (model, copy.deepcopy(model))
-    start_of = [p.detach().clone() for p in model.parameters()]
-    optimizers = [build(m) for build, m in zip((ours, peer), models, strict=True)]
-    times: tuple[list[float], list[float]] = ([], [])
-    error = 0.0
-    for step in range(rounds + 1):
-        # who goes first takes turns, so that neither profits from the other's warm caches
-        for i in (0, 1) if step % 2 else (1, 0):
-            fill_gradients(models[i], seed=step)
-            start = time.perf_counter()
-            optimizers[i].step()
-            times[i].append(time.perf_counter() - start)
-        if step == 0:
-            error = _distance(start_of, *models)
-    mine, theirs = times[0][1:], times[1][1:]  # the first round warms up
-    ratio = statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
-    median, peer_median = (1e3 * statistics.median(t) for t in (mine, theirs))
-    return Result(workload, name, median, peer_median, ratio, error)
-
-
-@torch.no_grad()
-def _distance(start: list[torch.Tensor], ours: torch.nn.Module, peer: torch.nn.Module) -> float:
-    triples = zip(start, ours.parameters(), peer.parameters(), strict=True)
-    return max(float((p - q).norm() / (q - p0).norm()) for p0, p, q in triples)
-
-
-def against_sirfshampoo(workload: str, structures: list[str], rounds: int) -> list[Result]:
-    """Time SIRF-Shampoo in every structure against the package `sirfshampoo`."""
-    if not structures:
-        return []
-    Peer = _sirfshampoo()  # noqa: N806 (a class)
-    kwargs: dict[str, Any] = {"lr": 1e-3, "beta2": 0.01, "batch_size": BATCH_SIZE}
-    results = []
-    for structure in structures:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the peer's structures warn about their own slowness
-            results.append(
-                compare(
-                    workload,
-                    structure,
-                    partial(SIRFShampoo, structures=structure, **kwargs),
-                    partial(Peer, structures=structure, **kwargs),
-                    rounds,
-                )
-            )
-        print(_row(results[-1]), flush=True)
-    return results
-
-
-@dataclass(frozen=True)
-class Cycle:
-    """Step times of SOAP over one refresh cycle, in milliseconds.
-
-    Args:
-        workload: The name of the workload.
-        name: How refreshes are scheduled.
-        mean: The mean over the cycle.
+        race: The name of the race.
+        name: The contestant.
+        mean: The mean over a refresh cycle.
         worst: The slowest step of the cycle.
+        state: The bytes of state per parameter.
+        peak: The bytes per parameter that a step needs on top of state and gradients; None if
+            unknown.
     """
 
     workload: str
+    race: str
     name: str
     mean: float
     worst: float
+    state: float
+    peak: float | None
 
 
-def refresh_cycles(workload: str, cycles: int, frequency: int = 10) -> list[Cycle]:
-    """Time SOAP step by step, with synchronous and with staggered refreshes, in turns.
+class Contestant:
+    """An optimizer with its own copy of the model, and the times of its steps."""
 
-    Each of the `frequency` steps of a cycle is represented by its median over all cycles.
-    """
-    model = WORKLOADS[workload]()
-    schedules = ("synchronous", "staggered")
-    models = (model, copy.deepcopy(model))
-    optimizers = [
-        SOAP(m, precondition_frequency=frequency, refresh=refresh)  # type: ignore[arg-type]
-        for m, refresh in zip(models, schedules, strict=True)
-    ]
-    times: tuple[list[float], list[float]] = ([], [])
-    for step in range(1 + frequency * (cycles + 1)):
-        for i in (0, 1):
-            fill_gradients(models[i], seed=step)
-            start = time.perf_counter()
-            optimizers[i].step()
-            times[i].append(1e3 * (time.perf_counter() - start))
-    results = []
-    for name, measured in zip(schedules, times, strict=True):
-        settled = measured[1 + frequency :]  # the first step initializes, the first cycle warms up
-        steps = [statistics.median(settled[i::frequency]) for i in range(frequency)]
-        results.append(Cycle(workload, name, statistics.fmean(steps), max(steps)))
+    def __init__(self, name: str, build: Build, model: nn.Module) -> None:
+        self.name, self.model = name, copy.deepcopy(model)
+        self.optimizer = build(self.model)
+        self.times: list[float] = []
+
+    def step(self, seed: int) -> None:
+        """Make one timed step; gradients are made before the clock starts."""
+        fill_gradients(self.model, seed)
+        device = next(self.model.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        self.optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.times.append(1e3 * (time.perf_counter() - start))
+
+    def result(self, workload: str, race: str, settled: int) -> Result:
+        """Sum up the steps from number `settled` on, and measure memory with one more cycle."""
+        numel = sum(p.numel() for p in self.model.parameters())
+        steps = [statistics.median(self.times[settled + i :: CYCLE]) for i in range(CYCLE)]
+        state = state_bytes(self.optimizer) / numel
+        peak = peak_bytes(self)
+        peak_per_param = None if peak is None else peak / numel
+        return Result(
+            workload, race, self.name, statistics.fmean(steps), max(steps), state, peak_per_param
+        )
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of all state, each piece of memory counted once."""
+    found: dict[tuple[int, int], int] = {}
+    params = {p.data_ptr() for group in optimizer.param_groups for p in group["params"]}
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            if value.data_ptr() in params:
+                return
+            found[value.data_ptr(), value.numel()] = value.numel() * value.element_size()
+        elif isinstance(value, Mapping):
+            for entry in value.values():
+                add(entry)
+        elif isinstance(value, list | tuple):
+            for entry in value:
+                add(entry)
+        elif hasattr(value, "named_tensors"):
+            add(dict(value.named_tensors()))
+        elif hasattr(value, "__dict__") and not isinstance(value, nn.Module):
+            add(vars(value))
+
+    # other packages keep some of it in attributes
+    add(optimizer.state)
+    if not isinstance(optimizer, StructuredOptimizer):
+        add({k: v for k, v in vars(optimizer).items() if k not in ("param_groups", "defaults")})
+    return sum(found.values())
+
+
+def peak_bytes(contestant: Contestant) -> int | None:
+    """Return the most memory that was in use during a cycle beyond that at its start."""
+    device = next(contestant.model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        for seed in range(CYCLE):
+            contestant.step(seed)
+        return torch.cuda.max_memory_allocated(device) - before
+    most = 0
+    gc.collect()
+    for seed in range(CYCLE):
+        fill_gradients(contestant.model, seed)
+        try:
+            # give freed memory back, and let the kernel forget the peak so far
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return None
+        before = _resident("VmRSS")
+        contestant.optimizer.step()
+        most = max(most, _resident("VmHWM") - before)
+    return most
+
+
+def _resident(field: str) -> int:
+    """Return a figure of this process's memory, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
+
+
+def race(
+    workload: str, name: str, builds: Mapping[str, Build], cycles: int, device: str
+) -> list[Result]:
+    """Let all contestants step in turn, for a cycle to warm up and `cycles` that count."""
+    model = WORKLOADS[workload]().to(device)
+    contestants = []
+    for who, build in builds.items():
+        try:
+            contestants.append(Contestant(who, build, model))
+        except ImportError as error:
+            print(f"{who} is left out: {error}", file=sys.stderr)
+    # SOAP initializes at its first step, so cycles start after it
+    settled = 1 + CYCLE
+    for step in range(settled + CYCLE * cycles):
+        # who goes first takes turns, so that nobody profits from another's warm caches
+        turn = step % len(contestants)
+        for contestant in contestants[turn:] + contestants[:turn]:
+            contestant.step(step)
+    results = [contestant.result(workload, name, settled) for contestant in contestants]
+    contestants.clear()
+    gc.collect()
     return results
 
 
-def _sirfshampoo() -> Any:
-    """Return the package's optimizer with the structures that the package `singd` provides.
-
-    The release on the index enables dense factors alone; its class attribute takes the others.
-    """
-    from singd.structures.blockdiagonal import Block30DiagonalMatrix
-    from singd.structures.diagonal import DiagonalMatrix
-    from singd.structures.hierarchical import Hierarchical15_15Matrix
-    from singd.structures.triltoeplitz import TrilToeplitzMatrix
-    from singd.structures.triutoeplitz import TriuToeplitzMatrix
-    from sirfshampoo.optimizer import SIRFShampoo as Published
-
-    class WithStructures(Published):  # type: ignore[misc]
-        SUPPORTED_STRUCTURES = Published.SUPPORTED_STRUCTURES | {
-            "diagonal": DiagonalMatrix,
-            "block30diagonal": Block30DiagonalMatrix,
-            "hierarchical15_15": Hierarchical15_15Matrix,
-            "triltoeplitz": TrilToeplitzMatrix,
-            "triutoeplitz": TriuToeplitzMatrix,
-        }
-
-    return WithStructures
-
-
-def _row(r: Result) -> str:
-    times = f"{r.ours:.1f} | {r.peer:.1f} | {r.ratio:.1f} ×"
-    return f"| {r.workload} | {r.name} | {times} | {r.error:.0e} |"
+def report(results: Sequence[Result]) -> str:
+    """Lay out Markdown tables, one per race; the ratio is to the fastest other package."""
+    lines = []
+    for race_name in dict.fromkeys(r.race for r in results):
+        lines += [
+            f"**{race_name}**",
+            "",
+            "| workload | contestant | mean (ms) | worst (ms) | worst / mean | peer / ours | "
+            "state (B) | peak (B) |",
+            "|---|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for workload in dict.fromkeys(r.workload for r in results if r.race == race_name):
+            rows = [r for r in results if (r.race, r.workload) == (race_name, workload)]
+            ours = next(r for r in rows if r.name == OURS)
+            for row in rows:
+                ratio = "" if row.name.startswith(OURS) else f"{row.mean / ours.mean:.2f}"
+                peak = "" if row.peak is None else f"{row.peak:.0f}"
+                lines.append(
+                    f"| {workload} | {row.name} | {row.mean:.1f} | {row.worst:.1f} | "
+                    f"{row.worst / row.mean:.2f} | {ratio} | {row.state:.1f} | {peak} |"
+                )
+        lines.append("")
+    return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> list[Result | Cycle]:
-    """Run the benchmarks and print Markdown tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workload", choices=WORKLOADS, default="transformer28")
-    parser.add_argument("--structures", nargs="*", default=list(STRUCTURES))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--cycles", type=int, default=5, help="refresh cycles of SOAP")
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Draw the time of each contestant relative to ours, race by race."""
+    races = list(dict.fromkeys((r.race, r.workload) for r in results))
+    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.32 * len(results)), layout="constrained")
+    labels: list[str] = []
+    for race_name, workload in races:
+        rows = [r for r in results if (r.race, r.workload) == (race_name, workload)]
+        ours = next(r for r in rows if r.name == OURS)
+        for row in rows:
+            mine = row.name.startswith(OURS)
+            axes.barh(len(labels), row.mean / ours.mean, color="C0" if mine else "C7")
+            labels.append(f"{race_name}, {workload}: {row.name}")
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="mean time of a step / ours (log scale)")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> list[Result]:
+    """Run the races, or report on those of a file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["W1", "W2"])
+    parser.add_argument("--races", nargs="+", choices=RACES, default=list(RACES))
+    parser.add_argument("--cycles", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peer-path", type=Path, action="append", default=[])
+    parser.add_argument("--json", type=Path, help="write the results here, and a plot beside")
+    parser.add_argument("--report", type=Path, help="print the tables of such a file")
     args = parser.parse_args(argv)
+    if args.report:
+        saved = json.loads(args.report.read_text())
+        results = [Result(**entry) for entry in saved["results"]]
+        print(f"{saved['machine']}\n\n{report(results)}")
+        return results
+    sys.path[:0] = map(str, args.peer_path)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    machine = f"{platform.processor() or platform.machine()}, {args.threads} threads, float32"
-    print(f"{date.today()}, {machine}, torch {torch.__version__}\n")
-    print("| workload | structure | ours (ms) | sirfshampoo (ms) | speed-up | difference |")
-    print("|---|---|---|---|---|---|", flush=True)
-    results: list[Result | Cycle] = []
-    results += against_sirfshampoo(args.workload, args.structures, args.rounds)
-    print("\n| workload | SOAP, refreshes | mean step (ms) | worst step (ms) | worst / mean |")
-    print("|---|---|---|---|---|", flush=True)
-    for cycle in refresh_cycles(args.workload, args.cycles) if args.cycles else []:
-        results.append(cycle)
-        times = f"{cycle.mean:.0f} | {cycle.worst:.0f} | {cycle.worst / cycle.mean:.2f}"
-        print(f"| {cycle.workload} | {cycle.name} | {times} |")
-    if args.json:
-        args.json.write_text(json.dumps([asdict(r) for r in results], indent=1))
+    where = f"{args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()
+    machine = f"{date.today()}, {platform.machine()}, {where}, float32, torch {torch.__version__}"
+    results = []
+    for workload in args.workloads:
+        for name in args.races:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # some packages warn about their own slowness
+                results += race(workload, name, RACES[name], args.cycles, args.device)
+            print(report(results[-len(RACES[name]) :]), flush=True)
+            if args.json:
+                saved = {"machine": machine, "results": [asdict(r) for r in results]}
+                args.json.write_text(json.dumps(saved, indent=1))
+                plot(results, args.json.with_suffix(".png"))
+    print(machine)
     return results
 
 

@@ -8,13 +8,23 @@ import torch
 from torch import nn
 
 
-def transformer_matrices(layers: int = 4, width: int = 256) -> nn.Module:
-    """Return the matrices of a transformer: q, k, v, o and a gated MLP of 4 times the width."""
-    block = [(width, width)] * 4 + [(width, 4 * width)] * 2 + [(4 * width, width)]
-    return nn.ModuleList(
-        nn.ModuleList(nn.Linear(n_in, n_out, bias=False) for n_in, n_out in block)
-        for _ in range(layers)
-    )
+def transformer_matrices(
+    layers: int = 4, width: int = 256, gated: bool = True, vocabulary: int = 0
+) -> nn.Module:
+    """Return the weights of a transformer: q, k, v, o, an MLP of 4 times the width, perhaps more.
+
+    Args:
+        layers: The number of layers.
+        width: Their width.
+        gated: Whether the MLP has a third matrix.
+        vocabulary: If above 0, each layer has two norm vectors, and there is an embedding.
+    """
+    block = [(width, width)] * 4 + [(width, 4 * width)] * (1 + gated) + [(4 * width, width)]
+    parts: list[nn.Module] = [nn.Embedding(vocabulary, width)] if vocabulary else []
+    for _ in range(layers):
+        parts += [nn.Linear(n_in, n_out, bias=False) for n_in, n_out in block]
+        parts += [nn.RMSNorm(width) for _ in range(2 if vocabulary else 0)]
+    return nn.ModuleList(parts)
 
 
 def small_matrices(count: int = 200, width: int = 64) -> nn.Module:
@@ -22,9 +32,22 @@ def small_matrices(count: int = 200, width: int = 64) -> nn.Module:
     return nn.ModuleList(nn.Linear(width, width) for _ in range(count))
 
 
+def convolutions() -> nn.Module:
+    """Return ten convolutions of a residual network, from 64 to 256 channels."""
+    channels = [(64, 64)] * 4 + [(64, 128)] + [(128, 128)] * 3 + [(128, 256)] + [(256, 256)]
+    return nn.ModuleList(nn.Conv2d(n_in, n_out, 3, bias=False) for n_in, n_out in channels)
+
+
 WORKLOADS: dict[str, Callable[[], nn.Module]] = {
+    # a small GPT
+    "W1": lambda: transformer_matrices(layers=6, gated=False, vocabulary=1024),
+    # many small matrices
+    "W2": small_matrices,
+    # few large ones
+    "W3": lambda: transformer_matrices(layers=4, width=768, gated=False),
+    # convolutions
+    "W4": convolutions,
     "transformer28": transformer_matrices,
-    "small200": small_matrices,
 }
 
 

@@ -76,9 +76,9 @@ def muon(model: nn.Module, lr: float) -> Optimizer:
 OPTIMIZERS = {
     "adamw": Choice(1.6e-2, adamw),
     "soap": Choice(1.6e-2, soap),
-    "klshampoo": Choice(8e-3, klshampoo),
+    "klshampoo": Choice(6.4e-2, klshampoo),
     "sirf": Choice(0.2, sirf, middle=0.2),
-    "muon": Choice(1.6e-2, muon),
+    "muon": Choice(3.2e-2, muon),
     # what SOAP does beyond the published rule, at one learning rate
     "soap-published": Choice(1.6e-2, soap),
     "soap-staggered": Choice(1.6e-2, partial(soap, refresh="staggered")),

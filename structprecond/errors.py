@@ -29,7 +29,7 @@ class DecompositionError(StructPrecondError):
     """A matrix decomposition that failed in float64 too.
 
     Attributes:
-        rows: The indices of the matrices that failed, in the flattened stack.
+        rows: The indices of what failed, along the first dimension of the stack.
     """
 
     def __init__(self, message: str, rows: list[int]) -> None:

@@ -110,10 +110,10 @@ def describe(optimizer: StructuredOptimizer) -> Description:
         >>> print(describe(SIRFShampoo(torch.nn.Linear(3, 2), batch_size=1)))
         group  parameters  rule            shape  rows  structures   state
         ------------------------------------------------------------------
-        0      weight      PerParameter()  2x3    1     dense dense  146 B
-        0      bias        PerParameter()  2      1     dense        58 B
+        0      weight      PerParameter()  2x3    1     dense dense  154 B
+        0      bias        PerParameter()  2      1     dense        66 B
         ------------------------------------------------------------------
-        SIRFShampooStrategy: state 204 B = 6.38 x parameters (32 B)
+        SIRFShampooStrategy: state 220 B = 6.88 x parameters (32 B)
     """
     numbers = {id(group): i for i, group in enumerate(optimizer.param_groups)}
     rows = [

@@ -2,59 +2,122 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import contestants
 import pytest
+import roofline
 import step_time
 import torch
 import workloads
 from torch import nn
 
-from structprecond import SIRFShampoo
+from structprecond import SOAP, AdamW, SIRFShampoo
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A workload of a few small matrices."""
-    model = lambda: nn.ModuleList(nn.Linear(6, 4) for _ in range(3))  # noqa: E731
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleList([nn.Embedding(5, 6), *(nn.Linear(6, 4) for _ in range(3))])
+
     monkeypatch.setitem(workloads.WORKLOADS, "tiny", model)
     threads = torch.get_num_threads()
     yield "tiny"
     torch.set_num_threads(threads)
 
 
-def test_comparison_with_itself_finds_the_same_updates(tiny: str) -> None:
-    def build(model: nn.Module) -> torch.optim.Optimizer:
-        return SIRFShampoo(model, batch_size=4, lr=0.1)
+def test_races_have_the_same_rules_for_all(tiny: str) -> None:
+    # what is timed is the same step: ours and torch's Muon end up in the same place
+    ours = workloads.WORKLOADS[tiny]()
+    theirs = copy.deepcopy(ours)
+    pairs = [
+        (ours, contestants.RACES["muon, float32"][contestants.OURS](ours)),
+        (theirs, contestants.RACES["muon, float32"]["torch"](theirs)),
+    ]
+    start = [p.detach().clone() for p in ours.parameters()]
+    for seed in range(3):
+        for model, optimizer in pairs:
+            workloads.fill_gradients(model, seed)
+            optimizer.step()
+    # but for epsilons and the settings of AdamW, which has the embedding and the biases
+    for p, q, before in zip(ours.parameters(), theirs.parameters(), start, strict=True):
+        if p.shape == (4, 6):
+            assert (p - q).norm() < 1e-3 * (q - before).norm()
+        assert not torch.equal(q, before)
 
-    result = step_time.compare(tiny, "itself", build, build, rounds=3)
-    assert result.error == 0.0
-    assert 0.05 < result.ratio < 20
-    assert result.ours > 0
+
+def test_a_race_sums_up_cycles_and_state(tiny: str) -> None:
+    builds = {
+        contestants.OURS: AdamW,
+        "torch": lambda model: torch.optim.AdamW(model.parameters()),
+        "missing": lambda model: __import__("no_such_package"),
+    }
+    results = step_time.race(tiny, "adamw", builds, cycles=1, device="cpu")  # type: ignore[arg-type]
+    assert [r.name for r in results] == [contestants.OURS, "torch"]
+    for result in results:
+        assert 0 < result.mean <= result.worst < 1000
+        # two moments in float32, and a few counters
+        assert 8 <= result.state < 16
+    table = step_time.report(results)
+    ratio = f"{results[1].mean / results[0].mean:.2f}"
+    assert f"| tiny | torch | {results[1].mean:.1f} | {results[1].worst:.1f} |" in table
+    assert f" {ratio} | " in table
 
 
-def test_comparison_shows_a_different_update(tiny: str) -> None:
-    result = step_time.compare(
-        tiny,
-        "other damping",
-        lambda model: SIRFShampoo(model, batch_size=4, lr=0.1, beta2=0.1),
-        lambda model: SIRFShampoo(model, batch_size=4, lr=0.1, beta2=0.2),
-        rounds=1,
-    )
-    assert result.error > 1e-3
+def test_state_outside_of_the_state_dict_counts() -> None:
+    model = nn.Linear(4, 4, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert step_time.state_bytes(optimizer) == 0
+    optimizer.hidden = {"factors": [torch.ones(3, 3), torch.ones(2, dtype=torch.float64)]}  # type: ignore[attr-defined]
+    assert step_time.state_bytes(optimizer) == 9 * 4 + 2 * 8
+    ours = SIRFShampoo(model, batch_size=4)
+    views = sum(t.numel() * t.element_size() for e in ours.state.values() for t in e.values())
+    assert step_time.state_bytes(ours) == views
 
 
-def test_tables_and_json(tiny: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_tables_plot_and_json(
+    tiny: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     out = tmp_path / "times.json"
-    arguments = ["--workload", tiny, "--structures", "--cycles", "2", "--json", str(out)]
-    results = step_time.main([*arguments, "--threads", "1"])
-    names = ["synchronous", "staggered"]
-    assert [r.name for r in results] == names
-    assert all(r.worst >= r.mean > 0 for r in results if isinstance(r, step_time.Cycle))
-    assert [entry["name"] for entry in json.loads(out.read_text())] == names
-    assert "| tiny | staggered |" in capsys.readouterr().out
+    arguments = ["--workloads", tiny, "--races", "muon, float32", "--cycles", "1"]
+    results = step_time.main([*arguments, "--threads", "1", "--json", str(out)])
+    assert [r.name for r in results] == [contestants.OURS, "torch"]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert [entry["name"] for entry in json.loads(out.read_text())["results"]] == [
+        contestants.OURS,
+        "torch",
+    ]
+    capsys.readouterr()
+    assert step_time.main(["--report", str(out)]) == results
+    assert "| tiny | torch |" in capsys.readouterr().out
+
+
+def test_the_floor_counts_what_cannot_be_saved() -> None:
+    model = nn.ModuleList([nn.Linear(8, 4) for _ in range(3)])
+    soap = roofline.soap_floor(model)
+    # project, project back and outer products: 3 of 2 m n (m + n) each
+    matrices = 3 * 2 * 4 * 8 * (4 + 8) * 3
+    refreshes = 3 * (2 * 2 * 4 * 8 * (4 + 8) + 2 * (4**3 + 8**3)) / 10
+    assert soap.flops() == pytest.approx(matrices + refreshes)
+    assert sum(soap.decompositions.values()) == pytest.approx(0.2)
+    assert soap.bytes == 4 * (7 * 3 * 36 + 3 * 3 * (16 + 64))
+    muon = roofline.muon_floor(nn.ModuleList([nn.Linear(4, 4, bias=False)]))
+    assert muon.flops() == 5 * 3 * 2 * 4**3
+    assert muon.bytes == 4 * 5 * 16
+
+
+def test_the_roofline_table(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--workloads", tiny, "--cycles", "1", "--threads", "1"]
+    rows = roofline.main(arguments)
+    assert [row[0] for row in rows] == ["soap", "muon, float32"]
+    assert all(0 < floor < measured for _, _, floor, measured in rows)
+    assert "| soap | tiny |" in capsys.readouterr().out
 
 
 def test_gradients_depend_on_the_seed_alone() -> None:
@@ -65,3 +128,28 @@ def test_gradients_depend_on_the_seed_alone() -> None:
     assert torch.equal(first.weight.grad, second.weight.grad)  # type: ignore[arg-type]
     workloads.fill_gradients(second, seed=2)
     assert not torch.equal(first.weight.grad, second.weight.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "matrices", "numel"),
+    [
+        # 6 layers of 12 d^2 and 2 d, and the embedding
+        ("W1", 36, 6 * (12 * 256**2 + 2 * 256) + 1024 * 256),
+        ("W2", 200, 200 * (64**2 + 64)),
+        ("W3", 24, 4 * 12 * 768**2),
+        ("W4", 10, 9 * (4 * 64**2 + 64 * 128 + 3 * 128**2 + 128 * 256 + 256**2)),
+    ],
+)
+def test_workloads_are_as_stated(name: str, matrices: int, numel: int) -> None:
+    with torch.device("meta"):
+        model = workloads.WORKLOADS[name]()
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert len(linear) == matrices
+    assert sum(p.numel() for p in model.parameters()) == numel
+
+
+def test_staggered_refreshes_take_part(tiny: str) -> None:
+    model = workloads.WORKLOADS[tiny]()
+    optimizer = contestants.RACES["soap"]["structprecond, staggered"](model)
+    assert isinstance(optimizer, SOAP)
+    assert optimizer.refresh == "staggered"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,9 @@ class Bucket:
         state: The strategy's state, stacked along dimension 0.
         steps: The number of updates that each row has had, `(b,)`, int64 on the CPU.
         turns: How many steps earlier than the first one each row is refreshed, like `steps`.
-        skipped: How often each row was skipped for a non-finite gradient, like `steps`.
+        skipped: How often each row was skipped for a gradient that is not finite, or that would
+            make its state or parameters so, like `steps`.
+        failed: How often each row kept an old basis or root because a decomposition failed, alike.
         begun: Whether the strategy has seen the first gradient of each row, like `overdue`.
         overdue: Rows that missed a refresh because they were not live, `(b,)`, bool on the CPU.
     """
@@ -85,6 +88,7 @@ class Bucket:
         self.steps = torch.zeros(start, dtype=torch.int64, device="cpu")
         self.turns = torch.zeros(start, dtype=torch.int64, device="cpu")
         self.skipped = torch.zeros(start, dtype=torch.int64, device="cpu")
+        self.failed = torch.zeros(start, dtype=torch.int64, device="cpu")
         self.begun = torch.zeros(start, dtype=torch.bool, device="cpu")
         self.overdue = torch.zeros(start, dtype=torch.bool, device="cpu")
 
@@ -118,7 +122,7 @@ class Bucket:
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Return all state by name, stacked, the counters included."""
-        counters = {"step": self.steps, "skipped": self.skipped}
+        counters = {"step": self.steps, "skipped": self.skipped, "failed": self.failed}
         flags = {"begun": self.begun, "overdue": self.overdue}
         return counters | flags | self.state.named_tensors()
 
@@ -171,21 +175,22 @@ class Bucket:
         if maximize:
             scratch.neg_()
         hp = self.hyperparameters
-        mask &= ~self._begin(mask, scratch, hp)
+
+        def context(rows: Rows, due: Rows | None) -> StepContext:
+            steps = self.steps[rows]
+            failed = torch.zeros_like(steps, dtype=torch.bool)
+            params = partial(self._stacked_params, rows)
+            return StepContext(steps, due, failed, global_step, batch_size, params)
+
+        mask &= ~self._begin(mask, scratch, hp, context)
         rows = select(mask)
         if rows is None:
             return
-        grad = scratch[rows]
-        ctx = StepContext(
-            steps=self.steps[rows],
-            due=select(due[rows]),
-            global_step=global_step,
-            batch_size=batch_size,
-            params=lambda: self._stacked_params(rows),
-        )
+        ctx = context(rows, select(due[rows]))
         with rows_of(self.state, rows) as state:
-            direction = self.strategy.update(state, grad, hp, ctx)
+            direction = self.strategy.update(state, scratch[rows], hp, ctx)
         self.steps[rows] += 1
+        self._count_failures(rows, ctx)
         self.overdue[rows] = False
         moved = [bool(mask[span.start]) for span in self.spans]
         params: list[Tensor] = list(self._live_params(moved))
@@ -195,17 +200,29 @@ class Bucket:
             values = constraint(self._stacked_params(rows))
             torch._foreach_copy_(params, self._scatter(values, rows, moved))
 
-    def _begin(self, live: Tensor, grad: Tensor, hp: Mapping[str, Any]) -> Tensor:
+    def _begin(
+        self,
+        live: Tensor,
+        grad: Tensor,
+        hp: Mapping[str, Any],
+        context: Callable[[Rows, Rows | None], StepContext],
+    ) -> Tensor:
         """Show the strategy the first gradients of rows; return which rows sit this step out."""
         fresh = live & ~self.begun
         rows = select(fresh)
         if rows is not None:
+            ctx = context(rows, None)
             with rows_of(self.state, rows) as state:
-                self.strategy.begin(state, grad[rows], hp)
+                self.strategy.begin(state, grad[rows], hp, ctx)
+            self._count_failures(rows, ctx)
             self.begun |= fresh
             self.overdue &= ~fresh  # what was made from this gradient needs no refresh
         skipped = self.strategy.skips_first(self.key.structures)
         return fresh if skipped else torch.zeros_like(fresh)
+
+    def _count_failures(self, rows: Rows, ctx: StepContext) -> None:
+        if ctx.failed.any():
+            self.failed[rows] += ctx.failed
 
     def _per_param(self, live: Sequence[bool]) -> list[bool]:
         return [on for on, unit in zip(live, self.units, strict=True) for _ in unit.params]

@@ -16,7 +16,11 @@ from structprecond.core.batch_size import BatchSizeCounter, GetBatchSize
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import make_buckets, named_group
 from structprecond.core.entry import Entry
-from structprecond.core.finite import with_nonfinite_gradient
+from structprecond.core.finite import (
+    unstable_units,
+    with_large_gradient,
+    with_nonfinite_gradient,
+)
 from structprecond.core.memory import keep_freed_memory
 from structprecond.core.routing import Routes, as_routing, check_names
 from structprecond.core.schedule import take_turns
@@ -49,6 +53,7 @@ Refresh = Literal["synchronous", "staggered"]
 
 # keys of a param group that are no hyperparameters: torch's own, ours, and what users may add
 _TORCH_KEYS = {"params", "param_names", "name", "initial_lr"}
+_MOST_NAMES = 5
 _CONFIGURATION = ("strategy", "structures", "preconditioner_dtypes", "combine_params")
 
 
@@ -86,14 +91,16 @@ class StructuredOptimizer(Optimizer):
             to it; only for strategies that need it.
         refresh: When rows are refreshed that have the same interval: all in the same step
             ("synchronous", as published), or in turns ("staggered"), each still once per interval.
-        nonfinite: What to do with a unit whose gradient is not finite: "skip" it (it stays as it
-            is, and is counted), "raise" before anything is changed, or "ignore" the check.
+        nonfinite: What to do with a unit whose gradient is not finite, or is so large that state
+            or parameters would no longer be: "skip" it (it stays as it is, and is counted),
+            "raise" before anything is changed, or "ignore" the check.
         maximize: Whether to maximize. Default: False.
         verbose_init: Whether to print what is treated how. Default: False.
 
     Attributes:
         global_step: The number of steps made.
-        skipped: How often a unit was skipped for a non-finite gradient.
+        skipped: How often a unit was skipped for its gradient, see `nonfinite`.
+        failed: How often a row kept its last basis or root because a decomposition failed.
 
     Raises:
         StructPrecondError: If an argument is wrong; the subclasses say which kind.
@@ -149,7 +156,7 @@ class StructuredOptimizer(Optimizer):
         self._global_step = torch.zeros((), dtype=torch.int64, device="cpu")
         self._samples = torch.zeros((), dtype=torch.int64, device="cpu")
         self._counter: BatchSizeCounter | None = None
-        self._warned = False
+        self._warned: set[str] = set()
         self._turns_for: tuple[Any, ...] = ()
         self._used_rules: set[str] = set()
         routing = as_routing(strategy)
@@ -263,8 +270,17 @@ class StructuredOptimizer(Optimizer):
 
     @property
     def skipped(self) -> int:
-        """How often a unit was skipped because its gradient was not finite."""
+        """How often a unit was skipped because its gradient was not finite, or too large."""
         return sum(int(b.skipped[span.start]) for b in self.buckets for span in b.spans)
+
+    @property
+    def failed(self) -> int:
+        """How often one of the tensors in `state` kept its last basis or inverse root.
+
+        That happens where a matrix can be decomposed neither in float32 nor in float64. The next
+        refresh tries again.
+        """
+        return sum(int(bucket.failed.sum()) for bucket in self.buckets)
 
     @property
     def batch_size(self) -> int | None:
@@ -321,8 +337,8 @@ class StructuredOptimizer(Optimizer):
             What the closure returned.
 
         Raises:
-            GradientError: If a gradient is sparse, or not finite with `nonfinite="raise"`; nothing
-                has been changed then.
+            GradientError: If a gradient is sparse, or with `nonfinite="raise"` not finite or too
+                large; nothing has been changed then.
         """
         loss = None
         if closure is not None:
@@ -333,22 +349,21 @@ class StructuredOptimizer(Optimizer):
         live = [[unit.live() for unit in bucket.units] for bucket in self.buckets]
         self._check_layouts(live)
         batch_size = self._known_batch_size(live)
-        if self.nonfinite != "ignore":
-            self._drop_nonfinite(live)
+        large = self.nonfinite != "ignore" and with_large_gradient(self._live_params(live))
+        if large:
+            self._drop(live, with_nonfinite_gradient(large), "not finite")
         refresh = self._refresh_now()
+        if large:
+            unstable = self._unstable(live, large, refresh, batch_size)
+            self._drop(live, unstable, "too large to compute with")
+        failed = [bucket.failed.clone() for bucket in self.buckets]
         for bucket, alive in zip(self.buckets, live, strict=True):
-            bucket.step(
-                alive,
-                self._scratch_for(bucket),
-                refresh[id(bucket)],
-                self.global_step,
-                batch_size,
-                self.maximize,
-            )
+            bucket.step(alive, *self._arguments(bucket, refresh, batch_size))
         self._global_step += 1
         self._samples.fill_(batch_size or 0)
         if self._counter is not None:
             self._counter.start_anew()
+        self._warn_of_failures(failed)
         return loss
 
     def _follow(self) -> None:
@@ -387,28 +402,76 @@ class StructuredOptimizer(Optimizer):
             for p in unit.params
         ]
 
-    def _drop_nonfinite(self, live: list[list[bool]]) -> None:
-        """Take units with a non-finite gradient out of `live`, with one look at the device."""
-        params = self._live_params(live)
-        bad = {id(p) for p in with_nonfinite_gradient(params)}
-        if not bad:
+    def _unstable(
+        self,
+        live: Sequence[Sequence[bool]],
+        large: Sequence[nn.Parameter],
+        refresh: Mapping[int, int | bool],
+        batch_size: int | None,
+    ) -> list[nn.Parameter]:
+        """Return the parameters of units with large gradients that would not stay finite."""
+        known = {id(p) for p in large}
+        found = []
+        for bucket, alive in zip(self.buckets, live, strict=True):
+            suspects = [
+                on and any(id(p) in known for p in unit.params)
+                for unit, on in zip(bucket.units, alive, strict=True)
+            ]
+            if any(suspects):
+                args = self._arguments(bucket, refresh, batch_size)
+                unstable = unstable_units(bucket, suspects, *args)
+                units = [unit for unit, bad in zip(bucket.units, unstable, strict=True) if bad]
+                found += [p for unit in units for p in unit.params]
+        return found
+
+    def _drop(self, live: list[list[bool]], params: Sequence[nn.Parameter], problem: str) -> None:
+        """Take the units of some parameters out of `live`."""
+        if not params:
             return
-        labels = [self._names[p] for p in params if id(p) in bad]
-        message = f"The gradients of {', '.join(labels)} are not finite at step {self.global_step}"
+        bad = {id(p) for p in params}
+        labels = [self._names[p] for p in self._live_params(live) if id(p) in bad]
+        message = f"The gradients of {_enumerate(labels)} are {problem} at step {self.global_step}"
         if self.nonfinite == "raise":
             raise GradientError(f"{message}; nothing was changed.")
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{message}. Their parameters and state stay as they are for this step; further "
-                "steps are skipped without a warning and counted in optimizer.skipped.",
-                stacklevel=4,
-            )
+        self._warn_once(
+            "skipped",
+            f"{message}. Their parameters and state stay as they are for this step; further "
+            "steps are skipped without a warning and counted in optimizer.skipped.",
+        )
         for bucket, alive in zip(self.buckets, live, strict=True):
             for i, unit in enumerate(bucket.units):
                 if alive[i] and any(id(p) in bad for p in unit.params):
                     alive[i] = False
                     bucket.skipped[bucket.spans[i]] += 1
+
+    def _warn_of_failures(self, before: Sequence[Tensor]) -> None:
+        """Warn if the failures of any row are more than they were before."""
+        labels = [
+            unit.label
+            for bucket, old in zip(self.buckets, before, strict=True)
+            if not torch.equal(bucket.failed, old)
+            for unit, span in zip(bucket.units, bucket.spans, strict=True)
+            if not torch.equal(bucket.failed[span], old[span])
+        ]
+        if labels:
+            self._warn_once(
+                "failed",
+                f"Matrices of {_enumerate(labels)} could not be decomposed at step "
+                f"{self.global_step - 1}. They keep their last basis or inverse root until the "
+                "next refresh; further failures are counted in optimizer.failed without a warning.",
+            )
+
+    def _warn_once(self, counter: str, message: str) -> None:
+        if counter not in self._warned:
+            self._warned.add(counter)
+            warnings.warn(message, stacklevel=6)  # the line that calls `step`, through torch
+
+    def _arguments(
+        self, bucket: Bucket, refresh: Mapping[int, int | bool], batch_size: int | None
+    ) -> tuple[Any, ...]:
+        """Return what a bucket's step needs to know besides who is live."""
+        every, scratch = refresh[id(bucket)], self._scratch_for(bucket)
+        return scratch, every, self.global_step, batch_size, self.maximize
 
     def _known_batch_size(self, live: Sequence[Sequence[bool]]) -> int | None:
         if self.batch_size is None:
@@ -511,3 +574,9 @@ class StructuredOptimizer(Optimizer):
             return
         if "_forward_hooks" in self.model.__dict__:
             self._counter.watch(self.model, self)
+
+
+def _enumerate(labels: Sequence[str]) -> str:
+    """Name the first few."""
+    rest = len(labels) - _MOST_NAMES
+    return ", ".join(labels[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")

@@ -16,7 +16,7 @@ from structprecond.linalg.polar import (
     polar_factor,
 )
 from structprecond.linalg.precision import full_precision
-from structprecond.linalg.roots import RootMethod, matrix_inverse_root
+from structprecond.linalg.roots import RootMethod, has_inverse_root, matrix_inverse_root
 
 __all__ = [
     "COEFFICIENTS",
@@ -25,6 +25,7 @@ __all__ = [
     "full_precision",
     "get_eigenbasis_eigh",
     "get_eigenbasis_qr",
+    "has_inverse_root",
     "matrix_inverse_root",
     "newton_schulz",
     "off_diagonal_ratio",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from structprecond.errors import DecompositionError
+from structprecond.linalg.decompose import decompose
 from structprecond.linalg.precision import at_least_float32, full_precision
 
 
@@ -32,40 +31,8 @@ def eigh(
         >>> values
         tensor([3., 1.])
     """
-    A = at_least_float32(matrix)
-    try:
-        values, vectors = torch.linalg.eigh(A)
-        complete = bool(vectors.isfinite().all())
-    except LinAlgError:
-        complete = False
-    if not complete:
-        values, vectors = (t.to(A.dtype) for t in _eigh_one_by_one(A.double()))
+    values, vectors = decompose(torch.linalg.eigh, at_least_float32(matrix))
     return values.flip(-1), vectors.flip(-1)
-
-
-def _eigh_one_by_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Decompose matrix by matrix, so that one that fails does not take the others along."""
-    values, vectors, failed = [], [], []
-    for i, A in enumerate(matrix.flatten(0, -3) if matrix.ndim > 2 else [matrix]):
-        try:
-            one, basis = torch.linalg.eigh(A)
-        except LinAlgError:
-            one, basis = A.diagonal(), A
-            failed.append(i)
-        if not basis.isfinite().all() and i not in failed:
-            failed.append(i)
-        values.append(one)
-        vectors.append(basis)
-    if failed:
-        raise DecompositionError(
-            f"The eigendecomposition of the matrices {failed} of a stack of shape "
-            f"{tuple(matrix.shape)} failed in float64 too. Do they hold non-finite numbers?",
-            failed,
-        )
-    return (
-        torch.stack(values).reshape(matrix.shape[:-1]),
-        torch.stack(vectors).reshape(matrix.shape),
-    )
 
 
 def orthogonal_iteration(
@@ -82,6 +49,9 @@ def orthogonal_iteration(
 
     Returns:
         Orthogonal matrices, also where \(A Q\) is rank-deficient or zero.
+
+    Raises:
+        DecompositionError: If a product cannot be decomposed in float64 either; names the rows.
 
     Source: Golub and Van Loan, "Matrix Computations", section 8.2.4; Vyas et al. 2024 (arXiv
     2409.11321), algorithm 4.
@@ -103,8 +73,8 @@ def _qr(matrix: Tensor) -> Tensor:
     """Return the orthogonal factor; Householder QR has no trouble with rank-deficient matrices."""
     # columns of 1e-30 would underflow inside; one scale per matrix does not change the factor
     scale = matrix.abs().amax((-2, -1), keepdim=True)
-    Q: Tensor = torch.linalg.qr(matrix / torch.where(scale > 0, scale, 1.0))[0]
-    return Q
+    scaled = matrix / torch.where(scale > 0, scale, 1.0)
+    return decompose(lambda A: torch.linalg.qr(A)[:1], scaled)[0]
 
 
 def refresh_eigenbasis(
@@ -120,6 +90,9 @@ def refresh_eigenbasis(
     Returns:
         The orthogonal factor of \(A Q P\), and the order of the columns that the permutation
         \(P\) brings about: descending Rayleigh quotients.
+
+    Raises:
+        DecompositionError: If a product cannot be decomposed in float64 either; names the rows.
 
     Source: Vyas et al. 2024 (arXiv 2409.11321), algorithm 4 and official implementation.
 

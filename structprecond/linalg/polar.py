@@ -25,6 +25,7 @@ CoefficientType: TypeAlias = (
 MatmulPrecision: TypeAlias = Literal["highest", "high", "medium"]
 
 _SMALLEST_NORM = 1e-15
+_OVERFLOW_GUARD = 2.0**-70
 # Without a restart the rounding errors of R = XX' grow: 1e-3 after 5 steps, 1e-1 after 8 of Polar
 # Express. The first segment is the shortest, since its steps change the singular values the most.
 _FIRST_SEGMENT, _SEGMENT = 3, 4
@@ -215,13 +216,14 @@ def newton_schulz(
 
 
 def _normalized(matrix: Tensor) -> Tensor:
-    """Divide by the Frobenius norm, without overflow or underflow of the squares."""
-    largest: Tensor = torch.linalg.vector_norm(matrix, torch.inf, dim=(-2, -1), keepdim=True)
-    scale = largest.clamp(min=torch.finfo(matrix.dtype).tiny)
-    X: Tensor = matrix / scale
-    norm: Tensor = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    # |M| = norm * scale: below the smallest norm, the quotient shrinks with the matrix
-    return X.div_(torch.maximum(norm, _SMALLEST_NORM / scale))
+    """Divide by the Frobenius norm, also where its square overflows."""
+    norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
+    # without a look at the values, which would stall an accelerator
+    small = matrix * _OVERFLOW_GUARD
+    small_norm: Tensor = torch.linalg.vector_norm(small, dim=(-2, -1), keepdim=True)
+    finite = norm.isfinite()
+    X: Tensor = torch.where(finite, matrix, small)
+    return X.div_(torch.where(finite, norm, small_norm).clamp_(min=_SMALLEST_NORM))
 
 
 def _iterate(X: Tensor, polynomials: Sequence[Coefficients], precision: MatmulPrecision) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from structprecond.errors import StructPrecondError
-from structprecond.linalg.eigen import eigh
+from structprecond.linalg.decompose import decompose
 from structprecond.linalg.precision import at_least_float32, full_precision
 
 RootMethod = Literal["eigh", "coupled_newton", "newton_db"]
+Tensors = tuple[Tensor, ...]
 
 
 def matrix_inverse_root(
@@ -35,7 +37,7 @@ def matrix_inverse_root(
         method: How to compute it.
 
     Raises:
-        DecompositionError: If "eigh" fails in float64 too; names the rows.
+        DecompositionError: If the result is not finite in float64 either; names the rows.
         StructPrecondError: If the method does not know the root.
 
     Source: Gupta et al. 2018 (arXiv 1802.09568), algorithm 1; Anil et al. 2020 (arXiv 2002.09018)
@@ -46,57 +48,105 @@ def matrix_inverse_root(
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]])
     """
+    if not has_inverse_root(method, root):
+        raise StructPrecondError(
+            f"No method {method!r} for the inverse root of order {root}. 'eigh' computes any, "
+            "'coupled_newton' integers, 'newton_db' 2 and 4."
+        )
+
+    def invert(A: Tensor, shift: Tensor) -> tuple[Tensor]:
+        if method == "eigh":
+            return (_eigh_inverse_root(A, root, shift),)
+        iterate = _coupled_newton if method == "coupled_newton" else _newton_db
+        eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+        return (iterate(A + shift[..., None, None] * eye, int(root)),)
+
     A = at_least_float32(matrix)
     shift = torch.as_tensor(damping, dtype=A.dtype, device=A.device)
     with full_precision():
-        if method == "eigh":
-            return _eigh_inverse_root(A, root, shift)
-        damped = A + shift[..., None, None] * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-        if method == "coupled_newton" and root == int(root):
-            return _coupled_newton(damped, int(root))
-        if method == "newton_db" and root in (2, 4):
-            return _newton_db(damped, int(root))
-    raise StructPrecondError(
-        f"No method {method!r} for the inverse root of order {root}. 'eigh' computes any, "
-        "'coupled_newton' integers, 'newton_db' 2 and 4."
-    )
+        return decompose(invert, A, shift.expand(A.shape[:-2]))[0]
+
+
+def has_inverse_root(method: str, root: float) -> bool:
+    """Return whether a method of `matrix_inverse_root` can compute the root of an order.
+
+    Example:
+        >>> has_inverse_root("newton_db", 8)
+        False
+    """
+    integer = root == int(root)
+    known = {"eigh": True, "coupled_newton": integer, "newton_db": root in (2, 4)}
+    return known.get(method, False)
 
 
 def _eigh_inverse_root(A: Tensor, root: float, damping: Tensor) -> Tensor:
-    values, Q = eigh(A)
-    values = values - values[..., -1:].clamp(max=0.0) + damping.unsqueeze(-1)
-    return (Q * values.pow(-1.0 / root).unsqueeze(-2)) @ Q.mT
+    values, Q = torch.linalg.eigh(A)
+    values = values - values[..., :1].clamp(max=0.0) + damping.unsqueeze(-1)
+    inverse_root: Tensor = (Q * values.pow(-1.0 / root).unsqueeze(-2)) @ Q.mT
+    return inverse_root
 
 
 def _scale(A: Tensor) -> Tensor:
     """Return a bound of the spectral norm, one per matrix."""
-    norm: Tensor = torch.linalg.matrix_norm(A)[..., None, None]
-    return norm
+    # by the largest entry first, so that no square overflows or underflows
+    largest = A.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
+    scale: Tensor = largest * torch.linalg.matrix_norm(A / largest, keepdim=True)
+    return scale
 
 
-def _coupled_newton(A: Tensor, p: int, steps: int = 100, tolerance: float = 1e-6) -> Tensor:
+def _coupled_newton(A: Tensor, p: int) -> Tensor:
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     alpha = -1.0 / p
     z = (p + 1) / (2 * _scale(A))
-    X, M = z.pow(1.0 / p) * eye, z * A
-    for _ in range(steps):
-        if (M - eye).abs().max() < tolerance:
-            break
+
+    def step(X: Tensor, M: Tensor) -> Tensors:
         N = (1 - alpha) * eye + alpha * M
-        X, M = X @ N, torch.linalg.matrix_power(N, p) @ M
-    return X
+        return X @ N, torch.linalg.matrix_power(N, p) @ M
+
+    return _iterate(step, (z.pow(1.0 / p) * eye, z * A), steps=100)[0]
 
 
-def _newton_db(A: Tensor, p: int, steps: int = 50, tolerance: float = 1e-6) -> Tensor:
+def _newton_db(A: Tensor, p: int) -> Tensor:
     """Return the inverse square root, for p = 4 that of the square root."""
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     c = _scale(A)
-    E = 1.5 * eye - 0.5 * A / c
-    Y, Z = A / c @ E, E
-    for _ in range(steps):
-        product = Z @ Y
-        if (product - eye).abs().max() < tolerance:
-            break
+
+    def step(Y: Tensor, Z: Tensor, product: Tensor) -> Tensors:
         E = 1.5 * eye - 0.5 * product
         Y, Z = Y @ E, E @ Z
-    return Z / c.sqrt() if p == 2 else _newton_db(c.sqrt() * Y, 2, steps, tolerance)
+        return Y, Z, Z @ Y
+
+    Y, Z, _ = _iterate(step, step(A / c, eye.expand_as(A), A / c), steps=50)
+    return Z / c.sqrt() if p == 2 else _newton_db(c.sqrt() * Y, 2)
+
+
+def _iterate(
+    step: Callable[..., Tensors], start: Tensors, steps: int, tolerance: float = 1e-6
+) -> Tensors:
+    """Repeat a step until the last of its results is the identity, for each matrix by itself.
+
+    Rounding lets the iterations diverge on matrices that are nearly singular. So a step that makes
+    the error clearly larger than it has been is not taken, and ends the iteration of its matrix.
+    Converged matrices are left alone too, so that no result depends on the rest of the stack.
+
+    Source: Anil et al. 2020 (arXiv 2002.09018), official implementation.
+    """
+    eye = torch.eye(start[-1].shape[-1], dtype=start[-1].dtype, device=start[-1].device)
+
+    def error_of(product: Tensor) -> Tensor:
+        return (product - eye).abs().amax((-2, -1), keepdim=True)
+
+    results, best = start, error_of(start[-1])
+    going = best >= tolerance
+    for _ in range(steps):
+        if not going.any():
+            break
+        proposed = step(*results)
+        error = error_of(proposed[-1])
+        going = going & (error < 1.2 * best)
+        results = tuple(
+            torch.where(going, new, old) for new, old in zip(proposed, results, strict=True)
+        )
+        best = torch.minimum(best, error)
+        going = going & (error >= tolerance)
+    return results

@@ -80,6 +80,8 @@ class StepContext:
     Args:
         steps: How many updates each row has had before this one, `(b,)`, int64 on the CPU.
         due: The rows whose interval says refresh, None if no row is due.
+        failed: For the strategy to note down which rows it could not refresh, `(b,)`, bool on the
+            CPU.
         global_step: How many steps the optimizer has made before this one.
         batch_size: The number of samples behind the gradients; None if the optimizer does not know.
         params: Returns the stacked parameters `(b, *dims)`; gathered at every call.
@@ -87,6 +89,7 @@ class StepContext:
 
     steps: Tensor
     due: Rows | None
+    failed: Tensor
     global_step: int
     batch_size: int | None
     params: Callable[[], Tensor]
@@ -155,7 +158,7 @@ class Strategy(ABC, Generic[S]):
         """Return whether a row's first gradient only initializes its state."""
         return False
 
-    def begin(self, state: S, grad: Tensor, hp: Mapping[str, Any]) -> None:
+    def begin(self, state: S, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext) -> None:
         """Initialize the state in place from the first gradients `(b, *dims)`, to be left as is."""
 
     @abstractmethod

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
-from structprecond.core.state import State
+from structprecond.core.state import ALL_ROWS, Rows, State
 from structprecond.errors import StructPrecondError
 from structprecond.groups import PerParameter, PreconditionerGroup
 from structprecond.strategies.base import (
@@ -30,6 +30,8 @@ from structprecond.strategies.rotation import (
     RotatedFactors,
     RotatedStrategy,
     make_factors,
+    overwrite,
+    refresh_rows,
     rotate,
     rotate_back,
 )
@@ -129,13 +131,13 @@ class KLShampooStrategy(RotatedStrategy):
         """Return whether there is a factor, which the first gradient only initializes."""
         return any(structure is not None for structure in structures)
 
-    def begin(self, state: KLState, grad: Tensor, hp: Mapping[str, Any]) -> None:
+    def begin(self, state: KLState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext) -> None:
         """Initialize the factors and their eigenbases from the first gradient."""
-        for axis, (factor, basis) in enumerate(zip(state.factors, state.bases, strict=True)):
-            if factor is not None and basis is not None:
+        for axis, factor in enumerate(state.factors):
+            if factor is not None:
                 X = matricize(grad, axis) * _per_column(grad, axis)
                 factor.add_inner_(X, factor_decay(hp), 1 - factor_decay(hp))
-                basis.copy_(factor.eigenbasis().to(basis.dtype))
+        refresh_rows(self._find_bases, state, ALL_ROWS, ctx)
 
     def update(
         self, state: KLState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
@@ -188,12 +190,14 @@ class KLShampooStrategy(RotatedStrategy):
             if factor is not None and basis is not None:
                 factor.add_inner_(basis.to(X.dtype).matmat(X), decay, 1 - decay)
 
-    def _refresh(self, state: KLState) -> None:
+    def _refresh(self, state: KLState, rows: Rows) -> None:
         """Refresh the eigenbases, and bring the first moment into the new ones."""
+        better = [
+            None if S is None or Q is None else S.orthogonal_iteration(Q.to(S.dtype))
+            for S, Q in zip(state.factors, state.bases, strict=True)
+        ]
         exp_avg = rotate_back(state.exp_avg, state.bases)
-        for factor, basis in zip(state.factors, state.bases, strict=True):
-            if factor is not None and basis is not None:
-                basis.copy_(factor.orthogonal_iteration(basis.to(factor.dtype)).to(basis.dtype))
+        overwrite(state.bases, better)
         state.exp_avg.copy_(rotate(exp_avg, state.bases))
 
     @staticmethod

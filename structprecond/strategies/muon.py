@@ -252,13 +252,13 @@ class Muon(StructuredOptimizer):
         >>> print(describe(optimizer))
         group  parameters  strategy       route      rule            shape  rows  structures  state
         -------------------------------------------------------------------------------------------
-        0      1.weight    MuonStrategy   matrix     Matricize()     8x4    1     none none   146 B
-        0      0.weight    AdamWStrategy  embedding  PerParameter()  9x4    1     none none   306 B
-        0      1.bias      AdamWStrategy  bias       PerParameter()  8      1     none        82 B
-        0      2.weight    AdamWStrategy  head       PerParameter()  9x8    1     none none   594 B
-        0      2.bias      AdamWStrategy  bias       PerParameter()  9      1     none        90 B
+        0      1.weight    MuonStrategy   matrix     Matricize()     8x4    1     none none   154 B
+        0      0.weight    AdamWStrategy  embedding  PerParameter()  9x4    1     none none   314 B
+        0      1.bias      AdamWStrategy  bias       PerParameter()  8      1     none        90 B
+        0      2.weight    AdamWStrategy  head       PerParameter()  9x8    1     none none   602 B
+        0      2.bias      AdamWStrategy  bias       PerParameter()  9      1     none        98 B
         -------------------------------------------------------------------------------------------
-        MuonStrategy, AdamWStrategy: state 1.2 KiB = 1.94 x parameters (628 B)
+        MuonStrategy, AdamWStrategy: state 1.2 KiB = 2.00 x parameters (628 B)
     """
 
     def __init__(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from structprecond.core.state import ALL_ROWS, Rows, rows_of, select
+from structprecond.core.state import Rows, rows_of, select
+from structprecond.errors import DecompositionError
 from structprecond.strategies.base import (
     Hyperparameter,
     StepContext,
@@ -18,7 +19,7 @@ from structprecond.strategies.base import (
     interval,
     nonnegative,
 )
-from structprecond.structures import DiagonalMatrix
+from structprecond.structures import DiagonalMatrix, StructuredMatrix
 from structprecond.structures.blockwise import BlockwiseMatrix
 from structprecond.structures.mode_product import mode_product
 from structprecond.structures.spec import Structure
@@ -60,7 +61,8 @@ class FactoredStrategy(Strategy[Any]):
 class RotatedStrategy(FactoredStrategy):
     """Base of the strategies that work in eigenbases of Kronecker factors.
 
-    Their states have `factors` and `bases`, and they refresh them in `_refresh`.
+    Their states have `factors` and `bases`, which `_find_bases` sets at first and `_refresh`
+    improves.
     """
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
@@ -68,32 +70,65 @@ class RotatedStrategy(FactoredStrategy):
         "refresh_tolerance": nonnegative(0.0),
     }
 
+    @staticmethod
+    def _find_bases(state: Any, rows: Rows) -> None:
+        """Let the bases be the eigenbases of the factors."""
+        overwrite(state.bases, [None if S is None else S.eigenbasis() for S in state.factors])
+
     @abstractmethod
-    def _refresh(self, state: Any) -> None:
-        """Refresh the bases of all rows, and bring the moments into the new ones."""
+    def _refresh(self, state: Any, rows: Rows) -> None:
+        """Refresh the bases of all rows of a state, and bring the moments into the new ones."""
 
     def _refresh_stale(self, state: Any, hp: Mapping[str, Any], ctx: StepContext) -> None:
         """Refresh the rows that are due, but for those whose bases are still good enough."""
-        if ctx.due is None:
-            return
-        with rows_of(state, ctx.due) as due:
-            rows = self._stale(due.factors, due.bases, hp["refresh_tolerance"])
-            if rows is not None:
-                with rows_of(due, rows) as part:
-                    self._refresh(part)
-
-    @staticmethod
-    def _stale(factors: RotatedFactors, bases: RotatedFactors, tolerance: float) -> Rows | None:
-        """Return the rows of which an axis has a larger off-diagonal ratio than the tolerance."""
+        due = ctx.due
         axes = [
-            (S, Q) for S, Q in zip(factors, bases, strict=True) if S is not None and Q is not None
+            (S, Q)
+            for S, Q in zip(state.factors, state.bases, strict=True)
+            if S is not None and Q is not None
         ]
-        if not axes:
-            return None  # nothing is rotated
-        if not tolerance:
-            return ALL_ROWS
-        ratios = [S.off_diagonal_ratio(Q) for S, Q in axes]
-        return select((torch.stack(ratios).amax(0) > tolerance).cpu())
+        if due is None or not axes:
+            return
+        if hp["refresh_tolerance"]:
+            ratios = torch.stack([S[due].off_diagonal_ratio(Q[due]) for S, Q in axes]).amax(0)
+            # a ratio that is NaN is not good enough
+            stale = ~(ratios <= hp["refresh_tolerance"]).cpu()
+            due = torch.arange(len(ctx.steps), device="cpu")[due][stale]
+        refresh_rows(self._refresh, state, due, ctx)
+
+
+def refresh_rows(
+    refresh: Callable[[Any, Rows], None], state: Any, rows: Rows, ctx: StepContext
+) -> None:
+    """Refresh rows of a state; those with a matrix that cannot be decomposed stay as they are.
+
+    Args:
+        refresh: Is given the state of some rows, and which rows these are, and refreshes them all.
+            Writes nothing before everything is decomposed, so that it fails without a trace.
+        state: The state of all rows.
+        rows: The rows to refresh.
+        ctx: Notes down which rows failed.
+    """
+    remaining = torch.zeros_like(ctx.failed)
+    remaining[rows] = True
+    while (chosen := select(remaining)) is not None:
+        try:
+            with rows_of(state, chosen) as part:
+                refresh(part, chosen)
+            return
+        except DecompositionError as error:
+            failed = remaining.nonzero().squeeze(1)[error.rows]
+            remaining[failed] = False
+            ctx.failed[failed] = True
+
+
+def overwrite(
+    matrices: Sequence[StructuredMatrix | None], values: Sequence[StructuredMatrix | None]
+) -> None:
+    """Write values into matrices, axis by axis, in the dtypes that these have."""
+    for matrix, value in zip(matrices, values, strict=True):
+        if matrix is not None and value is not None:
+            matrix.copy_(value)
 
 
 def rotate(tensor: Tensor, bases: RotatedFactors) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
-from structprecond.core.state import State, rows_of
+from structprecond.core.state import Rows, State
 from structprecond.errors import StructPrecondError, StructureError
 from structprecond.groups import PerParameter, PreconditionerGroup
-from structprecond.linalg import RootMethod
+from structprecond.linalg import RootMethod, has_inverse_root
 from structprecond.strategies.base import (
     Hyperparameter,
     StepContext,
@@ -21,8 +21,8 @@ from structprecond.strategies.base import (
     nonnegative,
 )
 from structprecond.strategies.moments import correction, pair_of_fractions
-from structprecond.strategies.rotation import FactoredStrategy
-from structprecond.structures import DiagonalMatrix
+from structprecond.strategies.rotation import FactoredStrategy, overwrite, refresh_rows
+from structprecond.structures import DiagonalMatrix, StructuredMatrix
 from structprecond.structures.blockwise import BlockwiseMatrix
 from structprecond.structures.mode_product import matricize, mode_product
 from structprecond.structures.spec import PerAxis, Structure, StructureSpec
@@ -122,17 +122,12 @@ class ShampooStrategy(FactoredStrategy):
         """Leave out factors as `FactoredStrategy` does, and check that their root can be taken."""
         adapted = super().adapt_structures(structures, dims, order, units)
         root = self._root_order(sum(structure is not None for structure in adapted))
-        if any(s is not None and issubclass(s, BlockwiseMatrix) for s in adapted):
-            known = {
-                "eigh": True,
-                "coupled_newton": root == int(root),
-                "newton_db": root in (2, 4),
-            }
-            if not known[self.root]:
-                raise StructureError(
-                    f"root={self.root!r} cannot compute the inverse root of order {root:g} that "
-                    f"{units} needs. Use 'eigh', another exponent, or fewer factors."
-                )
+        inverts = any(s is not None and issubclass(s, BlockwiseMatrix) for s in adapted)
+        if inverts and not has_inverse_root(self.root, root):
+            raise StructureError(
+                f"root={self.root!r} cannot compute the inverse root of order {root:g} that "
+                f"{units} needs. Use 'eigh', another exponent, or fewer factors."
+            )
         return adapted
 
     def _root_order(self, factors: int) -> float:
@@ -163,8 +158,11 @@ class ShampooStrategy(FactoredStrategy):
             if factor is not None:
                 factor.add_inner_(matricize(grad, axis), betas[1], 1 - betas[1])
         if ctx.due is not None:
-            with rows_of(state, ctx.due) as part:
-                self._refresh(part, hp, correction(betas[1], ctx.steps[ctx.due], part.exp_avg))
+
+            def refresh(part: ShampooState, rows: Rows) -> None:
+                self._refresh(part, hp, correction(betas[1], ctx.steps[rows], part.exp_avg))
+
+            refresh_rows(refresh, state, ctx.due, ctx)
         state.exp_avg.lerp_(grad, 1 - betas[0])
         mean = state.exp_avg / correction(betas[0], ctx.steps, grad)
         grafted = self._graft(state, mean, grad, hp, ctx.steps)
@@ -185,12 +183,14 @@ class ShampooStrategy(FactoredStrategy):
     def _refresh(self, state: ShampooState, hp: Mapping[str, Any], unbias: float | Tensor) -> None:
         root = self._root_order(sum(factor is not None for factor in state.factors))
         scale = 1 / (unbias.flatten() if isinstance(unbias, Tensor) else unbias)
-        for factor, inverse_root in zip(state.factors, state.inverse_roots, strict=True):
-            if isinstance(factor, BlockwiseMatrix) and isinstance(inverse_root, BlockwiseMatrix):
-                powered = (factor * scale).inverse_root(root, hp["eps"], self.root)
-                inverse_root.copy_(powered.to(inverse_root.dtype))
-            elif isinstance(factor, DiagonalMatrix) and isinstance(inverse_root, DiagonalMatrix):
-                inverse_root.copy_((factor * scale).inverse_root(root, hp["eps"]))
+
+        def invert(factor: BlockwiseMatrix | DiagonalMatrix) -> StructuredMatrix:
+            if isinstance(factor, BlockwiseMatrix):
+                return (factor * scale).inverse_root(root, hp["eps"], self.root)
+            return (factor * scale).inverse_root(root, hp["eps"])
+
+        roots = [None if factor is None else invert(factor) for factor in state.factors]
+        overwrite(state.inverse_roots, roots)
 
     def _graft(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
-from structprecond.core.state import State
+from structprecond.core.state import ALL_ROWS, Rows, State
 from structprecond.errors import StructPrecondError
 from structprecond.groups import MergeDims, PerParameter, PreconditionerGroup
 from structprecond.groups.merge import DataFormat
@@ -30,6 +30,7 @@ from structprecond.strategies.rotation import (
     RotatedFactors,
     RotatedStrategy,
     make_factors,
+    refresh_rows,
     rotate,
     rotate_back,
 )
@@ -122,12 +123,12 @@ class SOAPStrategy(RotatedStrategy):
         """Return whether a row's first gradient only initializes its state."""
         return self.skip_first
 
-    def begin(self, state: SOAPState, grad: Tensor, hp: Mapping[str, Any]) -> None:
+    def begin(
+        self, state: SOAPState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
+    ) -> None:
         """Initialize the factors and their eigenbases from the first gradient."""
         self._accumulate(state, grad, hp)
-        for factor, basis in zip(state.factors, state.bases, strict=True):
-            if factor is not None and basis is not None:
-                basis.copy_(factor.eigenbasis())
+        refresh_rows(self._find_bases, state, ALL_ROWS, ctx)
 
     def update(
         self, state: SOAPState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
@@ -172,13 +173,17 @@ class SOAPStrategy(RotatedStrategy):
         scale = torch.where(seen, (self.clip_rms / rms).clamp(max=1.0), 1.0)
         return scale.reshape(-1, *[1] * (rotated.ndim - 1))
 
-    def _refresh(self, state: SOAPState) -> None:
+    def _refresh(self, state: SOAPState, rows: Rows) -> None:
         """Refresh the eigenbases, and bring the moments into the new ones."""
+        refreshed = [
+            None if S is None or Q is None else S.refresh_eigenbasis(Q.to(S.dtype))
+            for S, Q in zip(state.factors, state.bases, strict=True)
+        ]
         exp_avg = rotate_back(state.exp_avg, state.bases)
-        for axis, (factor, basis) in enumerate(zip(state.factors, state.bases, strict=True)):
-            if factor is None or basis is None:
+        for axis, (basis, new) in enumerate(zip(state.bases, refreshed, strict=True)):
+            if basis is None or new is None:
                 continue
-            better, order = factor.refresh_eigenbasis(basis.to(factor.dtype))
+            better, order = new
             if self.transport:
                 overlap = basis._map(lambda old, new: (old.mT @ new.to(old.dtype)).square(), better)
                 moved = mode_product(
@@ -187,7 +192,7 @@ class SOAPStrategy(RotatedStrategy):
             else:
                 moved = _permute(state.exp_avg_sq, order, axis)
             state.exp_avg_sq.copy_(moved)
-            basis.copy_(better.to(basis.dtype))
+            basis.copy_(better)
         state.exp_avg.copy_(rotate(exp_avg, state.bases))
 
 

@@ -876,7 +876,7 @@ def test_state_shows_one_unit_per_entry_under_stable_names_from_the_start() -> N
         f"{kind}.{name}": shape for kind in kinds for name, shape in matrices.items()
     }
     counters: dict[str, tuple[int, ...]] = dict.fromkeys(
-        ["step", "skipped", "begun", "overdue", "global_step", "batch_size"], ()
+        ["step", "skipped", "failed", "begun", "overdue", "global_step", "batch_size"], ()
     )
     assert shapes == {**expected, **counters, "momentum_buffer": (4, 4)}
 

@@ -180,14 +180,22 @@ def test_input_stays_as_it_is() -> None:
         assert torch.equal(matrix, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_dtype_of_the_input_is_kept(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.bfloat16, 1e-2),
+        (torch.float16, 1e-3),
+        (torch.float32, 1e-4),
+        (torch.float64, 1e-12),
+    ],
+)
+def test_dtype_of_the_input_is_kept(dtype: torch.dtype, tolerance: float) -> None:
     matrix = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = newton_schulz(matrix.double(), 8, "polar_express")
     found = newton_schulz(matrix, 8, "polar_express")
     assert found.dtype == dtype
     assert polar_factor(matrix).dtype == dtype
-    assert torch.allclose(found.double(), expected, atol=50 * torch.finfo(dtype).eps)
+    assert torch.allclose(found.double(), expected, atol=tolerance)
 
 
 def test_float64_is_never_reduced() -> None:

@@ -1,0 +1,198 @@
+"""How close steps come to what the machine can do: measured time over the floor.
+
+The floor of a strategy on a workload is the time of the matrix products and decompositions that it
+cannot do without, each measured by itself on stacks of the same shapes with the memory ready, plus
+the bytes that have to be read and written at least once, over the memory rate of a large copy.
+
+    python benchmarks/roofline.py --workloads W1 W2 W4
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+
+import torch
+from contestants import OURS, RACES
+from step_time import CYCLE, race
+from torch import nn
+from workloads import WORKLOADS
+
+from structprecond import infer_roles
+from structprecond.linalg.polar import _gram_saves, _segments
+
+Product = tuple[int, int, int, int]
+"""A stack of b products (m, k) @ (k, n), as (b, m, k, n)."""
+FLOAT = 4
+
+
+@dataclass
+class Floor:
+    """What a step costs at least, averaged over a refresh cycle.
+
+    Args:
+        products: How often each stack of products is needed per step.
+        decompositions: How often each stack of QR decompositions `(b, n, n)` is needed per step.
+        bytes: What has to be moved per step.
+    """
+
+    products: Counter[Product]
+    decompositions: Counter[tuple[int, int]]
+    bytes: float
+
+    def milliseconds(self, rates: Rates) -> float:
+        """Return the time of all of it."""
+        products = sum(share * rates.product(key) for key, share in self.products.items())
+        qr = sum(share * rates.qr(key) for key, share in self.decompositions.items())
+        return products + qr + 1e3 * self.bytes / rates.bandwidth
+
+    def flops(self) -> float:
+        """Return the operations of the products."""
+        return sum(share * 2 * b * m * k * n for (b, m, k, n), share in self.products.items())
+
+
+class Rates:
+    """What this machine does bare, measured on demand."""
+
+    def __init__(self, repeats: int = 7) -> None:
+        self.repeats = repeats
+        self.known: dict[object, float] = {}
+        source, target = torch.ones(2, 2**24)
+        # a copy reads and writes
+        self.bandwidth = 2 * FLOAT * 2**24 / (1e-3 * self._time(lambda: target.copy_(source)))
+
+    def product(self, key: Product) -> float:
+        """Return the milliseconds of a stack of products."""
+        b, m, k, n = key
+        if key not in self.known:
+            left, right = torch.randn(b, m, k), torch.randn(b, k, n)
+            out = torch.empty(b, m, n)
+            self.known[key] = self._time(lambda: torch.bmm(left, right, out=out))
+        return self.known[key]
+
+    def qr(self, key: tuple[int, int]) -> float:
+        """Return the milliseconds of a stack of QR decompositions."""
+        b, n = key
+        if key not in self.known:
+            matrix = torch.randn(b, n, n)
+            self.known[key] = self._time(lambda: torch.linalg.qr(matrix), repeats=3)
+        return self.known[key]
+
+    def _time(self, call: Callable[[], object], repeats: int | None = None) -> float:
+        call()
+        times = []
+        for _ in range(repeats or self.repeats):
+            start = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times)
+
+
+def stacks(model: nn.Module) -> Iterator[tuple[int, torch.Size]]:
+    """Yield the number of parameters of each shape."""
+    yield from (
+        (count, shape) for shape, count in Counter(p.shape for p in model.parameters()).items()
+    )
+
+
+def soap_floor(model: nn.Module) -> Floor:
+    """Return the floor of SOAP: six products a step, and a refresh every ten.
+
+    Each axis k of a gradient takes a projection, a projection back and an outer product; at a
+    refresh, one product and one QR for its factor, and the first moment goes back and forth. A
+    gradient is read, a parameter and two moments are read and written; the factors too.
+    """
+    floor = Floor(Counter(), Counter(), 0.0)
+    for count, shape in stacks(model):
+        numel = count * shape.numel()
+        floor.bytes += FLOAT * 7 * numel
+        if len(shape) < 2:
+            continue
+        for n in shape:
+            rest = shape.numel() // n
+            floor.products[count, n, n, rest] += 2 + 2 / CYCLE  # type: ignore[assignment]
+            floor.products[count, n, rest, n] += 1
+            floor.products[count, n, n, n] += 1 / CYCLE  # type: ignore[assignment]
+            floor.decompositions[count, n] += 1 / CYCLE  # type: ignore[assignment]
+            floor.bytes += FLOAT * 3 * count * n * n
+    return floor
+
+
+def muon_floor(model: nn.Module, steps: int = 5) -> Floor:
+    """Return the floor of Muon: the cheaper form of the iteration for each shape.
+
+    A gradient is read, a parameter and the momentum are read and written; what AdamW treats has one
+    more moment.
+    """
+    floor = Floor(Counter(), Counter(), 0.0)
+    roles = infer_roles(model)
+    embeddings = {
+        p.shape for name, p in model.named_parameters() if roles[name].role == "embedding"
+    }
+    for count, shape in stacks(model):
+        treated = len(shape) >= 2 and shape not in embeddings
+        floor.bytes += FLOAT * (5 if treated else 7) * count * shape.numel()
+        if not treated:
+            continue
+        n, m = sorted((shape[0], shape.numel() // shape[0]))
+        long, square = (count, n, m, n), (count, n, n, n)
+        if _gram_saves(n, m, steps):
+            segments = _segments(steps)
+            floor.products[long] += len(segments)
+            floor.products[count, n, n, m] += len(segments)
+            floor.products[square] += sum(4 * k - 3 for k in segments)
+        else:
+            floor.products[long] += steps
+            floor.products[count, n, n, m] += steps
+            floor.products[square] += steps
+    return floor
+
+
+FLOORS: dict[str, Callable[[nn.Module], Floor]] = {
+    "soap": soap_floor,
+    "muon, float32": muon_floor,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> list[tuple[str, str, float, float]]:
+    """Print a table; return race, workload, floor and measured time of every row."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["W1", "W2", "W4"])
+    parser.add_argument("--races", nargs="+", choices=FLOORS, default=list(FLOORS))
+    parser.add_argument("--cycles", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    print("| race | workload | GFLOP | floor (ms) | measured (ms) | measured / floor |")
+    print("|---|---|---:|---:|---:|---:|", flush=True)
+    rows = []
+    for workload in args.workloads:
+        for name in args.races:
+            builds = {OURS: RACES[name][OURS]}
+            # rates before and after, since others may use the machine too
+            floor = FLOORS[name](WORKLOADS[workload]())
+            before = floor.milliseconds(Rates())
+            (result,) = race(workload, name, builds, args.cycles, "cpu")
+            least = statistics.fmean([before, floor.milliseconds(Rates())])
+            rows.append((name, workload, least, result.mean))
+            print(
+                f"| {name} | {workload} | {floor.flops() / 1e9:.1f} | {least:.1f} | "
+                f"{result.mean:.1f} | {result.mean / least:.2f} |",
+                flush=True,
+            )
+    machine = f"{platform.machine()}, {args.threads} threads, float32, torch {torch.__version__}"
+    print(f"\n{date.today()}, {machine}, copies at {Rates().bandwidth / 1e9:.0f} GB/s")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
