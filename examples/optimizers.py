@@ -10,10 +10,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from structprecond import SOAP, KLShampoo, Muon, SIRFShampoo
+from structprecond.core.rounding import Rounding
 
 
 class Choice(NamedTuple):
@@ -55,6 +57,11 @@ def soap(model: nn.Module, lr: float, **options: Any) -> Optimizer:
     return SOAP(model, lr=lr, weight_decay=0.1, **options)
 
 
+def soap_in_bfloat16(model: nn.Module, lr: float, rounding: Rounding) -> Optimizer:
+    """Make SOAP for a model whose parameters become bfloat16."""
+    return soap(model.bfloat16(), lr, rounding=rounding)
+
+
 def klshampoo(model: nn.Module, lr: float) -> Optimizer:
     """Make KL-Shampoo with the weight decay of AdamW."""
     return KLShampoo(model, lr=lr, weight_decay=0.1)
@@ -85,6 +92,11 @@ OPTIMIZERS = {
     "soap-transport": Choice(1.6e-2, partial(soap, transport=True)),
     "soap-unskipped": Choice(1.6e-2, partial(soap, skip_first=False)),
     "soap-clipped": Choice(1.6e-2, partial(soap, clip_rms=3.0)),
+    # SOAP with parameters, or with factors, in low precision
+    "soap-nearest": Choice(1.6e-2, partial(soap_in_bfloat16, rounding="nearest")),
+    "soap-stochastic": Choice(1.6e-2, partial(soap_in_bfloat16, rounding="stochastic")),
+    "soap-kahan": Choice(1.6e-2, partial(soap_in_bfloat16, rounding="kahan")),
+    "soap-bfloat16-factors": Choice(1.6e-2, partial(soap, preconditioner_dtypes=torch.bfloat16)),
 }
 DEFAULTS = ("adamw", "soap", "klshampoo", "sirf", "muon")
 """What the comparison runs unless told otherwise."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 
+from structprecond.core.layout import Layout
+from structprecond.core.rounding import Rounding, is_low_precision, round_stochastically
 from structprecond.core.routing import view
-from structprecond.core.state import Rows, State, rows_of, select
+from structprecond.core.state import Rows, State, on_device_of, rows_of, select
 from structprecond.core.units import Unit
-from structprecond.core.windows import Window, find_windows
 from structprecond.strategies.base import StepContext, Strategy
 from structprecond.structures.spec import Structure
 
@@ -45,9 +46,13 @@ class Bucket:
         key: What the units have in common.
         units: The units; unit i owns the rows `spans[i]` of every stacked tensor.
         rules: For each unit, the role or pattern that sent it to the strategy.
+        rounding: How parameters of low precision are rounded.
 
     Attributes:
+        layout: Where the units' parameters stand in the stack.
         state: The strategy's state, stacked along dimension 0.
+        lost: What rounding took from the parameters `(b, *dims)`, in their dtype; None unless they
+            are of low precision and rounding is "kahan".
         steps: The number of updates that each row has had, `(b,)`, int64 on the CPU.
         turns: How many steps earlier than the first one each row is refreshed, like `steps`.
         skipped: How often each row was skipped for a gradient that is not finite, or that would
@@ -65,32 +70,37 @@ class Bucket:
         key: BucketKey,
         units: Sequence[Unit],
         rules: Sequence[str],
+        rounding: Rounding,
     ) -> None:
         self.group, self.strategy, self.prefix, self.key = group, strategy, prefix, key
-        self.units, self.rules = list(units), list(rules)
-        self.params: list[nn.Parameter] = [p for unit in units for p in unit.params]
-        self.spans: list[slice] = []
-        self.windows: list[Window] | None = []
-        row_numel = key.shape.numel()
-        start = 0
-        for unit in units:
-            self.spans.append(slice(start, start + unit.rows))
-            windows = find_windows(unit)
-            if windows is None:
-                self.windows = None
-            elif self.windows is not None:
-                shift = start * row_numel
-                self.windows += [replace(w, offset=w.offset + shift) for w in windows]
-            start += unit.rows
-        self.rows = start
+        self.layout, self.rules, self.rounding = Layout(units), list(rules), rounding
+        self.rows = self.layout.rows
         self.device = key.device
         self.state: State = strategy.init(self._empty(), key.structures, key.dtypes)
-        self.steps = torch.zeros(start, dtype=torch.int64, device="cpu")
-        self.turns = torch.zeros(start, dtype=torch.int64, device="cpu")
-        self.skipped = torch.zeros(start, dtype=torch.int64, device="cpu")
-        self.failed = torch.zeros(start, dtype=torch.int64, device="cpu")
-        self.begun = torch.zeros(start, dtype=torch.bool, device="cpu")
-        self.overdue = torch.zeros(start, dtype=torch.bool, device="cpu")
+        self.lost: Tensor | None = None
+        if rounding == "kahan" and is_low_precision(key.param_dtype):
+            self.lost = torch.zeros(self.shape, dtype=key.param_dtype, device=key.device)
+        self.steps = torch.zeros(self.rows, dtype=torch.int64, device="cpu")
+        self.turns = torch.zeros(self.rows, dtype=torch.int64, device="cpu")
+        self.skipped = torch.zeros(self.rows, dtype=torch.int64, device="cpu")
+        self.failed = torch.zeros(self.rows, dtype=torch.int64, device="cpu")
+        self.begun = torch.zeros(self.rows, dtype=torch.bool, device="cpu")
+        self.overdue = torch.zeros(self.rows, dtype=torch.bool, device="cpu")
+
+    @property
+    def units(self) -> list[Unit]:
+        """The units."""
+        return self.layout.units
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """The parameters of all units."""
+        return self.layout.params
+
+    @property
+    def spans(self) -> list[slice]:
+        """The rows of each unit."""
+        return self.layout.spans
 
     @property
     def shape(self) -> Size:
@@ -124,7 +134,8 @@ class Bucket:
         """Return all state by name, stacked, the counters included."""
         counters = {"step": self.steps, "skipped": self.skipped, "failed": self.failed}
         flags = {"begun": self.begun, "overdue": self.overdue}
-        return counters | flags | self.state.named_tensors()
+        lost = {} if self.lost is None else {"lost": self.lost}
+        return counters | flags | lost | self.state.named_tensors()
 
     def unit_tensors(self, unit: int) -> dict[str, Tensor]:
         """Return views of one unit's rows by name, without the row dimension if it has one row."""
@@ -140,6 +151,7 @@ class Bucket:
     def move(self, device: torch.device) -> None:
         """Move the state to another device; all views of it become stale."""
         self.state = self.state.map(lambda t: t.to(device))
+        self.lost = None if self.lost is None else self.lost.to(device)
         self.device = device
 
     # --- one step --------------------------------------------------------------------------------
@@ -163,15 +175,12 @@ class Bucket:
             batch_size: The number of samples behind the gradients.
             maximize: Whether to ascend.
         """
-        mask = torch.tensor(
-            [on for on, unit in zip(live, self.units, strict=True) for _ in range(unit.rows)],
-            device="cpu",
-        )
+        mask = self.layout.live_rows(live)
         due = self._due(mask, every)
         if not mask.any():
             return
-        grads = [p.grad for p in self._live_params(live) if p.grad is not None]
-        self._gather(grads, live, scratch)
+        grads = [p.grad for p in self.layout.live_params(live) if p.grad is not None]
+        self.layout.gather(grads, live, scratch)
         if maximize:
             scratch.neg_()
         hp = self.hyperparameters
@@ -192,13 +201,11 @@ class Bucket:
         self.steps[rows] += 1
         self._count_failures(rows, ctx)
         self.overdue[rows] = False
-        moved = [bool(mask[span.start]) for span in self.spans]
-        params: list[Tensor] = list(self._live_params(moved))
-        self._apply(params, self._scatter(direction, rows, moved), hp)
-        constraint = self.strategy.constraint()
-        if constraint is not None:
-            values = constraint(self._stacked_params(rows))
-            torch._foreach_copy_(params, self._scatter(values, rows, moved))
+        moved = self.layout.live_units(mask)
+        if is_low_precision(self.key.param_dtype):
+            self._apply_in_float32(direction, rows, moved, hp)
+        else:
+            self._apply(direction, rows, moved, hp)
 
     def _begin(
         self,
@@ -224,12 +231,6 @@ class Bucket:
         if ctx.failed.any():
             self.failed[rows] += ctx.failed
 
-    def _per_param(self, live: Sequence[bool]) -> list[bool]:
-        return [on for on, unit in zip(live, self.units, strict=True) for _ in unit.params]
-
-    def _live_params(self, live: Sequence[bool]) -> list[nn.Parameter]:
-        return [p for p, on in zip(self.params, self._per_param(live), strict=True) if on]
-
     def _due(self, live: Tensor, every: int | bool) -> Tensor:
         """Return the mask of live rows to refresh; rows that are not live stay overdue."""
         if isinstance(every, bool):
@@ -237,59 +238,73 @@ class Bucket:
             return self.overdue & live
         return self.strategy.due(self.steps, self.turns, every) & live
 
-    def _views(self, stack: Tensor, live: Sequence[bool]) -> list[Tensor]:
-        assert self.windows is not None
-        return [
-            window.of(stack)
-            for window, on in zip(self.windows, self._per_param(live), strict=True)
-            if on
-        ]
-
-    def _gather(self, tensors: Sequence[Tensor], live: Sequence[bool], into: Tensor) -> None:
-        """Copy one tensor per live parameter into the rows of a stack."""
-        if self.windows is not None:
-            torch._foreach_copy_(self._views(into, live), list(tensors))
-            return
-        rest = iter(tensors)
-        for unit, span, on in zip(self.units, self.spans, live, strict=True):
-            if on:
-                members = [next(rest) for _ in unit.params]
-                into[span].view(self._grouped_shape(unit)).copy_(unit.rule.group(members))
-
-    def _scatter(self, stack: Tensor, rows: Rows, live: Sequence[bool]) -> list[Tensor]:
-        """Return one tensor per live parameter, out of the given rows of a stack."""
-        if isinstance(rows, Tensor):
-            whole = stack.new_zeros(self.shape)
-            stack = whole.index_copy_(0, rows.to(self.device), stack)
-        stack = stack.contiguous()
-        if self.windows is not None:
-            return self._views(stack, live)
-        tensors = []
-        for unit, span, on in zip(self.units, self.spans, live, strict=True):
-            if on:
-                grouped = stack[span].view(self._grouped_shape(unit))
-                tensors += unit.rule.ungroup(grouped, unit.shapes)
-        return tensors
-
-    def _grouped_shape(self, unit: Unit) -> tuple[int, ...]:
-        return (unit.rows, *unit.shape) if unit.rule.stacked else tuple(unit.shape)
-
     def _stacked_params(self, rows: Rows) -> Tensor:
         stack = self._empty()
-        self._gather(self.params, [True] * len(self.units), stack)
+        self.layout.gather(self.params, [True] * len(self.units), stack)
         return stack[rows]
 
-    def _apply(self, params: list[Tensor], directions: list[Tensor], hp: Mapping[str, Any]) -> None:
-        """Subtract lr times the directions from the parameters, and decay them."""
-        lr: float | Tensor = hp["lr"]
-        rate = 1.0
-        if isinstance(lr, Tensor):
-            directions = list(torch._foreach_mul(directions, lr))
+    def _all_rows(self, stack: Tensor, rows: Rows) -> Tensor:
+        """Return a contiguous stack of all rows, zero but for the given ones."""
+        if isinstance(rows, Tensor):
+            whole = stack.new_zeros(self.shape)
+            return whole.index_copy_(0, rows.to(self.device), stack)
+        return stack.contiguous()
+
+    def _write(self, stack: Tensor, rows: Rows, live: Sequence[bool]) -> None:
+        """Copy rows into the live parameters."""
+        values = self.layout.scatter(self._all_rows(stack, rows), live)
+        torch._foreach_copy_(list(self.layout.live_params(live)), values)
+
+    def _apply(
+        self, direction: Tensor, rows: Rows, live: Sequence[bool], hp: Mapping[str, Any]
+    ) -> None:
+        """Subtract lr times the directions from the parameters, and decay and constrain them."""
+        params: list[Tensor] = list(self.layout.live_params(live))
+        updates = self.layout.scatter(self._all_rows(direction, rows), live)
+        rate = hp["lr"]
+        if isinstance(rate, Tensor):
+            updates, rate = list(torch._foreach_mul(updates, rate)), 1.0
+        before, after = self._decay_factors(hp)
+        _scale(params, before)
+        torch._foreach_add_(params, updates, alpha=-rate)
+        _scale(params, after)
+        constraint = self.strategy.constraint()
+        if constraint is not None:
+            self._write(constraint(self._stacked_params(rows)), rows, live)
+
+    def _apply_in_float32(
+        self, direction: Tensor, rows: Rows, live: Sequence[bool], hp: Mapping[str, Any]
+    ) -> None:
+        """Do the same with parameters of low precision, which are rounded once at the end."""
+        values = self._stacked_params(rows)
+        if self.lost is not None:
+            values += self.lost[on_device_of(rows, self.lost)]
+        before, after = self._decay_factors(hp)
+        values = values.mul_(before).sub_(direction * hp["lr"]).mul_(after)
+        constraint = self.strategy.constraint()
+        if constraint is not None:
+            values = constraint(values)
+        if self.rounding == "stochastic":
+            rounded = round_stochastically(values, self.key.param_dtype)
         else:
-            rate = lr
-        decays = self.strategy.decay != "inside" and hp["weight_decay"] != 0
-        if decays and self.strategy.decay == "before":
-            torch._foreach_mul_(params, self.strategy.decay_factor(hp))
-        torch._foreach_add_(params, directions, alpha=-rate)
-        if decays and self.strategy.decay == "after":
-            torch._foreach_mul_(params, self.strategy.decay_factor(hp))
+            rounded = values.to(self.key.param_dtype)
+        if self.lost is not None:
+            values.sub_(rounded)
+            self.lost[on_device_of(rows, self.lost)] = values.to(self.lost.dtype)
+        self._write(rounded, rows, live)
+
+    def _decay_factors(self, hp: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor]:
+        """Return what the parameters are multiplied by before and after the update."""
+        if self.strategy.decay == "inside" or hp["weight_decay"] == 0:
+            return 1.0, 1.0
+        factor = self.strategy.decay_factor(hp)
+        return (factor, 1.0) if self.strategy.decay == "before" else (1.0, factor)
+
+
+def _scale(tensors: list[Tensor], factor: float | Tensor) -> None:
+    if isinstance(factor, Tensor):
+        torch._foreach_mul_(tensors, factor)
+    elif factor != 1.0:
+        # on the CPU a number is made a tensor for every single product, which takes as long as it
+        on_cpu = tensors[0].device.type == "cpu"
+        torch._foreach_mul_(tensors, tensors[0].new_tensor(factor) if on_cpu else factor)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
+from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Route, Routing
 from structprecond.core.units import Unit, find_units
 from structprecond.errors import GroupError, StructPrecondError, StructureError
@@ -45,6 +46,7 @@ def make_buckets(
     group: dict[str, Any],
     routing: Routing,
     names: Mapping[nn.Parameter, str],
+    rounding: Rounding,
 ) -> list[Bucket]:
     """Distribute the parameters of a param group to units, strategies and stacks.
 
@@ -53,6 +55,7 @@ def make_buckets(
         group: The param group, complete.
         routing: What the group's `strategy` says.
         names: The names of its parameters.
+        rounding: How parameters of low precision are rounded.
 
     Raises:
         StructPrecondError: If something of the group cannot be applied to its parameters.
@@ -78,6 +81,7 @@ def make_buckets(
             key,
             [unit for unit, _ in members],
             [rule for _, rule in members],
+            rounding,
         )
         for (strategy, key), members in together.items()
     ]

@@ -60,7 +60,9 @@ def unstable_units(bucket: Bucket, live: Sequence[bool], *args: Any) -> list[boo
     twin.state = bucket.state.map(torch.clone)
     twin.steps, twin.failed = bucket.steps.clone(), bucket.failed.clone()
     twin.begun, twin.overdue = bucket.begun.clone(), bucket.overdue.clone()
-    twin.params = [nn.Parameter(p.detach().clone()) for p in bucket.params]
+    twin.lost = None if bucket.lost is None else bucket.lost.clone()
+    twin.layout = copy(bucket.layout)
+    twin.layout.params = [nn.Parameter(p.detach().clone()) for p in bucket.params]
     for p, original in zip(twin.params, bucket.params, strict=True):
         p.grad = original.grad
     twin.step(live, *args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from structprecond.core.finite import (
     with_nonfinite_gradient,
 )
 from structprecond.core.memory import keep_freed_memory
+from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routes, as_routing, check_names
 from structprecond.core.schedule import take_turns
 from structprecond.errors import (
@@ -41,6 +42,7 @@ _COPIED = (
     "refresh",
     "nonfinite",
     "maximize",
+    "rounding",
     "buckets",
     "_names",
     "_global_step",
@@ -94,6 +96,10 @@ class StructuredOptimizer(Optimizer):
         nonfinite: What to do with a unit whose gradient is not finite, or is so large that state
             or parameters would no longer be: "skip" it (it stays as it is, and is counted),
             "raise" before anything is changed, or "ignore" the check.
+        rounding: How parameters in bfloat16 or float16 are written back, after updates in float32:
+            rounded to the "nearest", where updates below the last digit get lost; "stochastic", up
+            or down at random, so that they count on average; or "kahan", where what rounding took
+            is kept in the state, in the parameter's dtype, and added to the next update.
         maximize: Whether to maximize. Default: False.
         verbose_init: Whether to print what is treated how. Default: False.
 
@@ -129,6 +135,7 @@ class StructuredOptimizer(Optimizer):
         batch_size: int | GetBatchSize | None = None,
         refresh: Refresh = "synchronous",
         nonfinite: Nonfinite = "skip",
+        rounding: Rounding = "nearest",
         maximize: bool = False,
         verbose_init: bool = False,
     ) -> None:
@@ -148,7 +155,12 @@ class StructuredOptimizer(Optimizer):
             raise StructPrecondError(
                 f"refresh must be 'synchronous' or 'staggered', got {refresh!r}."
             )
+        if rounding not in get_args(Rounding):
+            raise StructPrecondError(
+                f"rounding must be 'nearest', 'stochastic' or 'kahan', got {rounding!r}."
+            )
         self.refresh, self.nonfinite, self.maximize = refresh, nonfinite, maximize
+        self.rounding = rounding
         self.buckets: list[Bucket] = []
         self._names: dict[nn.Parameter, str] = {}
         self._entries: dict[nn.Parameter, Entry] = {}
@@ -214,7 +226,7 @@ class StructuredOptimizer(Optimizer):
             for name, hyperparameter in known.items():
                 hyperparameter.validate(name, group[name])
             names = self._labels(group)
-            buckets = make_buckets(self.model, group, routing, names)
+            buckets = make_buckets(self.model, group, routing, names, self.rounding)
             used = {rule for bucket in buckets for rule in bucket.rules}
             if own_routing:
                 routing.check_used(used)
@@ -326,6 +338,8 @@ class StructuredOptimizer(Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    # its bookkeeping would be compiled anew at every step
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Make one step.
@@ -397,9 +411,7 @@ class StructuredOptimizer(Optimizer):
         return [
             p
             for bucket, alive in zip(self.buckets, live, strict=True)
-            for unit, on in zip(bucket.units, alive, strict=True)
-            if on
-            for p in unit.params
+            for p in bucket.layout.live_params(alive)
         ]
 
     def _unstable(
@@ -464,7 +476,7 @@ class StructuredOptimizer(Optimizer):
     def _warn_once(self, counter: str, message: str) -> None:
         if counter not in self._warned:
             self._warned.add(counter)
-            warnings.warn(message, stacklevel=6)  # the line that calls `step`, through torch
+            warnings.warn(message, stacklevel=7)  # the line that calls `step`, through torch
 
     def _arguments(
         self, bucket: Bucket, refresh: Mapping[int, int | bool], batch_size: int | None

@@ -86,14 +86,15 @@ def rows_of(state: S, rows: Rows) -> Iterator[S]:
     if isinstance(rows, slice) and rows == ALL_ROWS:
         yield state
         return
-    part: S = state.map(lambda t: t[_on(rows, t)])
+    part: S = state.map(lambda t: t[on_device_of(rows, t)])
     yield part
     targets, sources = state.named_tensors(), part.named_tensors()
     for name, target in targets.items():
-        target[_on(rows, target)] = sources[name]
+        target[on_device_of(rows, target)] = sources[name]
 
 
-def _on(rows: Rows, tensor: Tensor) -> Rows:
+def on_device_of(rows: Rows, tensor: Tensor) -> Rows:
+    """Return rows in the form in which they index a tensor."""
     return rows if isinstance(rows, slice) else rows.to(tensor.device)
 
 

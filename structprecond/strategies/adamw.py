@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from structprecond.core.optimizer import Nonfinite, StructuredOptimizer
+from structprecond.core.rounding import Rounding
 from structprecond.core.state import State
 from structprecond.groups import PerParameter, PreconditionerGroup
 from structprecond.strategies.base import (
@@ -86,6 +87,8 @@ class AdamW(StructuredOptimizer):
         combine_params: The grouping rules, most important first. Default: each parameter by itself.
         nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
             "skip".
+        rounding: How parameters of low precision are written back: rounded to the "nearest",
+            "stochastic", or "kahan", with what was lost carried over. Default: "nearest".
         maximize: Whether to maximize. Default: False.
         verbose_init: Whether to print what is treated how. Default: False.
 
@@ -110,6 +113,7 @@ class AdamW(StructuredOptimizer):
         weight_decay: float = 1e-2,
         combine_params: Sequence[PreconditionerGroup] = (PerParameter(),),
         nonfinite: Nonfinite = "skip",
+        rounding: Rounding = "nearest",
         maximize: bool = False,
         verbose_init: bool = False,
     ) -> None:
@@ -120,6 +124,7 @@ class AdamW(StructuredOptimizer):
             hyperparameters={"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
             combine_params=combine_params,
             nonfinite=nonfinite,
+            rounding=rounding,
             maximize=maximize,
             verbose_init=verbose_init,
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from structprecond.core.optimizer import Nonfinite, StructuredOptimizer
+from structprecond.core.rounding import Rounding
 from structprecond.core.state import State
 from structprecond.errors import HyperparameterError
 from structprecond.groups import PerParameter, PreconditionerGroup
@@ -135,6 +136,8 @@ class LARS(StructuredOptimizer):
             Default: each parameter by itself.
         nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
             "skip".
+        rounding: How parameters of low precision are written back: rounded to the "nearest",
+            "stochastic", or "kahan", with what was lost carried over. Default: "nearest".
         maximize: Whether to maximize. Default: False.
         verbose_init: Whether to print what is treated how. Default: False.
 
@@ -163,6 +166,7 @@ class LARS(StructuredOptimizer):
         always_scale: bool = False,
         combine_params: Sequence[PreconditionerGroup] = (PerParameter(),),
         nonfinite: Nonfinite = "skip",
+        rounding: Rounding = "nearest",
         maximize: bool = False,
         verbose_init: bool = False,
     ) -> None:
@@ -186,6 +190,7 @@ class LARS(StructuredOptimizer):
             },
             combine_params=combine_params,
             nonfinite=nonfinite,
+            rounding=rounding,
             maximize=maximize,
             verbose_init=verbose_init,
         )

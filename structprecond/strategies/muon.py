@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structprecond.core.optimizer import Nonfinite, StructuredOptimizer
+from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routing
 from structprecond.errors import HyperparameterError, StructPrecondError
 from structprecond.groups import PreconditionerGroup
@@ -240,6 +241,8 @@ class Muon(StructuredOptimizer):
             Default: experts as stacks, everything else as matrices.
         nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
             "skip".
+        rounding: How parameters of low precision are written back: rounded to the "nearest",
+            "stochastic", or "kahan", with what was lost carried over. Default: "nearest".
         maximize: Whether to maximize. Default: False.
         verbose_init: Whether to print what is treated how. Default: False.
 
@@ -286,6 +289,7 @@ class Muon(StructuredOptimizer):
         adamw_weight_decay: float = 0.01,
         combine_params: Sequence[PreconditionerGroup] | None = None,
         nonfinite: Nonfinite = "skip",
+        rounding: Rounding = "nearest",
         maximize: bool = False,
         verbose_init: bool = False,
     ) -> None:
@@ -322,6 +326,7 @@ class Muon(StructuredOptimizer):
             },
             combine_params=combine_params,
             nonfinite=nonfinite,
+            rounding=rounding,
             maximize=maximize,
             verbose_init=verbose_init,
         )
@@ -354,6 +359,8 @@ class NorMuon(StructuredOptimizer):
         combine_params: The grouping rules, most important first. Default: as in `Muon`.
         nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
             "skip".
+        rounding: How parameters of low precision are written back: rounded to the "nearest",
+            "stochastic", or "kahan", with what was lost carried over. Default: "nearest".
         maximize: Whether to maximize. Default: False.
         verbose_init: Whether to print what is treated how. Default: False.
 
@@ -388,6 +395,7 @@ class NorMuon(StructuredOptimizer):
         adamw_weight_decay: float = 0.01,
         combine_params: Sequence[PreconditionerGroup] | None = None,
         nonfinite: Nonfinite = "skip",
+        rounding: Rounding = "nearest",
         maximize: bool = False,
         verbose_init: bool = False,
     ) -> None:
@@ -414,6 +422,7 @@ class NorMuon(StructuredOptimizer):
             },
             combine_params=combine_params,
             nonfinite=nonfinite,
+            rounding=rounding,
             maximize=maximize,
             verbose_init=verbose_init,
         )

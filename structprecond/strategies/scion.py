@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from structprecond.core.optimizer import Nonfinite, StructuredOptimizer
+from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routing
 from structprecond.groups import PreconditionerGroup
 from structprecond.linalg.polar import (
@@ -122,6 +123,8 @@ class Scion(StructuredOptimizer):
         combine_params: The grouping rules, most important first. Default: as in `Muon`.
         nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
             "skip".
+        rounding: How parameters of low precision are written back: rounded to the "nearest",
+            "stochastic", or "kahan", with what was lost carried over. Default: "nearest".
         maximize: Whether to maximize. Default: False.
         verbose_init: Whether to print what is treated how. Default: False.
 
@@ -150,6 +153,7 @@ class Scion(StructuredOptimizer):
         fp32_matmul_prec: MatmulPrecision = "medium",
         combine_params: Sequence[PreconditionerGroup] | None = None,
         nonfinite: Nonfinite = "skip",
+        rounding: Rounding = "nearest",
         maximize: bool = False,
         verbose_init: bool = False,
     ) -> None:
@@ -178,6 +182,7 @@ class Scion(StructuredOptimizer):
             hyperparameters={"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
             combine_params=combine_params,
             nonfinite=nonfinite,
+            rounding=rounding,
             maximize=maximize,
             verbose_init=verbose_init,
         )

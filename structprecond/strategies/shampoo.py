@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
+from structprecond.core.rounding import Rounding
 from structprecond.core.state import Rows, State
 from structprecond.errors import StructPrecondError, StructureError
 from structprecond.groups import PerParameter, PreconditionerGroup
@@ -262,6 +263,8 @@ class Shampoo(StructuredOptimizer):
         refresh: "synchronous" or "staggered", in turns. Default: "synchronous".
         nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
             "skip".
+        rounding: How parameters of low precision are written back: rounded to the "nearest",
+            "stochastic", or "kahan", with what was lost carried over. Default: "nearest".
         maximize: Whether to maximize. Default: False.
         verbose_init: Whether to print what is treated how. Default: False.
 
@@ -298,6 +301,7 @@ class Shampoo(StructuredOptimizer):
         combine_params: Sequence[PreconditionerGroup] = (PerParameter(),),
         refresh: Refresh = "synchronous",
         nonfinite: Nonfinite = "skip",
+        rounding: Rounding = "nearest",
         maximize: bool = False,
         verbose_init: bool = False,
     ) -> None:
@@ -325,6 +329,7 @@ class Shampoo(StructuredOptimizer):
             combine_params=combine_params,
             refresh=refresh,
             nonfinite=nonfinite,
+            rounding=rounding,
             maximize=maximize,
             verbose_init=verbose_init,
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from structprecond.core.batch_size import GetBatchSize, get_batch_size
 from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
+from structprecond.core.rounding import Rounding
 from structprecond.core.state import State, rows_of
 from structprecond.groups import PerParameter, PreconditionerGroup
 from structprecond.strategies.base import (
@@ -178,6 +179,8 @@ class SIRFShampoo(StructuredOptimizer):
         refresh: "synchronous" or "staggered", in turns. Default: "synchronous".
         nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
             "skip".
+        rounding: How parameters of low precision are written back: rounded to the "nearest",
+            "stochastic", or "kahan", with what was lost carried over. Default: "nearest".
         maximize: Whether to maximize. Default: False.
         verbose_init: Whether to print what is treated how. Default: False.
 
@@ -215,6 +218,7 @@ class SIRFShampoo(StructuredOptimizer):
         combine_params: Sequence[PreconditionerGroup] = (PerParameter(),),
         refresh: Refresh = "synchronous",
         nonfinite: Nonfinite = "skip",
+        rounding: Rounding = "nearest",
         maximize: bool = False,
         verbose_init: bool = False,
     ) -> None:
@@ -237,6 +241,7 @@ class SIRFShampoo(StructuredOptimizer):
             batch_size=batch_size,
             refresh=refresh,
             nonfinite=nonfinite,
+            rounding=rounding,
             maximize=maximize,
             verbose_init=verbose_init,
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
+from structprecond.core.rounding import Rounding
 from structprecond.core.state import ALL_ROWS, Rows, State
 from structprecond.errors import StructPrecondError
 from structprecond.groups import MergeDims, PerParameter, PreconditionerGroup
@@ -243,6 +244,8 @@ class SOAP(StructuredOptimizer):
         refresh: "synchronous" or "staggered", in turns. Default: "synchronous".
         nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
             "skip".
+        rounding: How parameters of low precision are written back: rounded to the "nearest",
+            "stochastic", or "kahan", with what was lost carried over. Default: "nearest".
         maximize: Whether to maximize. Default: False.
         verbose_init: Whether to print what is treated how. Default: False.
 
@@ -285,6 +288,7 @@ class SOAP(StructuredOptimizer):
         combine_params: Sequence[PreconditionerGroup] | None = None,
         refresh: Refresh = "synchronous",
         nonfinite: Nonfinite = "skip",
+        rounding: Rounding = "nearest",
         maximize: bool = False,
         verbose_init: bool = False,
     ) -> None:
@@ -320,6 +324,7 @@ class SOAP(StructuredOptimizer):
             combine_params=(rule,) if combine_params is None else combine_params,
             refresh=refresh,
             nonfinite=nonfinite,
+            rounding=rounding,
             maximize=maximize,
             verbose_init=verbose_init,
         )

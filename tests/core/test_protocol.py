@@ -1265,8 +1265,8 @@ def test_rule_whose_ungroup_copies_agrees_with_the_views_to_the_bit(
         SIRFShampoo(m, combine_params=(rule, PerParameter()), batch_size=6, **SETTINGS)
         for m, rule in ((model, viewing), (twin, copying))
     )
-    assert optimizer.buckets[0].windows is not None
-    assert other.buckets[0].windows is None
+    assert optimizer.buckets[0].layout._windows is not None
+    assert other.buckets[0].layout._windows is None
     for step in range(6):
         for m, o in ((model, optimizer), (twin, other)):
             set_grads(list(m.parameters()), step)

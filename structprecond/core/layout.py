@@ -1,0 +1,125 @@
+"""Where the parameters of units stand in a stack, and how they get there and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Size, Tensor, nn
+
+from structprecond.core.units import Unit
+from structprecond.core.windows import Window, find_windows
+
+
+class Layout:
+    """The rows and windows of units that are stacked.
+
+    Args:
+        units: The units, all of one grouped shape.
+
+    Attributes:
+        units: The units; unit i owns the rows `spans[i]`.
+        params: All their parameters.
+        spans: The rows of each unit.
+        rows: The number of rows of the stack.
+    """
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = list(units)
+        self.params: list[nn.Parameter] = [p for unit in units for p in unit.params]
+        self.spans: list[slice] = []
+        self._windows: list[Window] | None = []
+        start = 0
+        for unit in units:
+            self.spans.append(slice(start, start + unit.rows))
+            windows = find_windows(unit)
+            if windows is None:
+                self._windows = None
+            elif self._windows is not None:
+                shift = start * unit.shape.numel()
+                self._windows += [replace(w, offset=w.offset + shift) for w in windows]
+            start += unit.rows
+        self.rows = start
+        self._tile = self._find_tile()
+
+    def _find_tile(self) -> Size | None:
+        """Return the shape of every parameter if they fill the stack one after the other.
+
+        That is the common case, and one call then does what takes a view per parameter else.
+        """
+        first = self.params[0].shape
+        tiles = self._windows or []
+        strides = torch.empty(first, device="meta").stride()
+        in_order = all(
+            window == Window(tuple(first), strides, i * first.numel())
+            for i, window in enumerate(tiles)
+        )
+        return first if tiles and in_order else None
+
+    def per_param(self, live: Sequence[bool]) -> list[bool]:
+        """Return for every parameter whether its unit is live."""
+        return [on for on, unit in zip(live, self.units, strict=True) for _ in unit.params]
+
+    def live_params(self, live: Sequence[bool]) -> list[nn.Parameter]:
+        """Return the parameters of the live units."""
+        if all(live):
+            return self.params
+        return [p for p, on in zip(self.params, self.per_param(live), strict=True) if on]
+
+    def live_rows(self, live: Sequence[bool]) -> Tensor:  # (rows,), bool on the CPU
+        """Return for every row whether its unit is live."""
+        if all(live):
+            return torch.ones(self.rows, dtype=torch.bool, device="cpu")
+        rows = [on for on, unit in zip(live, self.units, strict=True) for _ in range(unit.rows)]
+        return torch.tensor(rows, dtype=torch.bool, device="cpu")
+
+    def live_units(self, rows: Tensor) -> list[bool]:
+        """Undo `live_rows`."""
+        mask = rows.tolist()
+        return [mask[span.start] for span in self.spans]
+
+    def gather(self, tensors: Sequence[Tensor], live: Sequence[bool], into: Tensor) -> None:
+        """Copy one tensor per live parameter into the rows of a contiguous stack."""
+        if self._tile is not None and len(tensors) == len(self.params) and _alike(tensors, into):
+            torch.stack(list(tensors), out=into.view(len(tensors), *self._tile))
+        elif self._windows is not None:
+            torch._foreach_copy_(self._views(into, live), list(tensors))
+        else:
+            rest = iter(tensors)
+            for unit, span, on in zip(self.units, self.spans, live, strict=True):
+                if on:
+                    members = [next(rest) for _ in unit.params]
+                    into[span].view(_grouped_shape(unit)).copy_(unit.rule.group(members))
+
+    def scatter(self, stack: Tensor, live: Sequence[bool]) -> list[Tensor]:
+        """Return one tensor per live parameter, out of a contiguous stack of all rows."""
+        if self._windows is not None:
+            return self._views(stack, live)
+        tensors = []
+        for unit, span, on in zip(self.units, self.spans, live, strict=True):
+            if on:
+                grouped = stack[span].view(_grouped_shape(unit))
+                tensors += unit.rule.ungroup(grouped, unit.shapes)
+        return tensors
+
+    def _views(self, stack: Tensor, live: Sequence[bool]) -> list[Tensor]:
+        assert self._windows is not None
+        if self._tile is not None:
+            views = list(stack.view(len(self.params), *self._tile).unbind())
+            if all(live):
+                return views
+            return [view for view, on in zip(views, self.per_param(live), strict=True) if on]
+        return [
+            window.of(stack)
+            for window, on in zip(self._windows, self.per_param(live), strict=True)
+            if on
+        ]
+
+
+def _alike(tensors: Sequence[Tensor], into: Tensor) -> bool:
+    return all(t.dtype == into.dtype for t in tensors)
+
+
+def _grouped_shape(unit: Unit) -> tuple[int, ...]:
+    return (unit.rows, *unit.shape) if unit.rule.stacked else tuple(unit.shape)
