@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from structprecond.core.checkpoint import describe_object
 from structprecond.core.optimizer import StructuredOptimizer
+from structprecond.errors import StructPrecondError
+from structprecond.sam import SAM
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Description:
         """Return a table with one line per stack and the totals."""
         header: tuple[str, ...] = ("group", "parameters", "rule", "shape", "rows", "structures")
         strategies = list(dict.fromkeys(row.strategy for row in self.rows))
-        if routed := len(strategies) > 1:
+        if routed := any(rule != "default" for row in self.rows for rule in row.rules):
             header = (*header[:2], "strategy", "route", *header[2:])
         header = (*header, "state")
         table = [header]
@@ -95,14 +97,17 @@ class Description:
         return "\n".join([lines[0], rule, *lines[1:], rule, total])
 
 
-def describe(optimizer: StructuredOptimizer) -> Description:
+def describe(optimizer: StructuredOptimizer | SAM) -> Description:
     """Describe how an optimizer treats the parameters: stacks, structures and state bytes.
 
     Args:
-        optimizer: The optimizer.
+        optimizer: The optimizer, or a SAM around one.
 
     Returns:
         The description; `print` shows it as a table.
+
+    Raises:
+        StructPrecondError: If it is another optimizer.
 
     Example:
         >>> import torch
@@ -115,6 +120,12 @@ def describe(optimizer: StructuredOptimizer) -> Description:
         ------------------------------------------------------------------
         SIRFShampooStrategy: state 220 B = 6.88 x parameters (32 B)
     """
+    if isinstance(optimizer, SAM):
+        optimizer = optimizer.base_optimizer  # type: ignore[assignment]
+    if not isinstance(optimizer, StructuredOptimizer):
+        raise StructPrecondError(
+            f"describe takes an optimizer of this library, got a {type(optimizer).__name__}."
+        )
     numbers = {id(group): i for i, group in enumerate(optimizer.param_groups)}
     rows = [
         Row(

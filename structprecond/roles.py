@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -26,7 +27,7 @@ ROLES: tuple[RoleName, ...] = get_args(RoleName)
 class Role(NamedTuple):
     """What a parameter is for.
 
-    Args:
+    Attributes:
         role: One of `ROLES`.
         reason: How that was found out.
         shape: The shape of the parameter.
@@ -92,6 +93,21 @@ def infer_roles(model: nn.Module) -> Roles:
         2.weight   2x4    head       last linear layer outside repeated blocks
         2.bias     2      bias       bias of Linear
     """
+    # an optimizer asks once per param group and rule
+    places = tuple(
+        (path, name, id(p), () if is_lazy(p) else p.shape)
+        for path, module in model.named_modules()
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
+    )
+    if _known.get(model, ((), Roles()))[0] != places or not places:
+        _known[model] = (places, _find_roles(model))
+    return Roles(_known[model][1])
+
+
+_known: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Roles]] = WeakKeyDictionary()
+
+
+def _find_roles(model: nn.Module) -> Roles:
     root = _Node("", "", model, repeated=isinstance(model, _BLOCKS))
     nodes = list(_walk(root, set()))
     sites: dict[nn.Parameter, list[_Site]] = {}  # by identity: the places of a tied parameter
@@ -131,6 +147,7 @@ _NORM = re.compile(r"\w*norm\w*|(\w+_)?(ln|bn|gn)(_?[\df])?")
 _BIAS = re.compile(r"bias(es)?(_\w+)?|\w+_bias(es)?")
 _QKV = re.compile(r"\w*qkv\w*|c_attn|w_pack|query_key_value")
 _EXPERTS = re.compile(r"\w*(expert|moe)\w*")
+_EXPERT_BIAS = re.compile(r"b\d*|\w*bias\w*")
 _ATTENTION = re.compile(r"\w*(attn|attention)\d*")
 _LOGARITHM = re.compile(r"log_\w+|\w+_logs?")  # of time scales in state space models, mostly
 # Says nothing, but the name of its module may.
@@ -328,6 +345,8 @@ def _by_module(site: _Site, p: nn.Parameter, heads: dict[nn.Module, str]) -> Rol
         return Role("embedding", f"{site.name} of {kind}")
     if p.ndim > 2 and _says(_EXPERTS, site.name, node.name, kind, *owners):
         return Role("experts", f"many experts in one {site.name} of {kind}")
+    if p.ndim == 2 and _says(_EXPERT_BIAS, site.name) and _says(_EXPERTS, node.name, kind, *owners):
+        return Role("bias", f"a vector per expert of {kind}")
     if p.ndim != 2:
         return None
     if isinstance(module, nn.MultiheadAttention) and site.name == "in_proj_weight":

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import contestants
 import pytest
 import roofline
+import scaling
 import step_time
 import torch
 import workloads
@@ -153,3 +156,18 @@ def test_staggered_refreshes_take_part(tiny: str) -> None:
     optimizer = contestants.RACES["soap"]["structprecond, staggered"](model)
     assert isinstance(optimizer, SOAP)
     assert optimizer.refresh == "staggered"
+
+
+def test_growth_is_fitted_and_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    assert scaling.exponent([1, 2, 4], [3.0, 24.0, 192.0]) == pytest.approx(3.0)
+    threads = torch.get_num_threads()
+    arguments = ["--counts", "1", "2", "--widths", "2", "4", "--params", "1", "2"]
+    found = scaling.main([*arguments, "--cycles", "1", "--threads", "1"])
+    torch.set_num_threads(threads)
+    assert len(found) == 12
+    assert "| soap | 1: " in capsys.readouterr().out
+
+
+def test_importing_does_not_import_the_compiler() -> None:
+    script = "import sys, structprecond; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)

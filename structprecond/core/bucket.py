@@ -137,11 +137,14 @@ class Bucket:
         lost = {} if self.lost is None else {"lost": self.lost}
         return counters | flags | lost | self.state.named_tensors()
 
-    def unit_tensors(self, unit: int) -> dict[str, Tensor]:
-        """Return views of one unit's rows by name, without the row dimension if it has one row."""
-        span = self.spans[unit]
-        rows = span if self.units[unit].rule.stacked else span.start
-        return {name: tensor[rows] for name, tensor in self.named_tensors().items()}
+    def unit_tensors(self) -> list[dict[str, Tensor]]:
+        """Return views of each unit's rows by name, without the row dimension if it has one row."""
+        stacked = self.named_tensors()
+        rows = (
+            span if unit.rule.stacked else span.start
+            for unit, span in zip(self.units, self.spans, strict=True)
+        )
+        return [{name: tensor[own] for name, tensor in stacked.items()} for own in rows]
 
     def refresh_cost(self) -> int:
         """Return the operations that refreshing one row takes, up to a constant factor."""

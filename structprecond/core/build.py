@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
+from structprecond.core.naming import BareParameters, plain_name
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Route, Routing
 from structprecond.core.units import Unit, find_units
 from structprecond.errors import GroupError, StructPrecondError, StructureError
-from structprecond.groups import StackExperts
+from structprecond.groups import PreconditionerGroup, StackExperts
 from structprecond.roles import RoleName, infer_roles
 from structprecond.strategies.base import Strategy
 from structprecond.structures.spec import per_axis, resolve_structures
@@ -28,7 +29,7 @@ def named_group(model: nn.Module | None, param_group: Mapping[str, Any]) -> dict
     group = dict(param_group)
     if model is None or isinstance(group.get("params"), set):
         return group
-    names = {p: name for name, p in model.named_parameters()}
+    names = {p: plain_name(name) for name, p in model.named_parameters()}
     params = group["params"]
     params = [params] if isinstance(params, Tensor) else list(params)
     params = [p[1] if isinstance(p, tuple) else p for p in params]
@@ -97,11 +98,11 @@ def _find_routes(
     params, rules = group["params"], group["combine_params"]
     if not routing.looks_at_roles:
         route = Route(routing.main, "default")
-        rules = routing.main.combine_params if rules is None else rules
+        rules = _usual_rules(model, routing.main) if rules is None else rules
         for unit in find_units(model, params, rules, names):
             yield unit, route
         return
-    roles = _roles(model, params)
+    roles = _roles(model, names)
     if rules is not None:
         for unit in find_units(model, params, rules, names):
             yield unit, routing.route(unit.names, roles[unit.params[0]])
@@ -110,15 +111,23 @@ def _find_routes(
     routes = {p: routing.route((names[p],), roles[p]) for p in params}
     for strategy in routing.strategies:
         own = [p for p in params if routes[p].strategy == strategy]
-        usual = strategy.combine_params
-        experts = () if model is None else (StackExperts(),)
-        for unit in find_units(model, own, (*experts, *usual), names):
+        for unit in find_units(model, own, _usual_rules(model, strategy, StackExperts()), names):
             yield unit, routes[unit.params[0]]
 
 
-def _roles(model: nn.Module | None, params: Sequence[nn.Parameter]) -> dict[nn.Parameter, RoleName]:
-    """Return the role of each parameter; by shape alone if there is no model."""
-    seen = nn.ParameterList(params) if model is None else model
+def _usual_rules(
+    model: nn.Module | None, strategy: Strategy[Any], *first: PreconditionerGroup
+) -> list[PreconditionerGroup]:
+    """Return the rules that suit a strategy; those that look at modules only if there are some."""
+    rules = dict.fromkeys((*first, *strategy.combine_params))
+    return [rule for rule in rules if model is not None or not rule.requires_modules]
+
+
+def _roles(
+    model: nn.Module | None, names: Mapping[nn.Parameter, str]
+) -> dict[nn.Parameter, RoleName]:
+    """Return the role of each parameter; by name and shape alone if there is no model."""
+    seen = BareParameters(names) if model is None else model
     roles = infer_roles(seen)
     return {p: roles[name].role for name, p in seen.named_parameters()}
 

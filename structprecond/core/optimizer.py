@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -22,6 +23,7 @@ from structprecond.core.finite import (
     with_nonfinite_gradient,
 )
 from structprecond.core.memory import keep_freed_memory
+from structprecond.core.naming import unwrap
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routes, as_routing, check_names
 from structprecond.core.schedule import take_turns
@@ -144,13 +146,15 @@ class StructuredOptimizer(Optimizer):
                 f"nonfinite must be 'skip', 'raise' or 'ignore', got {nonfinite!r}."
             )
         if isinstance(model, nn.Module):
-            params = model.named_parameters() if params is None else params
+            params = unwrap(model).named_parameters() if params is None else params
         elif params is not None:
             raise StructPrecondError(
                 f"params= selects parameters of a model, but the first argument is a "
                 f"{type(model).__name__}. Pass the model first, or the parameters alone."
             )
         self.model = model if isinstance(model, nn.Module) else None
+        if not isinstance(maximize, bool):
+            raise StructPrecondError(f"maximize must be True or False, got {maximize!r}.")
         if refresh not in ("synchronous", "staggered"):
             raise StructPrecondError(
                 f"refresh must be 'synchronous' or 'staggered', got {refresh!r}."
@@ -186,6 +190,7 @@ class StructuredOptimizer(Optimizer):
             "preconditioner_dtypes": preconditioner_dtypes,
             "combine_params": combine_params if combine_params is None else tuple(combine_params),
         }
+        _keep_the_compiler_out()
         super().__init__(model if params is None else params, defaults)  # type: ignore[arg-type]
         routing.check_used(self._used_rules)
         if batch_size is not None:
@@ -203,16 +208,20 @@ class StructuredOptimizer(Optimizer):
         Raises:
             StructPrecondError: If the group is wrong; then nothing is added.
         """
-        group = named_group(self.model, param_group)
-        routing = as_routing(group.get("strategy", self.defaults["strategy"]))
+        model = None if self.model is None else unwrap(self.model)
+        group = named_group(model, param_group)
+        usual = as_routing(self.defaults["strategy"])
+        if isinstance(group.get("strategy"), str):
+            group["strategy"] = usual.only(group["strategy"])
+        routing = as_routing(group.get("strategy", usual))
         known = routing.hyperparameters
+        given = set(group) & set(known)
         if unknown := set(group) - set(known) - set(_CONFIGURATION) - _TORCH_KEYS:
             raise HyperparameterError(
                 f"Unknown keys {sorted(unknown)} in a param group of "
                 f"{type(routing.main).__name__}. Its hyperparameters are "
                 f"{', '.join(sorted(known))}."
             )
-        usual = as_routing(self.defaults["strategy"])
         for name, hyperparameter in known.items():
             # those of another strategy may share a name but not a meaning, except for lr
             shared = name == "lr" or name not in routing.main.hyperparameters
@@ -226,7 +235,8 @@ class StructuredOptimizer(Optimizer):
             for name, hyperparameter in known.items():
                 hyperparameter.validate(name, group[name])
             names = self._labels(group)
-            buckets = make_buckets(self.model, group, routing, names, self.rounding)
+            buckets = make_buckets(model, group, routing, names, self.rounding)
+            routing.check_read(given, [bucket.strategy for bucket in buckets])
             used = {rule for bucket in buckets for rule in bucket.rules}
             if own_routing:
                 routing.check_used(used)
@@ -257,9 +267,9 @@ class StructuredOptimizer(Optimizer):
         The others show the counters alone: torch expects every parameter to have some state.
         """
         shared = {"global_step": self._global_step, "batch_size": self._samples}
-        for i, unit in enumerate(bucket.units):
+        for unit, tensors in zip(bucket.units, bucket.unit_tensors(), strict=True):
             for p in unit.params:
-                own = bucket.unit_tensors(i) if p is unit.params[0] else {}
+                own = tensors if p is unit.params[0] else {}
                 self.state[p] = self._entries[p] = Entry(unit.label, own | shared)
 
     def _per_unit(self, part: Callable[[Any], tuple[Any, ...]]) -> list[tuple[Any, ...]]:
@@ -338,8 +348,6 @@ class StructuredOptimizer(Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    # its bookkeeping would be compiled anew at every step
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Make one step.
@@ -358,6 +366,10 @@ class StructuredOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    def _step(self) -> None:
         self._watch()
         self._follow()
         live = [[unit.live() for unit in bucket.units] for bucket in self.buckets]
@@ -378,12 +390,20 @@ class StructuredOptimizer(Optimizer):
         if self._counter is not None:
             self._counter.start_anew()
         self._warn_of_failures(failed)
-        return loss
 
     def _follow(self) -> None:
         """Notice parameters that were moved and state entries that were replaced."""
         for bucket in self.buckets:
             devices = {p.device for p in bucket.params}
+            if self.rounding != "nearest" and any(
+                p.dtype != bucket.key.param_dtype for p in bucket.params
+            ):
+                raise StructPrecondError(
+                    f"Parameters were converted from {bucket.key.param_dtype} after the optimizer "
+                    f"was made, with rounding={self.rounding!r}: "
+                    f"{_enumerate([self._names[p] for p in bucket.params])}. Convert the model "
+                    "first, and then build the optimizer."
+                )
             if devices != {bucket.device}:
                 if len(devices) > 1:
                     raise StructPrecondError(
@@ -476,7 +496,7 @@ class StructuredOptimizer(Optimizer):
     def _warn_once(self, counter: str, message: str) -> None:
         if counter not in self._warned:
             self._warned.add(counter)
-            warnings.warn(message, stacklevel=7)  # the line that calls `step`, through torch
+            warnings.warn(message, stacklevel=8)  # the line that calls `step`, through torch
 
     def _arguments(
         self, bucket: Bucket, refresh: Mapping[int, int | bool], batch_size: int | None
@@ -576,6 +596,7 @@ class StructuredOptimizer(Optimizer):
             "_used_rules": set(),
         }
         super().__setstate__({**state, **fresh})
+        _keep_the_compiler_out()
         for bucket in self.buckets:
             self._show(bucket)
         self._watch()
@@ -586,6 +607,17 @@ class StructuredOptimizer(Optimizer):
             return
         if "_forward_hooks" in self.model.__dict__:
             self._counter.watch(self.model, self)
+
+
+@cache
+def _keep_the_compiler_out() -> None:
+    """Let torch.compile leave steps to Python: their bookkeeping would be compiled every time.
+
+    As a decorator it would import the compiler together with this module, which takes a second;
+    torch does so itself when it makes an optimizer.
+    """
+    step = torch.compiler.disable(StructuredOptimizer._step)
+    StructuredOptimizer._step = step  # type: ignore[method-assign]
 
 
 def _enumerate(labels: Sequence[str]) -> str:

@@ -117,6 +117,40 @@ class Routing:
             return Route(self.rules[role], role)
         return Route(self.roles.get(role, self.main), role)
 
+    def only(self, name: str) -> Routing:
+        """Return the routing that sends everything to the strategy of a name.
+
+        Raises:
+            StructPrecondError: If there is no such strategy, or several.
+        """
+        named = [strategy for strategy in self.strategies if strategy.name == name]
+        if len(named) != 1:
+            known = ", ".join(repr(strategy.name) for strategy in self.strategies)
+            raise StructPrecondError(
+                f"A param group's strategy is {name!r}, which is not the name of one of the "
+                f"strategies here, {known}. Give a strategy object."
+            )
+        return Routing(self.main, roles=dict.fromkeys(ROLES, named[0]))
+
+    def check_read(self, given: set[str], strategies: Sequence[Strategy[Any]]) -> None:
+        """Raise `HyperparameterError` if a given hyperparameter belongs to none of some strategies.
+
+        Args:
+            given: Names of hyperparameters that a param group was given.
+            strategies: The strategies that its parameters go to.
+        """
+        read = {
+            f"{self.prefix(strategy)}{name}"
+            for strategy in strategies
+            for name in (*strategy.hyperparameters, "lr_scale")
+        }
+        if strategies and (unread := sorted(given - read - {"lr"})):
+            names = " and ".join(dict.fromkeys(type(s).__name__ for s in strategies))
+            raise HyperparameterError(
+                f"A param group was given {', '.join(unread)}, but its parameters go to {names}, "
+                f"whose hyperparameters are {', '.join(sorted(read & set(self.hyperparameters)))}."
+            )
+
     def check_used(self, used: set[str]) -> None:
         """Raise `GroupError` if there is a rule that applies to nothing."""
         if ignored := [rule for rule in self.rules if rule not in used]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Size, nn
 
+from structprecond.core.naming import BareParameters
 from structprecond.errors import GroupError
 from structprecond.groups import PreconditionerGroup
 
@@ -71,7 +72,7 @@ def find_units(
             or if a parameter is not claimed by any rule.
     """
     # rules that look at parameters alone see those of a plain list as a model
-    seen = model if model is not None else nn.ParameterList(params)
+    seen = BareParameters(names) if model is None else model
     known = {id(p) for p in seen.parameters()}
     open_params = {id(p) for p in params}
     units = []

@@ -57,10 +57,9 @@ class PreconditionerGroup(ABC):
         """Split a grouped tensor into tensors of the given shapes: the inverse of `group`."""
 
 
-def squeeze_axes(tensor: Tensor, first: int = 0) -> Tensor:
-    """Drop axes of size 1 from axis `first` on, keeping at least one: no 1x1 Kronecker factors."""
-    kept = [size for size in tensor.shape[first:] if size != 1]
-    return tensor.reshape(*tensor.shape[:first], *(kept or [1]))
+def squeeze_axes(tensor: Tensor) -> Tensor:
+    """Drop axes of size 1, keeping at least one: no 1x1 Kronecker factors."""
+    return tensor.reshape([size for size in tensor.shape if size != 1] or [1])
 
 
 class FlattenAndConcatenate(PreconditionerGroup):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from torch import Size, Tensor, nn
 
-from structprecond.groups.base import PreconditionerGroup, squeeze_axes
+from structprecond.errors import GroupError
+from structprecond.groups.base import PreconditionerGroup
 from structprecond.roles import infer_roles
 
 
@@ -14,25 +16,43 @@ from structprecond.roles import infer_roles
 class StackExperts(PreconditionerGroup):
     """Treat the experts of a weight `(experts, out, in)` as independent rows of a stack.
 
-    Which weights are such is what `infer_roles` says. Each expert has Kronecker factors of its own,
-    where `PerParameter` gives the weight three factors.
+    Each expert has Kronecker factors of its own, where `PerParameter` gives the weight three
+    factors.
+
+    Args:
+        pattern: Names of parameters with at least two axes, with shell wildcards, for weights that
+            are not called experts, such as heads `(heads, in, out)`. Default: None, for what
+            `infer_roles` finds.
+
+    Raises:
+        GroupError: If nothing matches the pattern, or something with fewer than two axes.
 
     Example:
         >>> StackExperts().group([torch.zeros(8, 16, 4)]).shape
         torch.Size([8, 16, 4])
     """
 
+    pattern: str | None = None
     stacked = True
 
     def identify(self, model: nn.Module) -> list[list[nn.Parameter]]:
         """Return every parameter that holds the weights of several experts."""
-        roles = infer_roles(model)
-        return [[p] for name, p in model.named_parameters() if roles[name].role == "experts"]
+        named = dict(model.named_parameters())
+        if self.pattern is None:
+            roles = infer_roles(model)
+            return [[p] for name, p in named.items() if roles[name].role == "experts"]
+        found = {name: p for name, p in named.items() if fnmatchcase(name, self.pattern)}
+        if not found or any(p.ndim < 2 for p in found.values()):
+            raise GroupError(
+                f"{self}: expected parameters with at least two axes, found "
+                f"{ {name: tuple(p.shape) for name, p in found.items()} }. Names are "
+                f"{', '.join(named)}."
+            )
+        return [[p] for p in found.values()]
 
     def group(self, tensors: list[Tensor]) -> Tensor:
-        """Return the stack, without axes of size 1 inside an expert."""
-        (tensor,) = tensors
-        return squeeze_axes(tensor, first=1)
+        """Return the weight, whose first axis is that of the stack."""
+        return tensors[0]
 
     def ungroup(self, grouped_tensor: Tensor, tensor_shapes: list[Size]) -> list[Tensor]:
         """Return the tensor in the parameter's shape."""

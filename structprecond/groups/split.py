@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Size, Tensor, nn
 
 from structprecond.errors import GroupError
-from structprecond.groups.base import PreconditionerGroup, squeeze_axes
+from structprecond.groups.base import PreconditionerGroup
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,15 @@ class SplitHeads(PreconditionerGroup):
         return [[p] for p in dict.fromkeys(found.values())]
 
     def group(self, tensors: list[Tensor]) -> Tensor:
-        """Return the stack of the pieces, without axes of size 1 inside a piece."""
+        """Return the stack of the pieces."""
         (tensor,) = tensors
         pattern = (
             "(heads d) ... -> heads d ..."
             if self.axis == 0
             else ("out (heads d) ... -> heads out d ...")
         )
-        return squeeze_axes(rearrange(tensor, pattern, heads=self.heads), first=1)
+        stack: Tensor = rearrange(tensor, pattern, heads=self.heads)
+        return stack
 
     def ungroup(self, grouped_tensor: Tensor, tensor_shapes: list[Size]) -> list[Tensor]:
         """Put the pieces together again."""

@@ -139,6 +139,16 @@ def coefficients_of(kind: CoefficientType, steps: int) -> tuple[Coefficients, ..
     return tuple(table.steps[min(i, known - 1)] for i in range(steps))
 
 
+def checked_coefficients(kind: CoefficientType, steps: int) -> CoefficientType:
+    """Return coefficients that are fit for so many steps, in a form that can be hashed.
+
+    Raises:
+        StructPrecondError: As `coefficients_of`.
+    """
+    polynomials = coefficients_of(kind, steps)
+    return kind if isinstance(kind, str) else polynomials
+
+
 def _custom(kind: Sequence[Coefficients], steps: int) -> tuple[Coefficients, ...]:
     try:
         triples = tuple((float(a), float(b), float(c)) for a, b, c in kind)

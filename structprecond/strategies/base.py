@@ -6,13 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal
+from typing import Any, ClassVar, Generic, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from structprecond.core.state import Rows, S
-from structprecond.errors import HyperparameterError, StructureError
+from structprecond.errors import HyperparameterError, StructPrecondError, StructureError
 from structprecond.groups import PerParameter, PreconditionerGroup
 from structprecond.structures import SUPPORTED_STRUCTURES, StructuredMatrix
 from structprecond.structures.spec import Structure
@@ -73,6 +73,27 @@ def interval(default: Any) -> Hyperparameter:
     )
 
 
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise `StructPrecondError` unless a value is one of a `Literal`'s."""
+    if value not in get_args(choices):
+        raise StructPrecondError(
+            f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}."
+        )
+
+
+def check_flags(**flags: object) -> None:
+    """Raise `StructPrecondError` unless all values are True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise StructPrecondError(f"{name} must be True or False, got {value!r}.")
+
+
+def check_positive(**numbers: Any) -> None:
+    """Raise `HyperparameterError` unless all values are finite numbers above 0."""
+    for name, value in numbers.items():
+        positive(None).validate(name, value)
+
+
 @dataclass
 class StepContext:
     """What a strategy may know about the step besides gradients and hyperparameters.
@@ -109,7 +130,8 @@ class Strategy(ABC, Generic[S]):
         refresh_interval: The name of the hyperparameter that says how often rows are refreshed.
         structures: The classes of structured matrices that it can work with; empty if it has no
             Kronecker factors.
-        combine_params: The grouping rules that suit it, where the user gives none.
+        combine_params: The grouping rules that suit it, where the user gives none; those that look
+            at modules are left out if there is no model.
         refresh_phase: Rows are refreshed before update t = 0, 1, ... (phase 0) or after update
             t = 1, 2, ... (phase 1) that their interval divides.
         needs_batch_size: Whether the update depends on the batch size.

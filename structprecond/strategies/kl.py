@@ -18,6 +18,7 @@ from structprecond.groups import PerParameter, PreconditionerGroup
 from structprecond.strategies.base import (
     Hyperparameter,
     StepContext,
+    check_flags,
     nonnegative,
 )
 from structprecond.strategies.moments import (
@@ -106,6 +107,8 @@ class KLShampooStrategy(RotatedStrategy):
 
     def __post_init__(self) -> None:
         """Check the static configuration."""
+        super().__post_init__()
+        check_flags(clamping=self.clamping)
         if not self.init_factor > 0:
             raise StructPrecondError(f"init_factor must be above 0, got {self.init_factor!r}.")
 

@@ -18,6 +18,7 @@ from structprecond.strategies.base import (
     Hyperparameter,
     StepContext,
     Strategy,
+    check_flags,
     flag,
     fraction,
     nonnegative,
@@ -63,6 +64,10 @@ class LARSStrategy(Strategy[LARSState]):
     """
 
     always_scale: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the static configuration."""
+        check_flags(always_scale=self.always_scale)
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
         "lr": nonnegative(None),

@@ -18,17 +18,23 @@ from structprecond.groups import PreconditionerGroup
 from structprecond.linalg.polar import (
     CoefficientType,
     MatmulPrecision,
-    coefficients_of,
+    checked_coefficients,
     newton_schulz,
 )
 from structprecond.strategies.adamw import AdamWStrategy
-from structprecond.strategies.base import Hyperparameter, Strategy, fraction, nonnegative
+from structprecond.strategies.base import (
+    Hyperparameter,
+    Strategy,
+    check_choice,
+    check_positive,
+    fraction,
+    nonnegative,
+)
 from structprecond.strategies.orthogonalized import (
     NOT_MATRICES,
     MomentumState,
     OrthogonalizedMomentumStrategy,
     WeightDecayMethod,
-    check_choice,
 )
 from structprecond.structures.spec import Structure
 
@@ -75,13 +81,11 @@ class MuonStrategy(OrthogonalizedMomentumStrategy):
     def __post_init__(self) -> None:
         """Check the static configuration."""
         super().__post_init__()
-        coefficients_of(self.coefficient_type, self.num_ns_steps)
         check_choice("scale_mode", self.scale_mode, ScaleMode)
         check_choice("fp32_matmul_prec", self.fp32_matmul_prec, MatmulPrecision)
-        if not isinstance(self.coefficient_type, str):
-            # strategies are compared and hashed
-            triples = tuple((a, b, c) for a, b, c in self.coefficient_type)
-            object.__setattr__(self, "coefficient_type", triples)
+        check_positive(extra_scale_factor=self.extra_scale_factor)
+        kind = checked_coefficients(self.coefficient_type, self.num_ns_steps)
+        object.__setattr__(self, "coefficient_type", kind)
 
     def scaled_orthogonalize_fn(self, update: Tensor) -> Tensor:
         """Return the scaled polar factors `(b, out, in)` of momenta `(b, out, in)`."""
@@ -147,10 +151,11 @@ class NorMuonStrategy(MuonStrategy):
         """Return the directions `(b, out, in)` of momenta `(b, out, in)`."""
         polar = self._orthogonalize(update)
         rows = state.row_exp_avg_sq.lerp_(polar.square().mean(-1), 1 - hp["beta2"])
-        polar.div_(rows.sqrt().add_(hp["eps"]).unsqueeze(-1))
+        tiny = torch.finfo(polar.dtype).tiny  # rows and matrices of zeros stay zero
+        polar.div_(rows.sqrt().add_(hp["eps"]).clamp_(min=tiny).unsqueeze(-1))
         norm = torch.linalg.vector_norm(polar, dim=(-2, -1), keepdim=True)
         size = self.scale(*update.shape[1:]) * min(update.shape[1:]) ** 0.5
-        return polar.mul_(size / norm.clamp_(min=torch.finfo(norm.dtype).tiny))
+        return polar.div_(norm.clamp_(min=tiny)).mul_(size)
 
 
 def auxiliary_routing(
@@ -168,6 +173,10 @@ def auxiliary_routing(
     Raises:
         StructPrecondError: If `routes` names another strategy.
     """
+    if routes is not None and not isinstance(routes, Mapping):
+        raise StructPrecondError(
+            f"routes is a dict from roles or name patterns to strategies, got {routes!r}."
+        )
     known = {strategy.name: strategy for strategy in (matrices, others)}
     rules: dict[str, Strategy[Any]] = {}
     for rule, chosen in (routes or {}).items():
@@ -184,10 +193,12 @@ def scale_to(lr: float | Tensor, own_lr: float | None) -> float:
     """Return the factor from a param group's lr to the one that an auxiliary strategy has.
 
     Raises:
-        HyperparameterError: If lr is zero, so that there is no such factor.
+        HyperparameterError: If one is no learning rate, or lr is zero, so that there is no factor.
     """
     if own_lr is None:
         return 1.0
+    for name, value in (("lr", lr), ("adamw_lr", own_lr)):
+        nonnegative(None).validate(name, value)
     if float(lr) == 0:
         raise HyperparameterError(
             f"adamw_lr={own_lr!r} is kept as a factor to lr, which cannot be with lr=0. Start with "
@@ -209,8 +220,8 @@ class Muon(StructuredOptimizer):
 
     Args:
         model: The model, or parameters as torch optimizers take them.
-        params: The parameters to optimize, or group dicts; a group with
-            `"strategy": MuonStrategy()` goes to Muon as a whole. Default: all of the model's.
+        params: The parameters to optimize, or group dicts; a group with `"strategy": "muon"` or
+            `"adamw"` goes there as a whole. Default: all of the model's.
         lr: Learning rate. Default: 3e-4.
         momentum: Decay of the momentum. Default: 0.95.
         weight_decay: Weight decay of what goes to Muon. Default: 0.01.
@@ -237,8 +248,8 @@ class Muon(StructuredOptimizer):
         adamw_eps: AdamW's epsilon. Default: 1e-8.
         adamw_weight_decay: AdamW's weight decay. Default: 0.01.
         combine_params: The grouping rules, most important first; `SplitHeads("*.qkv.weight", 3)`
-            orthogonalizes the blocks of a fused projection one by one. Append `Matricize()`.
-            Default: experts as stacks, everything else as matrices.
+            orthogonalizes the blocks of a fused projection one by one; append the default,
+            `StackExperts(), Matricize()`: experts as stacks, everything else as matrices.
         nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
             "skip".
         rounding: How parameters of low precision are written back: rounded to the "nearest",

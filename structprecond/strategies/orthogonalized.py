@@ -5,19 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from structprecond.core.state import State
 from structprecond.errors import StructPrecondError
-from structprecond.groups import Matricize, PreconditionerGroup
+from structprecond.groups import Matricize, PreconditionerGroup, StackExperts
 from structprecond.roles import RoleName
 from structprecond.strategies.base import (
     Hyperparameter,
     StepContext,
     Strategy,
+    check_choice,
+    check_flags,
     fraction,
     nonnegative,
 )
@@ -63,7 +65,9 @@ class OrthogonalizedMomentumStrategy(Strategy[Any]):
         before_weight_update: Called with the stacked parameters and updates `(b, *dims)`, in that
             order, before weights are decayed or moved; returns the updates to use. Default: None.
         after_weight_update: Called with the stacked parameters `(b, *dims)` after they moved;
-            returns their new values, for constraints such as unit rows. Default: None.
+            returns their new values, for constraints such as unit rows. Gradients so large that
+            they may overflow are tried on a copy first, so hooks should not count calls. Default:
+            None.
 
     Raises:
         StructPrecondError: If `weight_decay_method` is not one of the four.
@@ -90,11 +94,16 @@ class OrthogonalizedMomentumStrategy(Strategy[Any]):
     }
     decay: ClassVar[Literal["before", "after", "inside"]] = "before"
     structures = ()
-    combine_params: ClassVar[tuple[PreconditionerGroup, ...]] = (Matricize(),)
+    combine_params: ClassVar[tuple[PreconditionerGroup, ...]] = (StackExperts(), Matricize())
 
     def __post_init__(self) -> None:
         """Check the static configuration."""
         check_choice("weight_decay_method", self.weight_decay_method, WeightDecayMethod)
+        check_flags(nesterov=self.nesterov)
+        for name in ("before_weight_update", "after_weight_update"):
+            hook = getattr(self, name)
+            if hook is not None and not callable(hook):
+                raise StructPrecondError(f"{name} takes a function or None, got {hook!r}.")
 
     @abstractmethod
     def scaled_orthogonalize_fn(self, update: Tensor) -> Tensor:
@@ -122,21 +131,25 @@ class OrthogonalizedMomentumStrategy(Strategy[Any]):
         matrices = update.flatten(2) if update.ndim > 2 else update.unsqueeze(-1)
         direction = self.direction(state, matrices, hp).view(grad.shape)
         if self.before_weight_update is not None:
-            direction = self.before_weight_update(ctx.params(), direction)
+            direction = _returned(self.before_weight_update(ctx.params(), direction), grad)
         return direction
 
     def constraint(self) -> Callable[[Tensor], Tensor] | None:
         """Return the hook after the weight update."""
-        return self.after_weight_update
+        hook = self.after_weight_update
+        return None if hook is None else lambda params: _returned(hook(params), params)
 
     def direction(self, state: Any, update: Tensor, hp: Mapping[str, Any]) -> Tensor:
         """Return the directions of momenta `(b, out, in)`, for subclasses with more state."""
         return self.scaled_orthogonalize_fn(update)
 
 
-def check_choice(name: str, value: object, choices: Any) -> None:
-    """Raise `StructPrecondError` unless a value is one of a `Literal`'s."""
-    if value not in get_args(choices):
+def _returned(value: Any, like: Tensor) -> Tensor:
+    """Return what a hook returned, if it is a stack of the right shape."""
+    if not isinstance(value, Tensor) or value.shape != like.shape:
+        got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
         raise StructPrecondError(
-            f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}."
+            f"A hook around the weight update has to return a tensor of shape {tuple(like.shape)}, "
+            f"got {got}."
         )
+    return value

@@ -16,6 +16,8 @@ from structprecond.strategies.base import (
     Hyperparameter,
     StepContext,
     Strategy,
+    check_flags,
+    check_positive,
     interval,
     nonnegative,
 )
@@ -43,6 +45,11 @@ class FactoredStrategy(Strategy[Any]):
     refresh_interval = "precondition_frequency"
     refresh_phase = 1
     structures = (BlockwiseMatrix, DiagonalMatrix)
+
+    def __post_init__(self) -> None:
+        """Check the static configuration."""
+        check_positive(max_precond_dim=self.max_precond_dim)
+        check_flags(precondition_1d=self.precondition_1d)
 
     def adapt_structures(
         self, structures: tuple[Structure, ...], dims: Sequence[int], order: int, units: str

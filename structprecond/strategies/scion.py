@@ -16,11 +16,17 @@ from structprecond.groups import PreconditionerGroup
 from structprecond.linalg.polar import (
     CoefficientType,
     MatmulPrecision,
-    coefficients_of,
+    checked_coefficients,
     newton_schulz,
 )
-from structprecond.strategies.base import Hyperparameter, fraction, nonnegative
-from structprecond.strategies.orthogonalized import OrthogonalizedMomentumStrategy, check_choice
+from structprecond.strategies.base import (
+    Hyperparameter,
+    check_choice,
+    check_positive,
+    fraction,
+    nonnegative,
+)
+from structprecond.strategies.orthogonalized import OrthogonalizedMomentumStrategy
 
 Norm = Literal["spectral", "sign", "row", "rms"]
 
@@ -89,7 +95,9 @@ class ScionStrategy(OrthogonalizedMomentumStrategy):
         super().__post_init__()
         check_choice("norm", self.norm, Norm)
         check_choice("fp32_matmul_prec", self.fp32_matmul_prec, MatmulPrecision)
-        coefficients_of(self.coefficient_type, self.num_ns_steps)
+        check_positive(radius=self.radius)
+        kind = checked_coefficients(self.coefficient_type, self.num_ns_steps)
+        object.__setattr__(self, "coefficient_type", kind)
 
     def scaled_orthogonalize_fn(self, update: Tensor) -> Tensor:
         """Return the unit steps times the radius `(b, out, in)`."""

@@ -101,6 +101,7 @@ class ShampooStrategy(FactoredStrategy):
 
     def __post_init__(self) -> None:
         """Check the static configuration."""
+        super().__post_init__()
         if self.grafting not in ("adam", "rmsprop", "sgd", None):
             raise StructPrecondError(
                 f"grafting must be 'adam', 'rmsprop', 'sgd' or None, got {self.grafting!r}."

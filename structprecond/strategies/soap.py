@@ -18,6 +18,7 @@ from structprecond.groups.merge import DataFormat
 from structprecond.strategies.base import (
     Hyperparameter,
     StepContext,
+    check_flags,
     nonnegative,
 )
 from structprecond.strategies.moments import (
@@ -109,6 +110,13 @@ class SOAPStrategy(RotatedStrategy):
 
     def __post_init__(self) -> None:
         """Check the static configuration."""
+        super().__post_init__()
+        check_flags(
+            normalize_grads=self.normalize_grads,
+            correct_bias=self.correct_bias,
+            skip_first=self.skip_first,
+            transport=self.transport,
+        )
         if self.clip_rms is not None and not self.clip_rms > 0:
             raise StructPrecondError(f"clip_rms must be above 0 or None, got {self.clip_rms!r}.")
 

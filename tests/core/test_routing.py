@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from structprecond import (
+    SAM,
     SOAP,
     AdamW,
     AdamWStrategy,
@@ -22,19 +23,23 @@ from structprecond import (
     KLShampooStrategy,
     LARSStrategy,
     LinearWeightBias,
+    Matricize,
     Muon,
     MuonStrategy,
     PerParameter,
     Routing,
+    Scion,
     ShampooStrategy,
     SIRFShampooStrategy,
     SOAPStrategy,
+    StackExperts,
     State,
     StepContext,
     Strategy,
     StructPrecondError,
     StructuredOptimizer,
     describe,
+    roles,
 )
 
 
@@ -386,6 +391,135 @@ def test_refreshes_keep_their_own_intervals() -> None:
     )
     _train(model, optimizer, range(4))
     assert asked == [0, 1, 2, 3]
+
+
+def test_groups_name_a_strategy_of_the_optimizer_and_share_its_settings() -> None:
+    model = _net()
+    optimizer = Muon(
+        model,
+        [
+            {"params": [*model.conv1.parameters(), *model.conv2.parameters()], "strategy": "muon"},
+            {"params": model.hidden.parameters(), "strategy": "adamw", "adamw_eps": 1e-3},
+            {"params": [*model.embedding.parameters(), *model.head.parameters()]},
+        ],
+        match_rms="adamw",
+        adamw_betas=(0.5, 0.6),
+        adamw_lr=0.1,
+        lr=0.2,
+    )
+    routes = _routes(optimizer)
+    assert {routes[f"conv1.{name}"][0] for name in ("weight", "bias")} == {"muon"}
+    assert {routes[f"hidden.{name}"][0] for name in ("weight", "bias")} == {"adamw"}
+    assert routes["head.weight"] == ("adamw", "head")
+    for bucket in optimizer.buckets:
+        if bucket.strategy.name == "muon":
+            assert bucket.strategy.scale_mode == "match_rms_adamw"  # type: ignore[attr-defined]
+        else:
+            assert bucket.hyperparameters["betas"] == (0.5, 0.6)
+            assert bucket.hyperparameters["lr"] == 0.1
+    eps = {b.units[0].label: b.hyperparameters.get("eps") for b in optimizer.buckets}
+    assert eps["hidden.weight"] == 1e-3
+    copied = copy.deepcopy(optimizer)
+    copied.load_state_dict(optimizer.state_dict())
+    with pytest.raises(StructPrecondError, match="strategy is 'sgd', which is not the name"):
+        Muon(model, [{"params": model.head.parameters(), "strategy": "sgd"}])
+
+
+def test_hyperparameters_of_a_group_need_a_parameter_that_reads_them() -> None:
+    model = _net()
+    groups = [
+        {"params": [model.hidden.weight], "weight_decay": 0.1},
+        {"params": [model.hidden.bias, *model.norm.parameters()], "weight_decay": 0.0},
+    ]
+    with pytest.raises(HyperparameterError, match="given weight_decay, but its parameters go to A"):
+        Muon(model, groups)
+    groups[1] = {"params": groups[1]["params"], "adamw_weight_decay": 0.0, "lr": 1e-3}
+    optimizer = Muon(model, groups)
+    assert [b.hyperparameters["weight_decay"] for b in optimizer.buckets] == [0.1, 0.0, 0.0]
+
+
+def test_experts_stay_apart_under_every_way_to_muon() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1 = nn.Parameter(torch.randn(3, 6, 4))
+            self.b1 = nn.Parameter(torch.randn(3, 6))
+
+    model = nn.ModuleDict({"experts": Experts(), "head": nn.Linear(4, 2)})
+    weight = next(model.parameters())
+    ways = [
+        Muon(model),
+        Muon(model, [{"params": [weight], "strategy": "muon"}]),
+        Muon(model, [{"params": [weight], "strategy": MuonStrategy()}]),
+        StructuredOptimizer(model, [weight], strategy=MuonStrategy()),
+        Muon(model, combine_params=MuonStrategy.combine_params),
+    ]
+    for optimizer in ways:
+        assert optimizer.buckets[0].shape == (3, 6, 4)
+    assert _routes(ways[0])["experts.b1"] == ("adamw", "bias")
+
+
+def test_heads_in_one_weight_are_a_stack_by_pattern() -> None:
+    model = nn.ParameterDict({"W_Q": torch.randn(4, 8, 2), "W_O": torch.randn(8, 8)})
+    optimizer = Muon(
+        model,
+        routes={"W_Q": "muon"},
+        combine_params=(StackExperts("W_Q"), *MuonStrategy.combine_params),
+    )
+    assert {bucket.shape for bucket in optimizer.buckets} == {(4, 8, 2), (1, 8, 8)}
+    with pytest.raises(GroupError, match=r"expected parameters with at least two axes, found \{\}"):
+        Muon(model, combine_params=(StackExperts("*.W_Q"), Matricize()))
+
+
+def test_wrappers_do_not_change_names() -> None:
+    model = _net()
+    plain = Muon(model)
+    _train(model, plain, range(3))
+    compiled = torch.compile(model, backend="eager")
+    wrapped = Muon(compiled, routes=None)  # type: ignore[arg-type]
+    assert wrapped.param_groups[0]["param_names"] == plain.param_groups[0]["param_names"]
+    wrapped.load_state_dict(plain.state_dict())
+    assert _routes(wrapped) == _routes(plain)
+    inside = _net()
+    inside.hidden = torch.compile(inside.hidden, backend="eager")  # type: ignore[assignment]
+    assert _routes(Muon(inside)) == _routes(plain)
+    assert _routes(Muon(nn.DataParallel(_net()))) == _routes(plain)
+
+
+def test_plain_tensors_and_named_parameters_are_routed() -> None:
+    tensor = torch.randn(3, 4, requires_grad=True)
+    optimizer = Muon([tensor])
+    tensor.grad = torch.randn_like(tensor)
+    before = tensor.detach().clone()
+    optimizer.step()
+    assert not torch.equal(tensor, before)
+    named = {"wte.weight": (9, 4), "h.0.fc.weight": (8, 4), "lm_head.weight": (9, 4)}
+    params = [(name, nn.Parameter(torch.randn(shape))) for name, shape in named.items()]
+    assert {n: r[0] for n, r in _routes(Muon(params)).items()} == {
+        "wte.weight": "adamw",
+        "h.0.fc.weight": "muon",
+        "lm_head.weight": "adamw",
+    }
+
+
+def test_many_groups_are_built_in_linear_time() -> None:
+    model = nn.ModuleList(nn.Linear(2, 2) for _ in range(150))
+    calls = []
+    original = roles._find_roles
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roles, "_find_roles", lambda m: calls.append(m) or original(m))  # type: ignore[func-returns-value]
+        Muon(model, [{"params": [p]} for p in model.parameters()])
+    assert len(calls) == 1
+    # but a changed model is looked at anew
+    model.append(nn.Linear(2, 2))
+    assert len(roles.infer_roles(model)) == 302
+
+
+def test_describe_takes_a_sam_and_shows_routes_of_one_class() -> None:
+    shown = str(describe(SAM(None, Scion(_net()))))
+    assert "route" in shown.splitlines()[0]
+    with pytest.raises(StructPrecondError, match="describe takes an optimizer of this library"):
+        describe(torch.optim.SGD(_net().parameters(), lr=0.1))  # type: ignore[arg-type]
 
 
 def test_tied_heads_are_not_for_muon() -> None:

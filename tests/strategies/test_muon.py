@@ -17,9 +17,11 @@ from structprecond import (
     MuonStrategy,
     NorMuon,
     PerParameter,
+    PreconditionerGroup,
     Scion,
     ScionStrategy,
     SplitHeads,
+    StackExperts,
     StructPrecondError,
     StructuredOptimizer,
 )
@@ -270,8 +272,9 @@ def test_normuon(shape: tuple[int, int]) -> None:
     assert (p - expected).norm() < 1e-8
 
 
-def test_normuon_stays_put_on_zero_gradients() -> None:
-    p = nn.Parameter(torch.randn(3, 4))
+@pytest.mark.parametrize("shape", [(3, 4), (31, 13)])
+def test_normuon_stays_put_on_zero_gradients(shape: tuple[int, int]) -> None:
+    p = nn.Parameter(torch.randn(shape))
     before = p.detach().clone()
     optimizer = NorMuon([p], weight_decay=0.0)
     p.grad = torch.zeros_like(p)
@@ -369,12 +372,70 @@ def test_tensor_learning_rates_scale_alike() -> None:
         ({"lr": 0.0, "adamw_lr": 0.1}, HyperparameterError, "cannot be with lr=0"),
         ({"momentum": 1.0}, HyperparameterError, "momentum must be a number from 0 to below 1"),
         ({"adamw_betas": (0.9, 1.0)}, HyperparameterError, "adamw_betas must be a pair"),
+        ({"adamw_lr": "x"}, HyperparameterError, "adamw_lr must be a finite number"),
+        ({"adamw_lr": -1.0}, HyperparameterError, "adamw_lr must be a finite number.*got -1.0"),
+        ({"lr": None, "adamw_lr": 1.0}, HyperparameterError, "lr must be a finite number"),
+        ({"routes": [("head", "adamw")]}, StructPrecondError, "routes is a dict from roles"),
+        ({"nesterov": "no"}, StructPrecondError, "nesterov must be True or False, got 'no'"),
+        ({"maximize": "no"}, StructPrecondError, "maximize must be True or False, got 'no'"),
+        ({"extra_scale_factor": -1.0}, HyperparameterError, "extra_scale_factor must be a finite"),
+        ({"before_weight_update": "f"}, StructPrecondError, "takes a function or None, got 'f'"),
         ({"routes": {"head": "sgd"}}, StructPrecondError, "routes sends 'head' to 'sgd'"),
     ],
 )
 def test_wrong_arguments(kwargs: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Muon(nn.Linear(3, 2), **kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [{"radius": -1.0}, {"radius": float("nan")}, {"norm": "max"}])
+def test_wrong_arguments_of_scion(kwargs: Any) -> None:
+    with pytest.raises(StructPrecondError, match=f"{next(iter(kwargs))} must be"):
+        ScionStrategy(**kwargs)
+
+
+def test_scion_takes_coefficients_as_a_list() -> None:
+    triples = [(2.0, -1.5, 0.5), (1.5, -0.5, 0.0)]
+    optimizer = Scion([nn.Parameter(torch.ones(3, 2))], coefficient_type=triples, num_ns_steps=2)
+    assert optimizer.buckets[0].strategy.coefficient_type == tuple(triples)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("hook", ["before_weight_update", "after_weight_update"])
+def test_hooks_that_return_nothing_are_refused(hook: str) -> None:
+    p = nn.Parameter(torch.ones(3, 2))
+    optimizer = Muon([p], **{hook: lambda *args: None})  # type: ignore[arg-type]
+    p.grad = torch.ones_like(p)
+    with pytest.raises(StructPrecondError, match=r"return a tensor of shape \(1, 3, 2\), got None"):
+        optimizer.step()
+
+
+def test_a_dead_row_stays_dead_without_an_epsilon() -> None:
+    p = nn.Parameter(torch.randn(5, 3))
+    before = p.detach().clone()
+    optimizer = NorMuon([p], eps=0.0, weight_decay=0.0)
+    p.grad = torch.randn(5, 3)
+    p.grad[2] = 0.0
+    optimizer.step()
+    assert torch.equal(p[2], before[2])
+    assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("split", [SplitHeads("*", 4), StackExperts("*")])
+def test_pieces_of_one_row_are_rows(split: PreconditionerGroup) -> None:
+    model = nn.ParameterDict(
+        {"w": torch.zeros(4, 8) if "Split" in repr(split) else torch.zeros(4, 1, 8)}
+    )
+    optimizer = StructuredOptimizer(
+        model,
+        strategy=MuonStrategy(scale_mode="unit_rms_norm", fp32_matmul_prec="highest", **EXACT),
+        hyperparameters={"lr": 1.0, "weight_decay": 0.0},
+        combine_params=(split,),
+    )
+    _step(list(model.parameters()), optimizer, 0)
+    # sqrt(out / in) for each
+    assert torch.allclose(
+        model["w"].reshape(4, 8).norm(dim=1), torch.full((4,), 8**-0.5), atol=1e-4
+    )
 
 
 def test_structures_are_refused_where_there_are_no_factors() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -163,3 +164,16 @@ class _Minimal(StructuredMatrix):
 
 class TestDenseFallback(_DiagonalContract):
     structure = _Minimal
+
+
+@pytest.mark.parametrize("size", [255, 256, 301])
+def test_large_inner_products_are_complete(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(2, size, 7, dtype=torch.float64, generator=generator)
+    start = torch.randn(2, size, size, dtype=torch.float64, generator=generator)
+    start = start + start.mT
+    averaged = DenseMatrix(start.clone()).add_inner_(X, 0.75, 0.5)
+    assert torch.allclose(averaged.to_dense(), 0.75 * start + 0.5 * X @ X.mT, atol=1e-12)
+    product = DenseMatrix.from_mat_inner(X).to_dense()
+    assert torch.allclose(product, X @ X.mT, atol=1e-12)
+    assert torch.allclose(product, product.mT, atol=1e-12)

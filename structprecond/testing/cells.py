@@ -1,0 +1,113 @@
+"""One cell of the conformance matrix: a run is interrupted and has to go on as if it was not."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from structprecond.testing.runs import PRECISIONS, Make, Precision, Run, first_difference
+from structprecond.testing.situations import SAVED_AT, SITUATIONS, STEPS, Situation
+
+NO_STRUCTURE = "-"
+"""Stands for the structures of a strategy without Kronecker factors."""
+
+STRUCTURES = (
+    "dense",
+    "diagonal",
+    "block2diagonal",
+    "hierarchical1_1",
+    "triltoeplitz",
+    "triutoeplitz",
+    "triltopleftdiag",
+    "trilbottomrightdiag",
+    "triutopleftdiag",
+    "triubottomrightdiag",
+    "none",
+)
+"""One name for each structure of `SUPPORTED_STRUCTURES`."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is tried together.
+
+    Args:
+        structure: The structure of all factors, or `NO_STRUCTURE`.
+        precision: How numbers are stored.
+        situation: What happens.
+        check: How the run is interrupted, a key of `CHECKS`.
+    """
+
+    structure: str
+    precision: Precision
+    situation: Situation
+    check: str
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, (self.structure, self.precision, self.situation, self.check)))
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The arguments that differ from those of the strategy's own choice."""
+        return {} if self.structure == NO_STRUCTURE else {"structures": self.structure}
+
+
+def _resume(run: Run, make: Make, cell: Cell) -> Run:
+    # another seed: what is not loaded has other values
+    fresh = Run(make, cell.situation, cell.precision, cell.overrides, seed=1)
+    return fresh.load(run.save(), run.done)
+
+
+def _deepcopy(run: Run, make: Make, cell: Cell) -> Run:
+    return run.with_copy(*copy.deepcopy((run.model, run.optimizer, run.scaler)))
+
+
+def _pickle(run: Run, make: Make, cell: Cell) -> Run:
+    return run.with_copy(*pickle.loads(pickle.dumps((run.model, run.optimizer, run.scaler))))
+
+
+CHECKS: dict[str, Callable[[Run, Make, Cell], Run]] = {
+    "resume": _resume,
+    "deepcopy": _deepcopy,
+    "pickle": _pickle,
+}
+"""From names to what makes a second run out of an interrupted one."""
+
+FACTORS = {"precision": PRECISIONS, "situation": SITUATIONS, "check": tuple(CHECKS)}
+"""What every strategy is tried with, beside its structures."""
+
+
+def run_cell(make: Make, *cells: Cell) -> None:
+    """Interrupt a run, let a second one go on from there, and then the first one.
+
+    Args:
+        make: Builds the optimizer.
+        cells: What is tried. Several cells that differ in the check alone share the first run.
+
+    Raises:
+        AssertionError: If they do not come to the same bits, if the interruption or the second run
+            changes the first one, or if a step breaks a promise, see `Run`.
+    """
+    first = cells[0]
+    run = Run(make, first.situation, first.precision, first.overrides).train_until(SAVED_AT)
+    held = run.optimizer.state_dict()
+    at_fork = copy.deepcopy(run.values())
+    others = {cell.check: CHECKS[cell.check](run, make, cell) for cell in cells}
+    for check, other in others.items():
+        _assert_same(other, at_fork, f"{check} changes what it copies")
+        other.train_until(STEPS)
+        _assert_same(run, at_fork, f"what goes on after {check} changes what it was made from")
+    run.train_until(STEPS)
+    for check, other in others.items():
+        _assert_same(other, run.values(), f"after {check} the runs part")
+    difference = first_difference(held, at_fork["optimizer"])
+    assert difference is None, f"what state_dict returned changes with training: {difference}"
+    assert first_difference(run.values()["model"], at_fork["model"]), "nothing was trained"
+
+
+def _assert_same(run: Run, values: dict[str, Any], what: str) -> None:
+    difference = first_difference(run.values(), values)
+    assert difference is None, f"{what}: {difference}"

@@ -1,0 +1,205 @@
+"""The contract of strategies."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from structprecond.core.optimizer import StructuredOptimizer
+from structprecond.errors import StructureError
+from structprecond.testing.cells import FACTORS, NO_STRUCTURE, STRUCTURES, Cell, run_cell
+from structprecond.testing.covering import all_cases, covering_array
+from structprecond.testing.models import TinyModel, loss_of
+from structprecond.testing.runs import PRECISIONS, Run, first_difference
+from structprecond.testing.situations import SAVED_AT, SITUATIONS
+
+
+class StrategyContract:
+    """Tests of a strategy, whatever its rule: that training survives what happens to it.
+
+    A small model is trained in every situation (a layer gets its gradients late, or misses some, or
+    is frozen and thawed; gradients are accumulated; a param group is added; parameters are empty,
+    scalar or tied), in float64, float32, bfloat16, float16, and in mixed precision with a
+    `GradScaler`, with every structure. It is saved and resumed, deep-copied, or pickled on the way,
+    and has to go on bit for bit as if it was not. At every step, gradients, and units without one,
+    have to stay as they are, and everything has to stay finite.
+
+    `test_pair` tries every pair of these settings. `test_all` tries the full product and is marked
+    `slow`: declare this marker in the settings of pytest, and deselect it with `-m "not slow"`.
+
+    Attributes:
+        structures: The structures that the strategy can use, names of `structures=`; one of each
+            kind is enough. The others have to be refused. Default: those of a strategy without
+            Kronecker factors.
+        refusal: Why it cannot use the others, for readers of the table of results.
+
+    Example:
+        >>> class TestSOAP(StrategyContract):
+        ...     structures = ("dense", "diagonal", "block2diagonal", "none")
+        ...
+        ...     def make(self, model, **overrides):
+        ...         return SOAP(model, lr=0.01, precondition_frequency=3, **overrides)
+    """
+
+    structures: ClassVar[tuple[str, ...]] = (NO_STRUCTURE,)
+    refusal: ClassVar[str] = "no factors"
+
+    @abstractmethod
+    def make(self, model: nn.Module, **overrides: Any) -> StructuredOptimizer:
+        """Return an optimizer with the strategy, for a model.
+
+        Choose hyperparameters with which something happens within 7 steps, and again within 30.
+
+        Args:
+            model: The model.
+            overrides: Arguments to pass on: `params`, and `structures` if there are some.
+        """
+        raise NotImplementedError
+
+    # --- the cells -------------------------------------------------------------------------------
+
+    @classmethod
+    def cells(cls) -> list[Cell]:
+        """Return the full product."""
+        return [Cell(**case) for case in all_cases({"structure": cls.structures, **FACTORS})]
+
+    @classmethod
+    def covering_cells(cls) -> list[Cell]:
+        """Return cells that try every pair of settings."""
+        return list(_covering_cells(cls.structures))
+
+    @classmethod
+    def refused(cls) -> list[str]:
+        """Return the structures that the strategy has to refuse."""
+        # "dense" is the default, so there is no telling that it was asked for
+        kept = ("dense",) if cls.structures == (NO_STRUCTURE,) else cls.structures
+        return [name for name in STRUCTURES if name not in kept]
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Make a test of every cell that tries new pairs, and one slow test for each structure."""
+        if "cell" in metafunc.fixturenames:
+            metafunc.parametrize("cell", self.covering_cells(), ids=str)
+        if "structure" in metafunc.fixturenames:
+            metafunc.parametrize("structure", self.structures)
+
+    def failures(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Exception]]:
+        """Run cells, and yield those that fail with the reason."""
+        together: dict[Cell, list[Cell]] = {}
+        for cell in cells:
+            together.setdefault(replace(cell, check=""), []).append(cell)
+        for group in together.values():
+            try:
+                run_cell(self.make, *group)
+            except Exception:
+                for cell in group:
+                    try:
+                        run_cell(self.make, cell)
+                    except Exception as error:
+                        yield cell, error
+
+    def accepted(self) -> list[str]:
+        """Return the structures that are not refused, but have to be."""
+        strategy = self.make(TinyModel()).param_groups[0]["strategy"]
+        return [name for name in self.refused() if not _is_refused(strategy, name)]
+
+    # --- tests -----------------------------------------------------------------------------------
+
+    def test_pair(self, cell: Cell) -> None:
+        """An interrupted run goes on as if it was not, in every pair of settings."""
+        run_cell(self.make, cell)
+
+    @pytest.mark.slow
+    def test_all(self, structure: str) -> None:
+        """An interrupted run goes on as if it was not, in all settings."""
+        cells = [cell for cell in self.cells() if cell.structure == structure]
+        found = [f"{cell}: {error}" for cell, error in self.failures(cells)]
+        assert not found, "\n".join(found)
+
+    def test_structures_that_it_cannot_use_are_refused(self) -> None:
+        """What is not among `structures` raises at construction."""
+        assert not self.accepted()
+
+    def test_same_seed_same_bits(self, structure: str) -> None:
+        """Two runs from the same start come to the same bits."""
+        cell = Cell(structure, PRECISIONS[1], SITUATIONS[0], "resume")
+        first, second = (
+            Run(self.make, cell.situation, cell.precision, cell.overrides).train_until(2 * SAVED_AT)
+            for _ in range(2)
+        )
+        difference = first_difference(first.values(), second.values())
+        assert difference is None, difference
+
+    def test_order_of_registration_does_not_matter(self, structure: str) -> None:
+        """Parameters that are registered in another order train alike, up to rounding."""
+        overrides = Cell(structure, PRECISIONS[0], SITUATIONS[0], "resume").overrides
+        models = []
+        for turned in (False, True):
+            torch.manual_seed(0)
+            model = TinyModel().double()
+            if turned:
+                model._modules = dict(reversed(model._modules.items()))
+                for layer in model.children():
+                    layer._parameters = dict(reversed(layer._parameters.items()))
+            optimizer = self.make(model, **overrides)
+            for step in range(2 * SAVED_AT):
+                loss_of(model, step, 0, torch.float64).backward()
+                _randomize_gradients(model, step)
+                optimizer.step()
+            models.append(dict(model.named_parameters()))
+        assert list(models[0]) != list(models[1])
+        for name, p in models[0].items():
+            assert (p - models[1][name]).norm() <= 1e-10 * p.norm(), name
+
+    def test_a_layer_does_not_notice_the_others(self, structure: str) -> None:
+        """A layer trains alike beside others and, in the same optimizer, while they pause."""
+        overrides = Cell(structure, PRECISIONS[0], SITUATIONS[0], "resume").overrides
+        layers = []
+        for alone in (False, True):
+            torch.manual_seed(0)
+            model = TinyModel().double()
+            optimizer = self.make(model, **overrides)
+            for step in range(2 * SAVED_AT):
+                loss_of(model, step, 0, torch.float64).backward()
+                _randomize_gradients(model, step)
+                for name, p in model.named_parameters():
+                    own = name.startswith("second.")
+                    # a pause that misses refreshes, and hides no other layer's
+                    if (own and step in (0, 4, 5, 6)) or (alone and not own):
+                        p.grad = None
+                optimizer.step()
+            layers.append(model.second)
+        for p, q in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
+            assert (p - q).norm() <= 1e-10 * q.norm()
+
+
+def _randomize_gradients(model: nn.Module, step: int) -> None:
+    """Replace gradients by noise, so that rounding does not decide on directions left open."""
+    for i, (_, p) in enumerate(sorted(model.named_parameters())):
+        generator = torch.Generator().manual_seed(1000 * step + i)
+        p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+@cache
+def _covering_cells(structures: tuple[str, ...]) -> tuple[Cell, ...]:
+    return tuple(Cell(**case) for case in covering_array({"structure": structures, **FACTORS}))
+
+
+def _is_refused(strategy: Any, structure: str) -> bool:
+    try:
+        hyperparameters = {"lr": 0.1}  # some have no default
+        StructuredOptimizer(
+            TinyModel(),
+            strategy=strategy,
+            hyperparameters=hyperparameters,
+            structures=structure,
+        )
+    except StructureError:
+        return True
+    return False
