@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from copy import deepcopy
+from dataclasses import MISSING, Field, fields, is_dataclass
 from numbers import Number
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,8 @@ from torch import Tensor
 
 from structprecond.core.routing import Routing, as_routing
 from structprecond.errors import CheckpointError, StructPrecondError
-from structprecond.strategies.base import Strategy
+from structprecond.groups import PreconditionerGroup
+from structprecond.strategies.base import Hyperparameter, Strategy
 from structprecond.structures import StructuredMatrix
 
 if TYPE_CHECKING:
@@ -58,7 +61,11 @@ def _plain(value: Any) -> Any:
 
 
 def describe_object(value: Any) -> str:
-    """Describe a callable, strategy, rule or structure by what makes two of them equal."""
+    """Describe a callable, strategy, rule or structure by what makes two of them equal.
+
+    Descriptions are compared with those of older versions, so fields that have their defaults are
+    left out: a field that is new then does not matter. Nor do addresses, which differ every time.
+    """
     if isinstance(value, Mapping):
         entries = sorted((repr(k), describe_object(v)) for k, v in value.items())
         return "{" + ", ".join(f"{k}: {v}" for k, v in entries) + "}"
@@ -70,12 +77,20 @@ def describe_object(value: Any) -> str:
         return repr(value.name)
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, Strategy | Routing):
-        given = (f"{f.name}={describe_object(getattr(value, f.name))}" for f in fields(value))
+    if isinstance(value, Strategy | Routing | PreconditionerGroup) and is_dataclass(value):
+        values = {
+            f.name: getattr(value, f.name) for f in fields(value) if not _is_default(value, f)
+        }
+        given = (f"{name}={describe_object(v)}" for name, v in values.items())
         return f"{type(value).__qualname__}({', '.join(given)})"
     if getattr(type(value), "__repr__") is object.__repr__:  # noqa: B009
         return type(value).__qualname__
-    return repr(value)
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def _is_default(value: Any, field: Field[Any]) -> bool:
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return default is not MISSING and bool(getattr(value, field.name) == default)
 
 
 def load(optimizer: StructuredOptimizer, checkpoint: Mapping[str, Any]) -> None:
@@ -87,6 +102,31 @@ def load(optimizer: StructuredOptimizer, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: If the checkpoint does not fit; the message lists what differs.
     """
+    try:
+        copies, changes = _plan(optimizer, checkpoint)
+    except CheckpointError:
+        raise
+    # in a damaged or foreign file, anything may stand anywhere
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The checkpoint is damaged or was not written by state_dict(): {error!r}. Nothing was "
+            "loaded; take an older checkpoint."
+        ) from error
+    with torch.no_grad():
+        for target, source in copies:
+            target.copy_(source)
+    for group, values in zip(optimizer.param_groups, changes, strict=True):
+        group.update(values)
+
+
+def _plan(
+    optimizer: StructuredOptimizer, checkpoint: Mapping[str, Any]
+) -> tuple[list[tuple[Tensor, Tensor]], list[dict[str, Any]]]:
+    """Return all that loading has to do, none of which can fail, and do nothing yet.
+
+    Returns:
+        Pairs of tensors, the second to be copied into the first, and new values for each group.
+    """
     saved_groups, saved_state = _parts(checkpoint)
     live_groups = optimizer.param_groups
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in live_groups]:
@@ -97,37 +137,32 @@ def load(optimizer: StructuredOptimizer, checkpoint: Mapping[str, Any]) -> None:
         )
     problems: list[str] = []
     copies: list[tuple[Tensor, Tensor]] = []
+    changes: list[dict[str, Any]] = []
     for number, (saved, live) in enumerate(zip(saved_groups, live_groups, strict=True)):
         problems += _compare_groups(number, saved, live)
         problems += _check_numbers(number, saved, live)
         for i, p in zip(_match(saved, live), live["params"], strict=True):
-            label, mine = optimizer.name_of(p), dict(optimizer.state.get(p, {}))
-            theirs = saved_state.get(i, {})
+            mine, theirs = dict(optimizer.state.get(p, {})), saved_state.get(i, {})
             if not theirs and not p.requires_grad:
                 continue  # torch's tools for distributed checkpoints leave out what is frozen
-            if set(mine) != set(theirs):
-                problems += [f"{label}: missing {n}" for n in sorted(set(mine) - set(theirs))]
-                problems += [f"{label}: unexpected {n}" for n in sorted(set(theirs) - set(mine))]
-                continue
-            for name, target in mine.items():
-                source = theirs[name]
-                if not isinstance(source, Tensor) or source.shape != target.shape:
-                    got = tuple(source.shape) if isinstance(source, Tensor) else repr(source)
-                    problems.append(f"{label}: {name} is {got}, expected {tuple(target.shape)}")
-                else:
-                    copies.append((target, source))
+            problems += _compare_entries(optimizer.name_of(p), theirs, mine)
+            copies += [(target, theirs[name]) for name, target in mine.items() if name in theirs]
+    known = {i for group in saved_groups for i in group["params"]}
+    problems += [f"state of a parameter {i!r} in no group" for i in saved_state if i not in known]
+    if not problems:  # else tensors may be no tensors, and numbers no numbers
+        problems += _compare_shared(copies)
+        for saved, live in zip(saved_groups, live_groups, strict=True):
+            more, values = _numbers(saved, live)
+            copies += more
+            changes.append(values)
     if problems:
         rest = len(problems) - _MOST_PROBLEMS
-        more = [f"... and {rest} more"] if rest > 0 else []
+        tail = [f"... and {rest} more"] if rest > 0 else []
         raise CheckpointError(
             "The checkpoint does not fit the optimizer; nothing was loaded.\n  "
-            + "\n  ".join(problems[:_MOST_PROBLEMS] + more)
+            + "\n  ".join(problems[:_MOST_PROBLEMS] + tail)
         )
-    with torch.no_grad():
-        for target, source in copies:
-            target.copy_(source)
-        for saved, live in zip(saved_groups, live_groups, strict=True):
-            _load_group(saved, live)
+    return copies, changes
 
 
 def _parts(checkpoint: Any) -> tuple[Sequence[Mapping[str, Any]], Mapping[Any, Any]]:
@@ -139,7 +174,7 @@ def _parts(checkpoint: Any) -> tuple[Sequence[Mapping[str, Any]], Mapping[Any, A
         complete = all(isinstance(g["params"], list) and "strategy" in g for g in groups)
         complete = complete and isinstance(state, Mapping)
         complete = complete and all(isinstance(entry, Mapping) for entry in state.values())
-    except (KeyError, TypeError, IndexError, AttributeError):
+    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError):
         complete = False
     if not complete:
         raise CheckpointError(
@@ -177,12 +212,51 @@ def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, An
     return problems
 
 
+def _compare_entries(
+    label: str, theirs: Mapping[str, Any], mine: Mapping[str, Tensor]
+) -> list[str]:
+    """Return what is wrong with the saved state of a unit."""
+    problems = [f"{label}: missing {name}" for name in mine if name not in theirs]
+    problems += [f"{label}: unexpected {name}" for name in theirs if name not in mine]
+    for name, target in mine.items():
+        source = theirs.get(name, target)
+        if not isinstance(source, Tensor) or source.shape != target.shape:
+            got = tuple(source.shape) if isinstance(source, Tensor) else repr(source)
+            problems.append(f"{label}: {name} is {got}, expected {tuple(target.shape)}")
+        elif not _can_copy(source, target):
+            problems.append(
+                f"{label}: {name} is {source.dtype}, {source.layout}, on {source.device}, which "
+                f"cannot be copied into {target.dtype}, {target.layout}, on {target.device}"
+            )
+    return problems
+
+
+def _compare_shared(copies: Sequence[tuple[Tensor, Tensor]]) -> list[str]:
+    """Return whether all parameters tell the same about what the optimizer has once."""
+    first: dict[int, Tensor] = {}
+    for target, source in copies:
+        known = first.setdefault(id(target), source)
+        if known is not source and not known.equal(source):
+            return ["global_step or batch_size: parameters have different ones in the checkpoint"]
+    return []
+
+
+def _can_copy(source: Tensor, target: Tensor) -> bool:
+    """Whether values would survive, up to rounding."""
+    if source.is_meta or source.layout != target.layout:
+        return False
+    return torch.can_cast(source.dtype, target.dtype)
+
+
 def _check_numbers(number: int, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the saved hyperparameters."""
     problems = []
     for name, hyperparameter in as_routing(live["strategy"]).hyperparameters.items():
         value = saved.get(name)
-        if name not in saved or isinstance(value, str):
+        if name not in saved:
+            problems.append(f"param group {number}: {name} is missing")
+            continue
+        if isinstance(value, str) and _may_be_callable(hyperparameter):
             continue
         try:
             hyperparameter.validate(name, value)
@@ -193,12 +267,27 @@ def _check_numbers(number: int, saved: Mapping[str, Any], live: Mapping[str, Any
     return problems
 
 
-def _load_group(saved: Mapping[str, Any], live: dict[str, Any]) -> None:
+def _may_be_callable(hyperparameter: Hyperparameter) -> bool:
+    """Whether a text in the checkpoint may stand for a callable."""
+    try:
+        hyperparameter.validate("", _may_be_callable)
+    except StructPrecondError:
+        return False
+    return True
+
+
+def _numbers(
+    saved: Mapping[str, Any], live: Mapping[str, Any]
+) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Any]]:
+    """Return which tensors of a group to copy into which, and which values it gets."""
+    copies, values = [], {}
     for key in saved.keys() - _NOT_LOADED:
         value, current = saved[key], live.get(key)
         if isinstance(current, Tensor):
-            current.copy_(torch.as_tensor(value).reshape(current.shape))
+            copies.append((current, torch.as_tensor(value).reshape(current.shape)))
         elif callable(current) or (isinstance(value, str) and not isinstance(current, str)):
             continue  # callables stay the live ones; a text stands for one in the checkpoint
         else:
-            live[key] = value.item() if isinstance(value, Tensor) else value
+            # a copy: the dict and what is in it stay the caller's
+            values[key] = value.item() if isinstance(value, Tensor) else deepcopy(value)
+    return copies, values

@@ -71,9 +71,22 @@ class Entry(dict[str, Tensor]):
     def check(self, values: Mapping[str, Any]) -> None:
         """Raise `StructPrecondError` unless names and shapes are those of this entry."""
         expected = {name: tuple(view.shape) for name, view in self.items()}
-        given = {name: tuple(torch.as_tensor(value).shape) for name, value in values.items()}
+        given: Any = repr(values)
+        if isinstance(values, Mapping):
+            given = {name: _shape(value) for name, value in values.items()}
         if expected != given:
             raise StructPrecondError(
                 f"The state of {self.label} has tensors of shapes {expected}, got {given}. Names "
                 "and shapes cannot be changed; build a new optimizer to start from a new state."
             )
+
+
+def _shape(value: Any) -> Any:
+    """Return the shape of what can be copied into a real tensor, else a description."""
+    try:
+        tensor = torch.as_tensor(value)
+    except (RuntimeError, TypeError, ValueError):
+        return repr(value)
+    if tensor.is_complex() or tensor.is_meta or tensor.layout != torch.strided:
+        return f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+    return tuple(tensor.shape)

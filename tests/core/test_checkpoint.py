@@ -743,8 +743,8 @@ def test_checkpoint_that_does_not_fit_says_so_and_changes_nothing(
 
 
 def test_strategy_with_another_configuration_does_not_fit() -> None:
-    saved = _with_betas(WithBetas(amount=1)).state_dict()
-    with pytest.raises(CheckpointError, match=r"amount=1.*amount=2"):
+    saved = _with_betas(WithBetas(amount=3)).state_dict()
+    with pytest.raises(CheckpointError, match=r"amount=3.*amount=2"):
         _with_betas(WithBetas(amount=2)).load_state_dict(saved)
 
 
