@@ -15,6 +15,7 @@ from structprecond.core.rounding import Rounding, is_low_precision, round_stocha
 from structprecond.core.routing import view
 from structprecond.core.state import Rows, State, on_device_of, rows_of, select
 from structprecond.core.units import Unit
+from structprecond.errors import StructPrecondError
 from structprecond.strategies.base import StepContext, Strategy
 from structprecond.structures.spec import Structure
 
@@ -77,6 +78,7 @@ class Bucket:
         self.rows = self.layout.rows
         self.device = key.device
         self.state: State = strategy.init(self._empty(), key.structures, key.dtypes)
+        self._check_names()
         self.lost: Tensor | None = None
         if rounding == "kahan" and is_low_precision(key.param_dtype):
             self.lost = torch.zeros(self.shape, dtype=key.param_dtype, device=key.device)
@@ -86,6 +88,14 @@ class Bucket:
         self.failed = torch.zeros(self.rows, dtype=torch.int64, device="cpu")
         self.begun = torch.zeros(self.rows, dtype=torch.bool, device="cpu")
         self.overdue = torch.zeros(self.rows, dtype=torch.bool, device="cpu")
+
+    def _check_names(self) -> None:
+        clash = {"step", "skipped", "failed", "begun", "overdue", "lost"}
+        if shadowing := sorted(clash & set(self.state.named_tensors())):
+            raise StructPrecondError(
+                f"The state of {type(self.strategy).__name__} has fields called "
+                f"{', '.join(shadowing)}, which are names of the core's own. Rename them."
+            )
 
     @property
     def units(self) -> list[Unit]:

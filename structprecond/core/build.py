@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
 from structprecond.core.naming import BareParameters, plain_name
@@ -18,6 +19,8 @@ from structprecond.groups import PreconditionerGroup, StackExperts
 from structprecond.roles import RoleName, infer_roles
 from structprecond.strategies.base import Strategy
 from structprecond.structures.spec import per_axis, resolve_structures
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def named_group(model: nn.Module | None, param_group: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,6 +36,11 @@ def named_group(model: nn.Module | None, param_group: Mapping[str, Any]) -> dict
     params = group["params"]
     params = [params] if isinstance(params, Tensor) else list(params)
     params = [p[1] if isinstance(p, tuple) else p for p in params]
+    if wrong := [p for p in params if not isinstance(p, Tensor)]:
+        raise GroupError(
+            f"params= takes parameters of the model, or group dicts, got a "
+            f"{type(wrong[0]).__name__}. Did you mean module.parameters()?"
+        )
     if foreign := [tuple(p.shape) for p in params if p not in names]:
         raise GroupError(
             f"Parameters of shapes {foreign} do not belong to the model. Pass parameters of "
@@ -40,6 +48,21 @@ def named_group(model: nn.Module | None, param_group: Mapping[str, Any]) -> dict
         )
     group["params"] = [(names[p], p) for p in params]
     return group
+
+
+def check_rules(rules: Any) -> tuple[PreconditionerGroup, ...] | None:
+    """Return grouping rules as a tuple.
+
+    Raises:
+        GroupError: If they are no rules, or a single one by itself.
+    """
+    if rules is None:
+        return None
+    if isinstance(rules, PreconditionerGroup) or not isinstance(rules, Iterable):
+        raise GroupError(
+            f"combine_params takes a tuple of rules, got {rules!r} alone. Put it into a tuple."
+        )
+    return tuple(rules)
 
 
 def make_buckets(
@@ -62,8 +85,15 @@ def make_buckets(
         StructPrecondError: If something of the group cannot be applied to its parameters.
     """
     for p, name in names.items():
-        if not p.is_floating_point():
-            raise GroupError(f"{name} is of {p.dtype}; only real floating-point parameters work.")
+        if is_lazy(p):
+            raise GroupError(
+                f"{name} has no shape yet. Run one forward pass before building the optimizer."
+            )
+        if p.dtype not in _DTYPES or p.layout != torch.strided:
+            raise GroupError(
+                f"{name} is of {p.dtype} and of the layout {p.layout}; only dense real "
+                "floating-point parameters of at least 16 bits work."
+            )
     if group["structures"] != "dense" and not any(s.structures for s in routing.strategies):
         raise StructureError(
             f"structures={group['structures']!r} is given, but "

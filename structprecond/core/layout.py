@@ -21,6 +21,7 @@ class Layout:
     Attributes:
         units: The units; unit i owns the rows `spans[i]`.
         params: All their parameters.
+        shapes: The shapes that these had at construction.
         spans: The rows of each unit.
         rows: The number of rows of the stack.
     """
@@ -28,6 +29,7 @@ class Layout:
     def __init__(self, units: Sequence[Unit]) -> None:
         self.units = list(units)
         self.params: list[nn.Parameter] = [p for unit in units for p in unit.params]
+        self.shapes: list[Size] = [p.shape for p in self.params]
         self.spans: list[slice] = []
         self._windows: list[Window] | None = []
         start = 0

@@ -41,5 +41,7 @@ class BareParameters(nn.Module):
             module: nn.Module = self
             for part in path:
                 module = module._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+            while own in module._parameters:
+                own += "_"  # names of the user may be alike
             # not registered as usual, which takes no plain tensors
             module._parameters[own] = p

@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 from structprecond.core import checkpoint
 from structprecond.core.batch_size import BatchSizeCounter, GetBatchSize
 from structprecond.core.bucket import Bucket
-from structprecond.core.build import make_buckets, named_group
+from structprecond.core.build import check_rules, make_buckets, named_group
 from structprecond.core.entry import Entry
 from structprecond.core.finite import (
     unstable_units,
     with_large_gradient,
     with_nonfinite_gradient,
 )
+from structprecond.core.inspection import check_tensors, check_values
 from structprecond.core.memory import keep_freed_memory
 from structprecond.core.naming import unwrap
 from structprecond.core.rounding import Rounding
@@ -29,7 +30,6 @@ from structprecond.core.routing import Routes, as_routing, check_names
 from structprecond.core.schedule import take_turns
 from structprecond.errors import (
     GradientError,
-    GroupError,
     HyperparameterError,
     StructPrecondError,
 )
@@ -176,19 +176,20 @@ class StructuredOptimizer(Optimizer):
         self._turns_for: tuple[Any, ...] = ()
         self._used_rules: set[str] = set()
         routing = as_routing(strategy)
-        check_names(routing, set(hyperparameters or {}))
-        if isinstance(combine_params, PreconditionerGroup):
-            raise GroupError(
-                f"combine_params takes a tuple of rules, got {combine_params!r} alone. "
-                "Put it into a tuple."
-            )
+        try:
+            hyperparameters = dict(hyperparameters or {})
+        except (TypeError, ValueError):
+            raise StructPrecondError(
+                f"hyperparameters is a dict from names to values, got {hyperparameters!r}."
+            ) from None
+        check_names(routing, set(hyperparameters))
         defaults = {
             **{name: h.default for name, h in routing.hyperparameters.items()},
-            **(hyperparameters or {}),
+            **hyperparameters,
             "strategy": strategy,
             "structures": structures,
             "preconditioner_dtypes": preconditioner_dtypes,
-            "combine_params": combine_params if combine_params is None else tuple(combine_params),
+            "combine_params": combine_params,
         }
         _keep_the_compiler_out()
         super().__init__(model if params is None else params, defaults)  # type: ignore[arg-type]
@@ -228,12 +229,13 @@ class StructuredOptimizer(Optimizer):
             shared = (shared or type(routing.main) is type(usual.main)) and name in self.defaults
             group.setdefault(name, self.defaults[name] if shared else hyperparameter.default)
         own_routing = "strategy" in group
+        rules = group.setdefault("combine_params", self.defaults["combine_params"])
+        group["combine_params"] = check_rules(rules)
         super().add_param_group(group)
         try:
             for name in set(group) - set(known) - set(_CONFIGURATION) - _TORCH_KEYS:
                 del group[name]
-            for name, hyperparameter in known.items():
-                hyperparameter.validate(name, group[name])
+            check_values(group)
             names = self._labels(group)
             buckets = make_buckets(model, group, routing, names, self.rounding)
             routing.check_read(given, [bucket.strategy for bucket in buckets])
@@ -255,6 +257,10 @@ class StructuredOptimizer(Optimizer):
         labels = group.get("param_names") or [
             f"param_groups[{number}]['params'][{i}]" for i in range(len(params))
         ]
+        if len(labels) != len(params):
+            raise StructPrecondError(
+                f"A param group has {len(params)} parameters, but {len(labels)} param_names."
+            )
         return dict(zip(params, labels, strict=True))
 
     def name_of(self, param: nn.Parameter) -> str:
@@ -359,8 +365,9 @@ class StructuredOptimizer(Optimizer):
             What the closure returned.
 
         Raises:
-            GradientError: If a gradient is sparse, or with `nonfinite="raise"` not finite or too
-                large; nothing has been changed then.
+            StructPrecondError: If a hyperparameter, a parameter or a gradient cannot be used, or
+                with `nonfinite="raise"` a gradient is not finite or too large; nothing has been
+                changed then.
         """
         loss = None
         if closure is not None:
@@ -371,9 +378,12 @@ class StructuredOptimizer(Optimizer):
 
     def _step(self) -> None:
         self._watch()
-        self._follow()
+        for group in self.param_groups:
+            check_values(group)
         live = [[unit.live() for unit in bucket.units] for bucket in self.buckets]
-        self._check_layouts(live)
+        for bucket, alive in zip(self.buckets, live, strict=True):
+            check_tensors(bucket, alive, self._names)
+        self._follow()
         batch_size = self._known_batch_size(live)
         large = self.nonfinite != "ignore" and with_large_gradient(self._live_params(live))
         if large:
@@ -418,14 +428,6 @@ class StructuredOptimizer(Optimizer):
             if shown is not entry:
                 entry.adopt(shown)
                 self.state[first] = entry
-
-    def _check_layouts(self, live: Sequence[Sequence[bool]]) -> None:
-        for p in self._live_params(live):
-            if p.grad is not None and p.grad.layout != torch.strided:
-                raise GradientError(
-                    f"The gradient of {self._names[p]} has the layout {p.grad.layout}; only dense "
-                    "gradients work. Build the embedding with sparse=False."
-                )
 
     def _live_params(self, live: Sequence[Sequence[bool]]) -> list[nn.Parameter]:
         return [

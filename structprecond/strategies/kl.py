@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
 from structprecond.core.rounding import Rounding
 from structprecond.core.state import ALL_ROWS, Rows, State
-from structprecond.errors import StructPrecondError
 from structprecond.groups import PerParameter, PreconditionerGroup
 from structprecond.strategies.base import (
     Hyperparameter,
     StepContext,
     check_flags,
+    check_positive,
     nonnegative,
 )
 from structprecond.strategies.moments import (
@@ -109,8 +109,7 @@ class KLShampooStrategy(RotatedStrategy):
         """Check the static configuration."""
         super().__post_init__()
         check_flags(clamping=self.clamping)
-        if not self.init_factor > 0:
-            raise StructPrecondError(f"init_factor must be above 0, got {self.init_factor!r}.")
+        check_positive(init_factor=self.init_factor)
 
     def init(
         self, like: Tensor, structures: tuple[Structure, ...], dtypes: tuple[torch.dtype, ...]

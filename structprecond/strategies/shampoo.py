@@ -18,6 +18,7 @@ from structprecond.linalg import RootMethod, has_inverse_root
 from structprecond.strategies.base import (
     Hyperparameter,
     StepContext,
+    check_positive,
     interval,
     nonnegative,
 )
@@ -110,12 +111,12 @@ class ShampooStrategy(FactoredStrategy):
             raise StructPrecondError(
                 f"root must be 'eigh', 'coupled_newton' or 'newton_db', got {self.root!r}."
             )
-        if self.exponent is not None and not self.exponent > 0:
-            raise StructPrecondError(f"exponent must be above 0 or None, got {self.exponent!r}.")
-        if self.start_preconditioning_step < 1:
+        if self.exponent is not None:
+            check_positive(exponent=self.exponent)
+        start = self.start_preconditioning_step
+        if isinstance(start, bool) or not isinstance(start, int) or start < 1:
             raise StructPrecondError(
-                "start_preconditioning_step must be at least 1, got "
-                f"{self.start_preconditioning_step!r}."
+                f"start_preconditioning_step must be an integer of at least 1, got {start!r}."
             )
 
     def adapt_structures(

@@ -18,7 +18,9 @@ from structprecond.groups.merge import DataFormat
 from structprecond.strategies.base import (
     Hyperparameter,
     StepContext,
+    check_choice,
     check_flags,
+    check_positive,
     nonnegative,
 )
 from structprecond.strategies.moments import (
@@ -117,8 +119,8 @@ class SOAPStrategy(RotatedStrategy):
             skip_first=self.skip_first,
             transport=self.transport,
         )
-        if self.clip_rms is not None and not self.clip_rms > 0:
-            raise StructPrecondError(f"clip_rms must be above 0 or None, got {self.clip_rms!r}.")
+        if self.clip_rms is not None:
+            check_positive(clip_rms=self.clip_rms)
 
     def init(
         self, like: Tensor, structures: tuple[Structure, ...], dtypes: tuple[torch.dtype, ...]
@@ -300,6 +302,7 @@ class SOAP(StructuredOptimizer):
         maximize: bool = False,
         verbose_init: bool = False,
     ) -> None:
+        check_choice("data_format", data_format, DataFormat)
         if merge_dims and combine_params is not None:
             raise StructPrecondError(
                 "merge_dims=True is short for combine_params=(MergeDims(...),), but "

@@ -110,6 +110,10 @@ def per_axis(value: PerAxis[T], order: int, what: str, units: str) -> tuple[T, .
     """
     if not isinstance(value, Mapping):
         return (value,) * order
+    if wrong := [key for key in value if not isinstance(key, int) or key < 1]:
+        raise StructureError(
+            f"{what}={dict(value)} has the keys {wrong}; keys are numbers of axes, from 1 on."
+        )
     if order not in value:
         raise StructureError(
             f"{what}={dict(value)} has no entry for tensors with {order} axes, such as {units}. "

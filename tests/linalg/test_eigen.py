@@ -11,6 +11,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from structprecond import DecompositionError
 from structprecond.linalg import (
     eigh,
+    full_precision,
     get_eigenbasis_eigh,
     get_eigenbasis_qr,
     off_diagonal_ratio,
@@ -18,6 +19,7 @@ from structprecond.linalg import (
     rayleigh_quotients,
     sort_eigenbasis_by_approx_eigvals,
 )
+from structprecond.linalg.precision import reduced_precision
 from tests import golden
 
 
@@ -88,6 +90,23 @@ def test_eigh_tries_again_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ((Q * values.unsqueeze(-2)) @ Q.mT - A).norm() < 1e-5 * A.norm()
 
 
+def test_a_single_matrix_is_tried_again_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    A, real = _psd(4, 4, dtype=torch.float32), torch.linalg.eigh
+
+    def fails_in_float32(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        if matrix.dtype == torch.float32:
+            raise LinAlgError("did not converge")
+        return real(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)
+    values, Q = eigh(A)
+    assert values.shape == (4,)
+    assert ((Q * values) @ Q.mT - A).norm() < 1e-5 * A.norm()
+    with pytest.raises(DecompositionError) as error:
+        eigh(A * torch.nan)
+    assert error.value.rows == [0]
+
+
 def test_eigh_names_the_rows_that_fail() -> None:
     A = _psd(3, 4, 4)
     A[1, 0, 0] = torch.nan
@@ -149,3 +168,39 @@ def test_global_precision_settings_change_nothing() -> None:
         torch.set_float32_matmul_precision("highest")
     assert seen == ["ieee"]
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+class _Backend:
+    """Stands in for what holds the settings of one backend, so that the real ones stay alone."""
+
+    def __init__(self, fp32_precision: str) -> None:
+        self.fp32_precision = fp32_precision
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_precision_is_set_for_every_backend_and_put_back(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, cpu = _Backend("tf32"), _Backend("bf16")
+    monkeypatch.setattr(torch.backends.cuda, "matmul", cuda)
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", cpu, raising=False)
+    for context, inside in ((full_precision, "ieee"), (reduced_precision, "tf32")):
+        try:
+            with context():
+                assert (cuda.fp32_precision, cpu.fp32_precision) == (inside, "ieee")
+                if fails:
+                    raise LinAlgError
+        except LinAlgError:
+            assert fails
+        assert (cuda.fp32_precision, cpu.fp32_precision) == ("tf32", "bf16")
+
+
+def test_older_torch_has_one_setting_of_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = ["medium"]
+    monkeypatch.setattr(torch.backends.cuda, "matmul", object())
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", object(), raising=False)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting[-1])
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", setting.append)
+    with full_precision(), reduced_precision():
+        pass
+    assert setting == ["medium", "highest", "high", "highest", "medium"]

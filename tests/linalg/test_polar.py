@@ -9,6 +9,7 @@ from torch import Tensor
 from structprecond import StructPrecondError
 from structprecond.linalg import newton_schulz, polar, polar_factor
 from structprecond.linalg.polar import COEFFICIENTS, coefficients_of
+from structprecond.linalg.precision import has_native_bfloat16
 
 
 def _with_singular_values(sigma: Tensor, rows: int, columns: int, seed: int) -> Tensor:
@@ -100,6 +101,27 @@ def test_coefficients_go_on_as_published() -> None:
     assert quintic[5:] == ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377))
     assert coefficients_of("polar_express", 10)[7:] == ((1.8750, -1.2500, 0.3750),) * 3
     assert coefficients_of("cans", 7)[4:] == ((2.2737, -1.6447, 0.4162),) * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "lower", "upper", "largest"),
+    [
+        ("quintic", 0.95, 1.05, 1.0),
+        ("polar_express", 0.999, 1.001, 1.0),
+        ("cans", 0.85, 1.15, 1.0),
+        ("aol", 0.75, 1.15, 0.85),
+        ("cubic5", 0.75, 1.3, 1.0),
+    ],
+)
+def test_published_tables_bring_singular_values_near_one(
+    kind: str, lower: float, upper: float, largest: float
+) -> None:
+    # a wrong number in a table spoils this; "simple" leaves small ones small after its one triple
+    sigma = torch.logspace(-2, 0, 300, dtype=torch.float64) * largest
+    for a, b, c in COEFFICIENTS[kind].steps:
+        sigma = a * sigma + b * sigma**3 + c * sigma**5
+    assert lower < sigma.min()
+    assert sigma.max() < upper
 
 
 @pytest.mark.parametrize(
@@ -196,6 +218,9 @@ def test_dtype_of_the_input_is_kept(dtype: torch.dtype, tolerance: float) -> Non
     assert found.dtype == dtype
     assert polar_factor(matrix).dtype == dtype
     assert torch.allclose(found.double(), expected, atol=tolerance)
+    tall = newton_schulz(matrix.mT, 8, "polar_express")
+    assert tall.dtype == dtype
+    assert torch.allclose(tall.double(), expected.mT, atol=tolerance)
 
 
 def test_float64_is_never_reduced() -> None:
@@ -220,6 +245,24 @@ def test_bfloat16_is_used_only_where_it_is_native(
     assert seen == [torch.bfloat16 if native else torch.float32]
 
 
+def test_native_bfloat16_is_what_the_device_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = has_native_bfloat16.__wrapped__
+    for features, expected in (
+        ({"avx512_bf16": True}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"avx512_bf16": False}, False),
+        ({}, False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda f=features: f, raising=False)
+        assert native(torch.device("cpu")) is expected
+    # a GPU that only emulates it has none
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    assert native(torch.device("cuda")) is False
+    assert native(torch.device("meta")) is False
+
+
 def test_long_matrices_take_the_gram_form_and_others_do_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -241,3 +284,14 @@ def test_polar_factor_drops_directions_without_a_singular_value() -> None:
     expected = svd.U[:, :3] @ svd.Vh[:3]
     assert torch.allclose(polar_factor(matrix), expected, atol=1e-10)
     assert torch.equal(polar_factor(torch.zeros(3, 2)), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("shape", [(40, 2), (2, 40)])
+def test_polar_factor_measures_what_is_zero_by_the_longer_side(shape: tuple[int, int]) -> None:
+    eps = torch.finfo(torch.float64).eps
+    for second, kept in ((20 * eps, 0.0), (80 * eps, 1.0)):
+        matrix = torch.zeros(shape, dtype=torch.float64)
+        matrix[0, 0], matrix[1, 1] = 1.0, second
+        expected = torch.zeros(shape, dtype=torch.float64)
+        expected[0, 0], expected[1, 1] = 1.0, kept
+        assert torch.allclose(polar_factor(matrix), expected, atol=1e-12)

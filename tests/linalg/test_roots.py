@@ -44,6 +44,26 @@ def test_iterations_agree_with_numpy_on_well_conditioned_matrices(method, root: 
     assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("method", ["eigh", "coupled_newton", "newton_db"])
+def test_stacks_of_any_order_are_their_matrices(method) -> None:
+    A, damping = _psd(50, batch=6).view(2, 3, 9, 9), torch.rand(2, 3, dtype=torch.float64)
+    actual = matrix_inverse_root(A, 4, damping, method=method)
+    for i in range(2):
+        for j in range(3):
+            expected = _oracle(A[i, j], 4, damping[i, j].item())
+            assert (actual[i, j] - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("method", ["coupled_newton", "newton_db"])
+def test_iterations_do_not_depend_on_the_rest_of_the_stack(method) -> None:
+    # they converge after different numbers of steps, and the last one not at all
+    A = torch.cat([_psd(condition, batch=1) for condition in (1.5, 3, 100, 1e4, 1e16)])
+    together = matrix_inverse_root(A, 2, method=method)
+    for matrix, expected in zip(A, together, strict=True):
+        alone = matrix_inverse_root(matrix, 2, method=method)
+        assert (alone - expected).norm() < 1e-11 * expected.norm()
+
+
 def test_damping_can_differ_from_matrix_to_matrix() -> None:
     A, damping = _psd(10), torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)
     actual = matrix_inverse_root(A, 2, damping)

@@ -1,0 +1,54 @@
+"""What is looked at before a step changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structprecond.core.bucket import Bucket
+from structprecond.core.routing import as_routing
+from structprecond.errors import GradientError, StructPrecondError
+
+
+def check_values(group: Mapping[str, Any]) -> None:
+    """Raise `HyperparameterError` unless all hyperparameters of a param group are allowed.
+
+    Tensors on an accelerator are left out: to look at them would stall it.
+    """
+    for name, hyperparameter in as_routing(group["strategy"]).hyperparameters.items():
+        value = group[name]
+        if not (isinstance(value, Tensor) and value.device.type not in ("cpu", "meta")):
+            hyperparameter.validate(name, value)
+
+
+def check_tensors(bucket: Bucket, live: Sequence[bool], names: Mapping[nn.Parameter, str]) -> None:
+    """Check that parameters are those the bucket was made for, and that gradients fit them.
+
+    Raises:
+        StructPrecondError: If a parameter has another shape, or no values.
+        GradientError: If a gradient is sparse, complex, or of another shape.
+    """
+    layout = bucket.layout
+    on = layout.per_param(live)
+    for p, shape, alive in zip(layout.params, layout.shapes, on, strict=True):
+        if p.shape != shape or p.device.type == "meta":
+            raise StructPrecondError(
+                f"{names[p]} has the shape {tuple(p.shape)} on {p.device}, but the optimizer was "
+                f"made for {tuple(shape)} and needs values. Build a new optimizer."
+            )
+        grad = p.grad
+        if not alive or grad is None:
+            continue
+        if grad.layout != torch.strided:
+            raise GradientError(
+                f"The gradient of {names[p]} has the layout {grad.layout}; only dense gradients "
+                "work. Build the embedding with sparse=False."
+            )
+        if grad.shape != shape or not grad.is_floating_point():
+            raise GradientError(
+                f"The gradient of {names[p]} is of {grad.dtype} and of shape {tuple(grad.shape)}; "
+                f"expected real numbers of shape {tuple(shape)}."
+            )
