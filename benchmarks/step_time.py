@@ -1,7 +1,8 @@
 """Time `optimizer.step()`: all contestants of a race interleaved in one run, on the same gradients.
 
-Prints a table per race: the mean over a refresh cycle of ten steps, each of which is represented by
-its median over all cycles; the slowest of the ten; state; and the memory that a step needs on top.
+Prints a table per race: the mean over a refresh cycle of ten steps (one for SIRF-Shampoo, which is
+refreshed at every step), each of which is represented by its median over all cycles; the slowest of
+them; state; and the memory that a step needs on top.
 
     python benchmarks/step_time.py --workloads W1 --races soap "muon, float32" --json times.json
     python benchmarks/step_time.py --report times.json
@@ -87,12 +88,12 @@ class Contestant:
             torch.cuda.synchronize(device)
         self.times.append(1e3 * (time.perf_counter() - start))
 
-    def result(self, workload: str, race: str, settled: int) -> Result:
+    def result(self, workload: str, race: str, settled: int, cycle: int) -> Result:
         """Sum up the steps from number `settled` on, and measure memory with one more cycle."""
         numel = sum(p.numel() for p in self.model.parameters())
-        steps = [statistics.median(self.times[settled + i :: CYCLE]) for i in range(CYCLE)]
+        steps = [statistics.median(self.times[settled + i :: cycle]) for i in range(cycle)]
         state = state_bytes(self.optimizer) / numel
-        peak = peak_bytes(self)
+        peak = peak_bytes(self, cycle)
         peak_per_param = None if peak is None else peak / numel
         return Result(
             workload, race, self.name, statistics.fmean(steps), max(steps), state, peak_per_param
@@ -127,18 +128,18 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(found.values())
 
 
-def peak_bytes(contestant: Contestant) -> int | None:
+def peak_bytes(contestant: Contestant, cycle: int) -> int | None:
     """Return the most memory that was in use during a cycle beyond that at its start."""
     device = next(contestant.model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        for seed in range(CYCLE):
+        for seed in range(cycle):
             contestant.step(seed)
         return torch.cuda.max_memory_allocated(device) - before
     most = 0
     gc.collect()
-    for seed in range(CYCLE):
+    for seed in range(cycle):
         fill_gradients(contestant.model, seed)
         try:
             # give freed memory back, and let the kernel forget the peak so far
@@ -169,14 +170,15 @@ def race(
             contestants.append(Contestant(who, build, model))
         except ImportError as error:
             print(f"{who} is left out: {error}", file=sys.stderr)
+    cycle = 1 if name.startswith("sirf") else CYCLE
     # SOAP initializes at its first step, so cycles start after it
-    settled = 1 + CYCLE
-    for step in range(settled + CYCLE * cycles):
+    settled = 1 + cycle
+    for step in range(settled + cycle * cycles):
         # who goes first takes turns, so that nobody profits from another's warm caches
         turn = step % len(contestants)
         for contestant in contestants[turn:] + contestants[:turn]:
             contestant.step(step)
-    results = [contestant.result(workload, name, settled) for contestant in contestants]
+    results = [contestant.result(workload, name, settled, cycle) for contestant in contestants]
     contestants.clear()
     gc.collect()
     return results

@@ -148,9 +148,10 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
             yield value
         case ast.Call(func, args):
             bare = not args and not node.keywords
-            if isinstance(func, ast.Attribute):
-                if bare or not isinstance(func.value, ast.Name | ast.Call):
-                    yield func.value
+            if isinstance(func, ast.Attribute) and (
+                bare or not isinstance(func.value, ast.Name | ast.Call)
+            ):
+                yield func.value
             if len(args) > 1 and not any(isinstance(a, ast.Starred) for a in args[:2]):
                 yield _with(node, args=[args[1], args[0], *args[2:]])
     match node:
@@ -285,7 +286,7 @@ def run_tests(directory: Path, paths: Sequence[str], limit: float, quiet: bool =
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("paths", nargs="*", default=[f"structprecond/{p}" for p in PACKAGES])
     parser.add_argument("--mutants", type=int, default=300, help="about so many in total")
     parser.add_argument("--seed", type=int, default=0)

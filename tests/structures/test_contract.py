@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from structprecond import DenseMatrix, DiagonalMatrix, StructuredMatrix
+from structprecond import DenseMatrix, DiagonalMatrix, StructuredMatrix, StructureError
 from structprecond.structures import structure_class
 from structprecond.testing import StructuredMatrixContract
 
@@ -177,3 +177,104 @@ def test_large_inner_products_are_complete(size: int) -> None:
     product = DenseMatrix.from_mat_inner(X).to_dense()
     assert torch.allclose(product, X @ X.mT, atol=1e-12)
     assert torch.allclose(product, product.mT, atol=1e-12)
+
+
+@pytest.mark.parametrize("operation", ["__add__", "__sub__", "__matmul__", "add_", "copy_"])
+def test_different_structures_do_not_combine(operation: str) -> None:
+    A, B = DiagonalMatrix.eye(3), DenseMatrix.eye(3)
+    with pytest.raises(StructureError, match="diagonal can only be combined with diagonal"):
+        getattr(A, operation)(B)
+    assert torch.equal(A.to_dense(), torch.eye(3))
+
+
+@pytest.mark.parametrize("name", ["dense", "hierarchical1_2"])
+def test_products_with_transposed_views_are_transposed_views(name: str) -> None:
+    A = structure_class(name).eye(5, (2,))
+    X, Y = torch.randn(2, 5, 7), torch.randn(2, 7, 5).mT
+    assert A.rmatmat(X).stride() == (35, 7, 1)
+    assert A.rmatmat(Y).stride() == (35, 1, 5)
+    assert torch.allclose(A @ Y, Y)
+
+
+def _spectral_case(name: str, batch: tuple[int, ...]) -> tuple[StructuredMatrix, list[slice]]:
+    """Return positive definite matrices of size 11, and where their blocks are."""
+    generator = torch.Generator().manual_seed(5)
+    X = torch.randn(*batch, 11, 20, generator=generator, dtype=torch.float64)
+    size = {"dense": 11, "block4diagonal": 4, "block11diagonal": 11, "block20diagonal": 20}[name]
+    blocks = [slice(start, min(start + size, 11)) for start in range(0, 11, size)]
+    return structure_class(name).from_dense(X @ X.mT), blocks
+
+
+_SPECTRAL = pytest.mark.parametrize(
+    "name", ["dense", "block4diagonal", "block11diagonal", "block20diagonal"]
+)
+_BATCHES = pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+
+
+@_SPECTRAL
+@_BATCHES
+def test_inverse_roots_are_those_of_the_dense_matrices(name: str, batch: tuple[int, ...]) -> None:
+    A, _ = _spectral_case(name, batch)
+    damping = 1 + torch.rand(batch, dtype=torch.float64)
+    values, Q = torch.linalg.eigh(A.to_dense())
+    for given in (0.0, 0.5, damping):
+        shift = torch.as_tensor(given, dtype=torch.float64)[..., None].expand(*batch, 1)
+        expected = (Q * (values + shift).pow(-1 / 3).unsqueeze(-2)) @ Q.mT
+        actual = A.inverse_root(3, given)  # type: ignore[attr-defined]
+        assert torch.allclose(actual.to_dense(), expected, atol=1e-10)
+    diagonal = DiagonalMatrix.from_dense(A.to_dense())
+    entries = A.to_dense().diagonal(dim1=-2, dim2=-1) + damping.unsqueeze(-1)
+    actual = diagonal.inverse_root(3, damping)
+    assert torch.allclose(actual.to_dense(), entries.pow(-1 / 3).diag_embed(), atol=1e-10)
+
+
+@_SPECTRAL
+@_BATCHES
+def test_staleness_is_that_of_the_dense_matrices(name: str, batch: tuple[int, ...]) -> None:
+    A, _ = _spectral_case(name, batch)
+    noise = torch.randn(*batch, 11, 11, dtype=torch.float64)
+    exact = A.eigenbasis()  # type: ignore[attr-defined]
+    other = type(A).from_dense(noise + noise.mT).eigenbasis()  # type: ignore[attr-defined]
+    Q, dense = other.to_dense(), A.to_dense()
+    rotated = Q.mT @ dense @ Q
+    rest = rotated - rotated.diagonal(dim1=-2, dim2=-1).diag_embed()
+    expected = rest.square().sum((-2, -1)).sqrt() / dense.square().sum((-2, -1)).sqrt()
+    assert torch.allclose(A.off_diagonal_ratio(other), expected, atol=1e-12)  # type: ignore[attr-defined]
+    assert (A.off_diagonal_ratio(exact) < 1e-12).all()  # type: ignore[attr-defined]
+    zero = (A * 0.0).off_diagonal_ratio(other)  # type: ignore[attr-defined]
+    assert torch.equal(zero, torch.zeros(batch, dtype=torch.float64))
+
+
+@_SPECTRAL
+@_BATCHES
+def test_eigenbases_are_refreshed_block_by_block(name: str, batch: tuple[int, ...]) -> None:
+    A, blocks = _spectral_case(name, batch)
+    dense = A.to_dense()
+    noise = torch.randn(*batch, 11, 11, dtype=torch.float64)
+    Q = type(A).from_dense(noise + noise.mT).eigenbasis()  # type: ignore[attr-defined]
+    better, order = A.refresh_eigenbasis(Q)  # type: ignore[attr-defined]
+    unsorted = A.orthogonal_iteration(Q).to_dense()  # type: ignore[attr-defined]
+    exact = A.eigenbasis().to_dense()  # type: ignore[attr-defined]
+    assert order.shape == (*batch, 11)
+    for rows in blocks:
+        S, q = dense[..., rows, rows], Q.to_dense()[..., rows, rows]
+        quotients = torch.einsum("...ij,...ik,...kj->...j", q, S, q)
+        expected = quotients.argsort(dim=-1, descending=True)
+        assert torch.equal(order[..., rows] - rows.start, expected)
+        picked = torch.take_along_dim(q, expected.unsqueeze(-2), dim=-1)
+        for found, start in ((better.to_dense(), picked), (unsorted, q)):
+            # the orthogonal factor is the one for which R = Q' S Q_old is triangular
+            factor = found[..., rows, rows]
+            R = factor.mT @ S @ start
+            assert R.tril(-1).abs().max() < 1e-10
+            assert torch.allclose(factor @ R, S @ start, atol=1e-10)
+        values = torch.linalg.eigvalsh(S).flip(-1)
+        vectors = exact[..., rows, rows]
+        assert torch.allclose(S @ vectors, vectors * values.unsqueeze(-2), atol=1e-9)
+
+
+def test_cost_of_a_refresh_is_cubic_in_the_blocks() -> None:
+    assert DenseMatrix.refresh_cost(7) == 343
+    assert structure_class("block4diagonal").refresh_cost(11) == 64 + 64 + 27
+    assert structure_class("block4diagonal").refresh_cost(8) == 128
+    assert DiagonalMatrix.refresh_cost(7) == 0
