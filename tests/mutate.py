@@ -152,7 +152,9 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
                 bare or not isinstance(func.value, ast.Name | ast.Call)
             ):
                 yield func.value
-            if len(args) > 1 and not any(isinstance(a, ast.Starred) for a in args[:2]):
+            symmetric = isinstance(func, ast.Name) and func.id in ("max", "min")
+            starred = any(isinstance(a, ast.Starred) for a in args[:2])
+            if len(args) > 1 and not starred and not symmetric:
                 yield _with(node, args=[args[1], args[0], *args[2:]])
     match node:
         case ast.Expr(ast.Call()) | ast.AugAssign() | ast.Raise() | ast.Continue() | ast.Break():
@@ -213,6 +215,8 @@ def mutants_of(path: str) -> list[Mutant]:
         for variant in variants(node):
             test = getattr(node, "test", None) or (getattr(node, "ifs", None) or [None])[0]
             text = ast.unparse(variant)
+            if text == ast.unparse(node):  # two equal arguments swapped
+                continue
             if variant is test:
                 add(variant, f"(not ({text}))")
             elif isinstance(node, ast.expr) and not isinstance(node, ast.Slice):

@@ -74,7 +74,12 @@ def _qr(matrix: Tensor) -> Tensor:
     # columns of 1e-30 would underflow inside; one scale per matrix does not change the factor
     scale = matrix.abs().amax((-2, -1), keepdim=True)
     scaled = matrix / torch.where(scale > 0, scale, 1.0)
-    return decompose(lambda A: torch.linalg.qr(A)[:1], scaled)[0]
+    return decompose(_orthogonal_factor, scaled)[0]
+
+
+def _orthogonal_factor(matrix: Tensor) -> tuple[Tensor]:
+    """Do what `torch.linalg.qr` does, but for the triangular factor, which takes half as long."""
+    return (torch.linalg.householder_product(*torch.geqrf(matrix)),)
 
 
 def refresh_eigenbasis(

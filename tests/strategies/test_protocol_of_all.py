@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import io
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
-from inspect import signature
+from inspect import getdoc, signature
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import structprecond
 from structprecond import (
     KLSOAP,
     LARS,
@@ -294,3 +298,35 @@ def test_clipping_ignores_entries_without_a_second_moment() -> None:
         optimizer.step()
     assert (p - before).norm() > 1e-3
     assert (optimizer.state[p]["exp_avg_sq"] > 0).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    "AdamW KLShampoo LARS Muon NorMuon SIRFShampoo SOAP Scion Shampoo".split(),
+)
+def test_defaults_are_the_documented_ones(name: str) -> None:
+    optimizer = getattr(structprecond, name)
+    strategy = getattr(structprecond, f"{name}Strategy")
+    arguments = (getdoc(optimizer) or "").split("Args:\n")[1].split("\nRaises:")[0]
+    own = {f.name: f.default for f in fields(strategy)}
+    own |= {key: h.default for key, h in strategy.hyperparameters.items()}
+    # the rules by themselves: a ball of radius 1, and Muon's learning rate
+    for argument, other in {"Scion": {"radius": 1.0}, "NorMuon": {"lr": 3e-4}}.get(
+        name, {}
+    ).items():
+        assert own.pop(argument) == other
+    compared = 0
+    for entry in re.split(r"\n(?=    \w+:)", arguments):
+        if found := re.match(r"\s*(\w+): .*Default:\s(.*)\.\s*$", entry, re.DOTALL):
+            argument, text = found[1], found[2].partition(", ")[0]
+            text = found[2] if text.startswith("(") else text.strip("`")
+            try:
+                documented = ast.literal_eval(text)
+            except (SyntaxError, ValueError):
+                continue
+            given = signature(optimizer).parameters[argument].default
+            if argument not in ("params", "preconditioner_dtypes", "combine_params"):
+                assert given == documented, argument
+                assert own.get(argument, documented) == documented, argument
+                compared += argument in own
+    assert compared >= 3
