@@ -16,8 +16,13 @@ from structprecond import AdamW
 )
 @pytest.mark.parametrize(
     "kwargs",
-    [{}, {"lr": 0.03, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.3}, {"maximize": True}],
-    ids=["defaults", "others", "maximize"],
+    [
+        {},
+        {"lr": 0.03, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.3},
+        {"maximize": True},
+        {"betas": (0.0, 0.0), "eps": 1e-2, "weight_decay": 0.0},
+    ],
+    ids=["defaults", "others", "maximize", "no memory"],
 )
 def test_fifty_steps_of_torch_adamw(kwargs: Any, dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
@@ -38,3 +43,18 @@ def test_fifty_steps_of_torch_adamw(kwargs: Any, dtype: torch.dtype, tolerance: 
             assert (p - q).norm() <= tolerance * q.norm()
         for group in (*optimizer.param_groups, *reference.param_groups):
             group["lr"] *= 0.98
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 3), (2, 3, 4)])
+def test_rows_of_one_stack_at_different_updates(shape: tuple[int, ...]) -> None:
+    params = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for _ in range(3)]
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    optimizer, reference = AdamW(params, lr=0.03), torch.optim.AdamW(others, lr=0.03)
+    for step in range(8):
+        for row, (p, q) in enumerate(zip(params, others, strict=True)):
+            p.grad = torch.randn_like(p) if step >= 2 * row else None
+            q.grad = None if p.grad is None else p.grad.clone()
+        optimizer.step()
+        reference.step()
+        for p, q in zip(params, others, strict=True):
+            assert (p - q).norm() <= 1e-12 * q.norm()

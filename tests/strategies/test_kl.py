@@ -47,7 +47,9 @@ class _DenseKL:
     only in so far as the direction does not depend on them.
     """
 
-    def __init__(self, p: Tensor, first: Tensor, soap: bool, clamping: bool) -> None:
+    def __init__(
+        self, p: Tensor, first: Tensor, soap: bool, clamping: bool, init: float = 0.1
+    ) -> None:
         self.p, self.soap, self.clamping = p.clone(), soap, clamping
         self.beta1, self.beta2, self.lr, self.eps, self.decay = 0.9, 0.98, 0.01, 1e-8, 0.01
         self.m = torch.zeros_like(p)
@@ -58,7 +60,7 @@ class _DenseKL:
             S = (1 - self.beta2) * G @ G.mT / G.shape[1]
             self.S.append(S)
             self.Q.append(torch.linalg.eigh(S)[1].flip(-1))
-            self.values.append(torch.full((dim,), 0.1, dtype=p.dtype))
+            self.values.append(torch.full((dim,), init, dtype=p.dtype))
 
     def roots(self) -> list[Tensor]:
         roots = [values**-0.5 for values in self.values]
@@ -114,6 +116,23 @@ def test_tensors_of_any_order_follow_the_dense_formulas(
     assert torch.equal(p, oracle.p)
     for _ in range(6):
         p.grad = torch.randn_like(p)
+        oracle.step(p.grad, refresh=False)
+        optimizer.step()
+        assert (p - oracle.p).norm() < 1e-9 * oracle.p.norm()
+
+
+@pytest.mark.parametrize("clamping", [True, False])
+def test_small_eigenvalues_are_clamped_or_not(clamping: bool) -> None:
+    # roots of 100, where clamping allows 11 and 12
+    p = nn.Parameter(torch.randn(11, 12, dtype=torch.float64))
+    optimizer = KLShampoo(
+        [p], lr=0.01, clamping=clamping, init_factor=1e-4, precondition_frequency=10**6
+    )
+    p.grad = torch.randn_like(p)
+    oracle = _DenseKL(p.detach(), p.grad, soap=False, clamping=clamping, init=1e-4)
+    optimizer.step()
+    for _ in range(3):
+        p.grad = 1e-3 * torch.randn_like(p)
         oracle.step(p.grad, refresh=False)
         optimizer.step()
         assert (p - oracle.p).norm() < 1e-9 * oracle.p.norm()

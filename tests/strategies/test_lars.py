@@ -134,3 +134,13 @@ def test_a_learning_rate_has_to_be_given() -> None:
         LARS([nn.Parameter(torch.ones(2))])  # type: ignore[call-arg]
     with pytest.raises(HyperparameterError, match=r"lr must be a finite number.*got None"):
         StructuredOptimizer([nn.Parameter(torch.ones(2))], strategy=LARSStrategy())
+
+
+def test_dampening_matters_to_a_momentum_alone() -> None:
+    p = nn.Parameter(torch.randn(3, 2, dtype=torch.float64))
+    optimizer = LARS([p], lr=1.0, momentum=0.0, dampening=0.5)
+    for _ in range(3):
+        before = p.detach().clone()
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+        assert torch.allclose(before - p, p.grad)

@@ -449,3 +449,14 @@ def test_custom_coefficients() -> None:
     optimizer = Muon([p], lr=1.0, coefficient_type=triples, num_ns_steps=2, weight_decay=0.0)
     (grad,) = _step([p], optimizer, 0)
     assert (p + 5**0.5 * newton_schulz(0.05 * grad, 2, triples)).norm() < 1e-10
+
+
+def test_a_weight_decay_of_one_is_no_exception() -> None:
+    start, grad = torch.randn(2, 4, 3, dtype=torch.float64)
+    p, q = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    p.grad, q.grad = grad, grad + start
+    options: Any = {"lr": 0.1, "routes": {"*": "muon"}, **EXACT}
+    Muon([p], weight_decay=1.0, weight_decay_method="l2", **options).step()
+    Muon([q], weight_decay=0.0, **options).step()
+    assert torch.allclose(p, q, rtol=0, atol=1e-12)
+    assert not torch.equal(p, start)

@@ -155,3 +155,19 @@ def test_hard_gradients_give_finite_bounded_updates(structures: Any, scale: floa
 def test_wrong_configuration_raises(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(StructPrecondError, match=message):
         Shampoo([nn.Parameter(torch.zeros(2, 2))], **wrong)
+
+
+def test_rows_before_and_after_their_start_share_a_stack() -> None:
+    params = [nn.Parameter(torch.randn(4, 3, dtype=torch.float64)) for _ in range(3)]
+    late = Shampoo(params, lr=1.0, start_preconditioning_step=3, grafting="sgd")
+    alone = [nn.Parameter(p.detach().clone()) for p in params]
+    each = [Shampoo([p], lr=1.0, start_preconditioning_step=3, grafting="sgd") for p in alone]
+    for step in range(6):
+        for row, (p, q) in enumerate(zip(params, alone, strict=True)):
+            if step >= row:
+                p.grad = torch.randn_like(p)
+                q.grad = p.grad.clone()
+                each[row].step()
+        late.step()
+        for p, q in zip(params, alone, strict=True):
+            assert torch.allclose(p, q, rtol=1e-10, atol=1e-12)

@@ -73,3 +73,18 @@ def test_a_flattened_embedding_steps_in_less_than_2_gb(structure: str) -> None:
     command = [sys.executable, "-c", _LARGE_EMBEDDING, structure]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(run.stdout) < 2e9
+
+
+def test_factors_stored_in_bfloat16_follow_those_in_float64() -> None:
+    start = torch.randn(4, 3, dtype=torch.float64)
+    factors = []
+    for dtype in (torch.float64, torch.bfloat16):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = SIRFShampoo([p], batch_size=4, beta2=0.3, preconditioner_dtypes=dtype)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            p.grad = torch.randn(4, 3, dtype=torch.float64, generator=generator)
+            optimizer.step()
+        factors.append(optimizer.state[p]["preconditioner.0.mat"].double())
+    assert (factors[0] - torch.eye(4)).norm() > 0.1
+    assert (factors[1] - factors[0]).norm() < 0.05 * factors[0].norm()

@@ -381,3 +381,17 @@ def test_clipping_survives_an_outlier() -> None:
     undisturbed, clipped = losses(3.0, False), losses(3.0, True)
     assert clipped[60] < 1.5 * undisturbed[50]
     assert losses(None, True)[60] > 2 * clipped[60] or losses(None, True)[99] > clipped[99]
+
+
+@pytest.mark.parametrize(("shampoo_beta", "decay"), [(-1, 0.8), (0.0, 0.0), (0.3, 0.3)])
+def test_decay_of_the_factors(shampoo_beta: float, decay: float) -> None:
+    p = nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+    optimizer = SOAP([p], betas=(0.9, 0.8), shampoo_beta=shampoo_beta)
+    left, right = torch.zeros(4, 4).double(), torch.zeros(3, 3).double()
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        left = decay * left + (1 - decay) * p.grad @ p.grad.mT
+        right = decay * right + (1 - decay) * p.grad.mT @ p.grad
+        optimizer.step()
+        assert torch.allclose(optimizer.state[p]["factors.0.mat"], left)
+        assert torch.allclose(optimizer.state[p]["factors.1.mat"], right)
