@@ -8,6 +8,7 @@ from structprecond.core.checkpoint import describe_object
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.errors import StructPrecondError
 from structprecond.sam import SAM
+from structprecond.tables import lay_out
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,7 @@ class Description:
                     _human(row.state_bytes),
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-            for line in table
-        ]
-        rule = "-" * max(map(len, lines))
+        lines = lay_out(table)
         ratio = (
             f" = {self.state_bytes / self.parameter_bytes:.2f} x" if self.parameter_bytes else ""
         )
@@ -94,7 +90,7 @@ class Description:
             f"{', '.join(strategies)}: state {_human(self.state_bytes)}{ratio} parameters "
             f"({_human(self.parameter_bytes)})"
         )
-        return "\n".join([lines[0], rule, *lines[1:], rule, total])
+        return "\n".join([*lines, lines[1], total])
 
 
 def describe(optimizer: StructuredOptimizer | SAM) -> Description:

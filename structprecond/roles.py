@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from structprecond.errors import StructPrecondError
+from structprecond.tables import lay_out
 
 RoleName = Literal[
     "embedding", "head", "norm", "bias", "conv", "fused_qkv", "experts", "matrix", "other"
@@ -46,12 +47,7 @@ class Roles(dict[str, Role]):
         table = [("parameter", "shape", "role", "reason")]
         for name, (role, reason, shape) in self.items():
             table.append((name, "x".join(map(str, shape)) or "scalar", role, reason))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-            for line in table
-        ]
-        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+        return "\n".join(lay_out(table))
 
 
 def infer_roles(model: nn.Module) -> Roles:

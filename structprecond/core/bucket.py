@@ -215,7 +215,8 @@ class Bucket:
         self._count_failures(rows, ctx)
         self.overdue[rows] = False
         moved = self.layout.live_units(mask)
-        if is_low_precision(self.key.param_dtype):
+        # the model may have been converted after construction
+        if is_low_precision(self.params[0].dtype):
             self._apply_in_float32(direction, rows, moved, hp)
         else:
             self._apply(direction, rows, moved, hp)
@@ -298,9 +299,9 @@ class Bucket:
         if constraint is not None:
             values = constraint(values)
         if self.rounding == "stochastic":
-            rounded = round_stochastically(values, self.key.param_dtype)
+            rounded = round_stochastically(values, self.params[0].dtype)
         else:
-            rounded = values.to(self.key.param_dtype)
+            rounded = values.to(self.params[0].dtype)
         if self.lost is not None:
             values.sub_(rounded)
             self.lost[on_device_of(rows, self.lost)] = values.to(self.lost.dtype)
