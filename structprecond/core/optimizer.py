@@ -34,6 +34,7 @@ from structprecond.errors import (
     StructPrecondError,
 )
 from structprecond.groups import PreconditionerGroup
+from structprecond.linalg.precision import fast_float32
 from structprecond.structures.spec import PerAxis, StructureSpec
 
 # what copies and pickles carry: no views, no scratch memory, nothing that others put here
@@ -376,6 +377,7 @@ class StructuredOptimizer(Optimizer):
         self._step()
         return loss
 
+    @fast_float32()
     def _step(self) -> None:
         self._watch()
         for group in self.param_groups:
@@ -498,7 +500,7 @@ class StructuredOptimizer(Optimizer):
     def _warn_once(self, counter: str, message: str) -> None:
         if counter not in self._warned:
             self._warned.add(counter)
-            warnings.warn(message, stacklevel=8)  # the line that calls `step`, through torch
+            warnings.warn(message, stacklevel=9)  # the line that calls `step`, through torch
 
     def _arguments(
         self, bucket: Bucket, refresh: Mapping[int, int | bool], batch_size: int | None

@@ -15,13 +15,14 @@ from structprecond.linalg.polar import (
     newton_schulz,
     polar_factor,
 )
-from structprecond.linalg.precision import full_precision
+from structprecond.linalg.precision import fast_float32, full_precision
 from structprecond.linalg.roots import RootMethod, has_inverse_root, matrix_inverse_root
 
 __all__ = [
     "COEFFICIENTS",
     "RootMethod",
     "eigh",
+    "fast_float32",
     "full_precision",
     "get_eigenbasis_eigh",
     "get_eigenbasis_qr",

@@ -11,15 +11,14 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from structprecond import DecompositionError
 from structprecond.linalg import (
     eigh,
-    full_precision,
     get_eigenbasis_eigh,
     get_eigenbasis_qr,
     off_diagonal_ratio,
     orthogonal_iteration,
+    precision,
     rayleigh_quotients,
     sort_eigenbasis_by_approx_eigvals,
 )
-from structprecond.linalg.precision import reduced_precision
 from tests import golden
 
 
@@ -148,7 +147,8 @@ def test_off_diagonal_ratio_on_a_matrix_worked_by_hand() -> None:
     assert torch.allclose(off_diagonal_ratio(A, torch.eye(2).expand(3, 2, 2)), expected)
 
 
-def test_global_precision_settings_change_nothing() -> None:
+def test_global_precision_settings_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_onednn_keeps_float32", lambda: False)
     A, Q = _psd(64, 64, dtype=torch.float32), torch.linalg.qr(torch.randn(64, 64))[0]
     expected = orthogonal_iteration(A, Q), rayleigh_quotients(A, Q), off_diagonal_ratio(A, Q)
     seen = []
@@ -160,7 +160,7 @@ def test_global_precision_settings_change_nothing() -> None:
 
     torch.set_float32_matmul_precision("medium")
     try:
-        with pytest.MonkeyPatch.context() as patch:
+        with monkeypatch.context() as patch:
             patch.setattr(torch, "geqrf", spy)
             actual = orthogonal_iteration(A, Q), rayleigh_quotients(A, Q), off_diagonal_ratio(A, Q)
         assert torch.get_float32_matmul_precision() == "medium"
@@ -168,39 +168,3 @@ def test_global_precision_settings_change_nothing() -> None:
         torch.set_float32_matmul_precision("highest")
     assert seen == ["ieee"]
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
-
-
-class _Backend:
-    """Stands in for what holds the settings of one backend, so that the real ones stay alone."""
-
-    def __init__(self, fp32_precision: str) -> None:
-        self.fp32_precision = fp32_precision
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_precision_is_set_for_every_backend_and_put_back(
-    fails: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cuda, cpu = _Backend("tf32"), _Backend("bf16")
-    monkeypatch.setattr(torch.backends.cuda, "matmul", cuda)
-    monkeypatch.setattr(torch.backends.mkldnn, "matmul", cpu, raising=False)
-    for context, inside in ((full_precision, "ieee"), (reduced_precision, "tf32")):
-        try:
-            with context():
-                assert (cuda.fp32_precision, cpu.fp32_precision) == (inside, "ieee")
-                if fails:
-                    raise LinAlgError
-        except LinAlgError:
-            assert fails
-        assert (cuda.fp32_precision, cpu.fp32_precision) == ("tf32", "bf16")
-
-
-def test_older_torch_has_one_setting_of_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = ["medium"]
-    monkeypatch.setattr(torch.backends.cuda, "matmul", object())
-    monkeypatch.setattr(torch.backends.mkldnn, "matmul", object(), raising=False)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting[-1])
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", setting.append)
-    with full_precision(), reduced_precision():
-        pass
-    assert setting == ["medium", "highest", "high", "highest", "medium"]

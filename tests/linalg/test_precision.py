@@ -1,0 +1,128 @@
+"""The settings of products: as wanted inside, as they were outside, and never less than asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+from torch import nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from structprecond import AdamW, GradientError
+from structprecond.linalg import precision
+from structprecond.linalg.precision import fast_float32, full_precision, reduced_precision
+
+Context = Callable[[], AbstractContextManager[None]]
+ZEN = {"cpu_name": "AMD EPYC", "avx512_f": True, "amx_bf16": False}
+
+
+class _Backend:
+    """Stands in for what holds the settings of one backend, so that the real ones stay alone."""
+
+    def __init__(self, fp32_precision: str) -> None:
+        self.fp32_precision = fp32_precision
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    precision._onednn_keeps_float32.cache_clear()
+    yield
+    precision._onednn_keeps_float32.cache_clear()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("onednn", [False, True])
+def test_precision_is_set_for_every_backend_and_put_back(
+    onednn: bool, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, cpu = _Backend("tf32"), _Backend("none")
+    monkeypatch.setattr(precision, "_onednn_keeps_float32", lambda: onednn)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", cuda)
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", cpu, raising=False)
+    on_cpu = "bf16" if onednn else "ieee"
+    cases: list[tuple[Context, tuple[str, str]]] = [
+        (full_precision, ("ieee", on_cpu)),
+        (reduced_precision, ("tf32", on_cpu)),
+        (fast_float32, ("tf32", "bf16" if onednn else "none")),
+    ]
+    for context, inside in cases:
+        try:
+            with context():
+                assert (cuda.fp32_precision, cpu.fp32_precision) == inside
+                if fails:
+                    raise LinAlgError
+        except LinAlgError:
+            assert fails
+        assert (cuda.fp32_precision, cpu.fp32_precision) == ("tf32", "none")
+
+
+def test_older_torch_has_one_setting_of_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = ["medium"]
+    monkeypatch.setattr(precision, "_onednn_keeps_float32", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", object())
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", object(), raising=False)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting[-1])
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", setting.append)
+    with full_precision(), reduced_precision():
+        pass
+    assert setting == ["medium", "highest", "high", "highest", "medium"]
+
+
+@pytest.mark.parametrize("context", [fast_float32, full_precision, reduced_precision])
+@pytest.mark.parametrize("shape", [(1, 1024, 256), (3, 256, 1024), (50, 64, 64), (8, 3, 200)])
+def test_products_on_the_cpu_keep_the_precision_of_float32(
+    context: Context, shape: tuple[int, int, int]
+) -> None:
+    A = torch.randn(shape)
+    with context():
+        product, sums = A.mT @ A, torch.baddbmm(A, A, A.mT @ A)
+    exact = A.double().mT @ A.double()
+    assert (product - exact).norm() < 1e-6 * exact.norm()
+    exact = A.double() + A.double() @ exact
+    assert (sums - exact).norm() < 2e-6 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {},
+        {**ZEN, "cpu_name": "Intel(R) Xeon(R)"},
+        {**ZEN, "avx512_f": False},
+        {**ZEN, "amx_bf16": True},
+    ],
+)
+@pytest.mark.usefixtures("asked_anew")
+def test_onednn_is_chosen_only_where_it_is_known_to_be_better(
+    features: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    assert not precision._onednn_keeps_float32()
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.usefixtures("asked_anew")
+def test_onednn_is_not_chosen_if_it_rounds(rounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(A.bfloat16(), B.bfloat16()).float() if rounds else torch.bmm(A, B)
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: ZEN, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", _Backend("none"), raising=False)
+    monkeypatch.setattr(torch, "matmul", product)
+    assert precision._onednn_keeps_float32() is not rounds
+
+
+def test_a_step_leaves_the_settings_alone_also_when_it_fails() -> None:
+    backend = getattr(torch.backends.mkldnn, "matmul", None)
+    before = getattr(backend, "fp32_precision", None)
+    p = nn.Parameter(torch.ones(3))
+    optimizer = AdamW([p], nonfinite="raise")
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert getattr(backend, "fp32_precision", None) == before
+    p.grad = torch.full((3,), torch.nan)
+    with pytest.raises(GradientError):
+        optimizer.step()
+    assert getattr(backend, "fp32_precision", None) == before
