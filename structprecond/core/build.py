@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from structprecond.roles import RoleName, infer_roles
 from structprecond.strategies.base import Strategy
 from structprecond.structures.spec import per_axis, resolve_structures
 
+# 16 MB in float32
+_MOST_ENTRIES = 2**22
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -114,8 +116,28 @@ def make_buckets(
             [rule for _, rule in members],
             rounding,
         )
-        for (strategy, key), members in together.items()
+        for (strategy, key), stack in together.items()
+        for members in _split(stack)
     ]
+
+
+def _split(stack: Sequence[tuple[Unit, str]]) -> Iterator[list[tuple[Unit, str]]]:
+    """Yield parts of a stack of units of one shape, none larger than pays.
+
+    Large matrices gain nothing from long stacks, but these fall out of the caches, and their
+    temporaries go back to the system after every use: glibc keeps no blocks of more than 32 MB.
+    """
+    shape = stack[0][0].shape
+    # of the tensor itself and of its largest Kronecker factor
+    entries = max(shape.numel(), max(shape) ** 2)
+    part: list[tuple[Unit, str]] = []
+    for unit, rule in stack:
+        rows = sum(other.rows for other, _ in part) + unit.rows
+        if part and rows * entries > _MOST_ENTRIES:
+            yield part
+            part = []
+        part.append((unit, rule))
+    yield part
 
 
 def _find_routes(

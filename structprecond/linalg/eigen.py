@@ -7,6 +7,7 @@ from torch import Tensor
 
 from structprecond.linalg.decompose import decompose
 from structprecond.linalg.precision import at_least_float32, full_precision
+from structprecond.linalg.qr import orthogonal_factor, transposed
 
 
 def eigh(
@@ -65,21 +66,8 @@ def orthogonal_iteration(
     A, Q = at_least_float32(matrix), at_least_float32(basis)
     with full_precision():
         for _ in range(steps):
-            Q = _qr(A @ Q)
+            Q = orthogonal_factor(A @ Q)
     return Q
-
-
-def _qr(matrix: Tensor) -> Tensor:
-    """Return the orthogonal factor; Householder QR has no trouble with rank-deficient matrices."""
-    # columns of 1e-30 would underflow inside; one scale per matrix does not change the factor
-    scale = matrix.abs().amax((-2, -1), keepdim=True)
-    scaled = matrix / torch.where(scale > 0, scale, 1.0)
-    return decompose(_orthogonal_factor, scaled)[0]
-
-
-def _orthogonal_factor(matrix: Tensor) -> tuple[Tensor]:
-    """Do what `torch.linalg.qr` does, but for the triangular factor, which takes half as long."""
-    return (torch.linalg.householder_product(*torch.geqrf(matrix)),)
 
 
 def refresh_eigenbasis(
@@ -109,8 +97,11 @@ def refresh_eigenbasis(
     with full_precision():
         product = A @ Q
         order = (product * Q).sum(-2).argsort(dim=-1, descending=True)
-        sorted_product = product.gather(-1, order.unsqueeze(-2).expand_as(product))
-        return _qr(sorted_product), order
+        # columns are sorted as rows of the transpose: LAPACK needs that layout anyway
+        columns = transposed(product).flatten(0, -2)
+        first = torch.arange(0, len(columns), A.shape[-1], device=A.device)
+        rows = order + first.view(*order.shape[:-1], 1)
+        return orthogonal_factor(columns[rows].mT), order
 
 
 def rayleigh_quotients(

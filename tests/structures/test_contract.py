@@ -166,7 +166,7 @@ class TestDenseFallback(_DiagonalContract):
     structure = _Minimal
 
 
-@pytest.mark.parametrize("size", [255, 256, 301])
+@pytest.mark.parametrize("size", [255, 767, 768, 901])
 def test_large_inner_products_are_complete(size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(2, size, 7, dtype=torch.float64, generator=generator)

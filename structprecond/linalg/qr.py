@@ -1,0 +1,107 @@
+"""Orthogonal factors of stacks of square matrices, by Householder reflections."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from structprecond.linalg.decompose import decompose
+
+# Measured on 2 cores, float32: three times as fast as LAPACK from this size on, whose panels are
+# narrower and whose products are slower; below, panels are too small for fast products.
+_SMALLEST_BLOCKED = 512
+_PANEL = 128
+
+
+def orthogonal_factor(
+    matrix: Tensor,  # (*b, n, n)
+) -> Tensor:  # (*b, n, n)
+    r"""Return Q of \(A = Q R\), with R upper triangular.
+
+    Q is orthogonal also where A is rank-deficient or zero. The signs of its columns are those that
+    reflections give, so the diagonal of R may be negative.
+
+    Args:
+        matrix: The stack \(A\), of any scale, in float32 or float64.
+
+    Raises:
+        DecompositionError: If a matrix cannot be decomposed in float64 either; names the rows.
+
+    Source: Golub and Van Loan, "Matrix Computations", section 5.2.
+
+    Example:
+        >>> orthogonal_factor(torch.tensor([[0.0, 2.0], [1.0, 0.0]])).abs()
+        tensor([[0., 1.],
+                [1., 0.]])
+    """
+    # columns of 1e-30 would underflow inside; one scale per matrix does not change the factor
+    largest, smallest = matrix.amax((-2, -1), keepdim=True), matrix.amin((-2, -1), keepdim=True)
+    scale = torch.maximum(largest, -smallest)
+    scaled = matrix / torch.where(scale > 0, scale, 1.0)
+    return decompose(_orthogonal_factor, scaled)[0]
+
+
+def _orthogonal_factor(matrix: Tensor) -> tuple[Tensor]:
+    """Do what `torch.linalg.qr` does, but for the triangular factor, which takes half as long."""
+    if matrix.device.type == "cpu" and matrix.shape[-1] >= _SMALLEST_BLOCKED:
+        flat = matrix.reshape(-1, *matrix.shape[-2:])
+        factors = torch.empty(flat.shape, dtype=flat.dtype)
+        for one, factor in zip(flat.unbind(), factors.unbind(), strict=True):
+            _reflect_by_panels(one, factor)
+        return (factors.view(matrix.shape),)
+    return (torch.linalg.householder_product(*torch.geqrf(matrix)),)
+
+
+def _reflect_by_panels(matrix: Tensor, factor: Tensor) -> None:
+    r"""Write the orthogonal factor of one matrix.
+
+    The reflections of a panel of columns are applied at once, as \(I - V T V^\top\) with the
+    reflection vectors V and \(T^{-1} = \mathrm{striu}(V^\top V) + \mathrm{diag}(1 / \tau)\). So
+    nearly all operations are products of large matrices.
+
+    Source: Schreiber and Van Loan 1989, "A storage-efficient WY representation"; Puglisi 1992 for
+        the inverse of T.
+    """
+    # the rows are the columns of the matrix: a panel is contiguous, as LAPACK wants it
+    columns = matrix.mT.clone(memory_format=torch.contiguous_format)
+    panels = []
+    for start in range(0, len(columns), _PANEL):
+        stop = start + _PANEL
+        reflected, tau = torch.geqrf(columns[start:stop, start:].mT)
+        rows = reflected.mT.triu(1)  # V transposed
+        rows.diagonal().fill_(1.0)
+        inverse = (rows @ rows.mT).triu_(1)
+        # a column of zeros has no reflection: tau = 0, and T has a row and column of zeros
+        inverse.diagonal().copy_(1 / tau)
+        T = torch.linalg.solve_triangular(
+            inverse, torch.eye(len(tau), dtype=tau.dtype, device=tau.device), upper=True
+        )
+        rest = columns[stop:, start:]
+        if len(rest):
+            rest.addmm_((rest @ rows.mT) @ T, rows, alpha=-1)
+        panels.append((rows, T))
+    factor.zero_().diagonal().fill_(1.0)
+    for i, (rows, T) in reversed(list(enumerate(panels))):
+        corner = factor[i * _PANEL :, i * _PANEL :]
+        corner.addmm_(rows.mT, T @ (rows @ corner), alpha=-1)
+
+
+def transposed(
+    stack: Tensor,  # (*b, m, n)
+) -> Tensor:  # (*b, n, m)
+    """Return the transposes, contiguous.
+
+    Example:
+        >>> transposed(torch.tensor([[1, 2], [3, 4]]))
+        tensor([[1, 3],
+                [2, 4]])
+    """
+    if stack.device.type != "cpu" or stack.shape[-1] < _SMALLEST_BLOCKED or stack.ndim == 2:
+        return stack.mT.contiguous()
+    # torch transposes single matrices by blocks, stacks of them entry by entry: 5 times as slow
+    copy = torch.empty(stack.mT.shape, dtype=stack.dtype)
+    for one, target in zip(
+        stack.flatten(0, -3).unbind(), copy.flatten(0, -3).unbind(), strict=True
+    ):
+        target.copy_(one.mT)
+    return copy

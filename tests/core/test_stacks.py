@@ -1,0 +1,60 @@
+"""How units are cut into stacks: large ones into several, without a trace in what is computed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from structprecond import SOAP, StackExperts
+from structprecond.core import build
+from tests.helpers import assert_close, values
+
+
+def _rows(model: nn.Module, **kwargs: object) -> list[int]:
+    return [bucket.rows for bucket in SOAP(model, **kwargs).buckets]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "expected"),
+    [
+        # 2^22 entries, of the tensors or of their largest factors
+        ((512, 512), 20, [16, 4]),
+        ((1024, 256), 7, [4, 3]),
+        ((256, 1024), 7, [4, 3]),
+        ((4096, 2), 2, [1, 1]),
+        ((8, 8), 300, [300]),
+    ],
+)
+def test_stacks_of_large_tensors_are_short(
+    shape: tuple[int, int], count: int, expected: list[int]
+) -> None:
+    model = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for _ in range(count))
+    assert _rows(model) == expected
+
+
+def test_the_rows_of_one_unit_stay_together() -> None:
+    experts = nn.ParameterDict({f"e{i}": nn.Parameter(torch.zeros(3, 1024, 256)) for i in range(3)})
+    assert _rows(experts, combine_params=(StackExperts("e*"),)) == [3, 3, 3]
+
+
+def test_cut_stacks_train_as_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.ModuleList(nn.Linear(5, 6) for _ in range(7)).double()
+    twin = copy.deepcopy(model)
+    whole = SOAP(twin, precondition_frequency=2)
+    monkeypatch.setattr(build, "_MOST_ENTRIES", 3 * 36)
+    cut = SOAP(model, precondition_frequency=2)
+    assert [bucket.rows for bucket in cut.buckets] == [3, 3, 1, 3, 3, 1]
+    assert len(whole.buckets) == 2
+    for _ in range(5):
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        cut.step()
+        whole.step()
+    assert_close(values(model), values(twin), 1e-9)
+    # and either loads what the other saved
+    cut.load_state_dict(whole.state_dict())
+    whole.load_state_dict(cut.state_dict())

@@ -1,0 +1,91 @@
+"""Orthogonal factors against torch's QR, above all where panels of reflections are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from structprecond import DecompositionError
+from structprecond.linalg.qr import orthogonal_factor, transposed
+
+
+def _rank_deficient(n: int) -> Tensor:
+    return torch.randn(2, n, n // 3) @ torch.randn(2, n // 3, n)
+
+
+def _graded(n: int) -> Tensor:
+    """Columns of very different lengths, as those of a basis times its factor are."""
+    return torch.randn(2, n, n) * torch.logspace(0, -12, n)
+
+
+MATRICES: dict[str, Callable[[int], Tensor]] = {
+    "random": lambda n: torch.randn(2, n, n),
+    "transposed view": lambda n: torch.randn(2, n, n).mT,
+    "one matrix": lambda n: torch.randn(n, n),
+    "nested stacks": lambda n: torch.randn(2, 1, n, n),
+    "graded": _graded,
+    "triangular": lambda n: torch.randn(2, n, n).triu(),
+    "with columns of zeros": lambda n: torch.randn(2, n, n) * (torch.arange(n) % 3 > 0),
+    "identity": lambda n: torch.eye(n).expand(2, n, n),
+    "tiny": lambda n: 1e-35 * torch.randn(2, n, n),
+    "huge": lambda n: 1e35 * torch.randn(2, n, n),
+}
+# below and above the size from which panels are used; not a multiple of their width
+SIZES = [60, 515, 640]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("kind", MATRICES)
+def test_is_the_orthogonal_factor(kind: str, n: int, dtype: torch.dtype) -> None:
+    matrix = MATRICES[kind](n).to(dtype)
+    before = matrix.clone()
+    Q = orthogonal_factor(matrix)
+    assert torch.equal(matrix, before)
+    assert Q.shape == matrix.shape
+    assert Q.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    assert (Q.mT @ Q - torch.eye(n, dtype=dtype)).abs().max() < 50 * eps
+    R = Q.mT.double() @ matrix.double()
+    largest = matrix.abs().max().double()
+    assert R.tril(-1).abs().max() < 100 * n**0.5 * eps * largest
+    # the columns of graded matrices are right one by one, not only the large ones
+    lengths = torch.linalg.vector_norm(matrix.double(), dim=-2, keepdim=True)
+    assert (R.tril(-1).abs() <= 100 * n**0.5 * eps * lengths).all()
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_signs_are_those_of_reflections(n: int) -> None:
+    matrix = torch.randn(2, n, n, dtype=torch.float64)
+    assert torch.allclose(orthogonal_factor(matrix), torch.linalg.qr(matrix)[0], atol=1e-10)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("kind", ["rank-deficient", "zero"])
+def test_is_orthogonal_whatever_the_rank(kind: str, n: int) -> None:
+    matrix = _rank_deficient(n) if kind == "rank-deficient" else torch.zeros(2, n, n)
+    Q = orthogonal_factor(matrix)
+    assert (Q.mT @ Q - torch.eye(n)).abs().max() < 1e-5
+    R = Q.mT.double() @ matrix.double()
+    assert R.tril(-1).abs().max() < 1e-4 * matrix.abs().max() + 1e-30
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_names_the_matrices_that_are_not_finite(n: int) -> None:
+    matrix = torch.randn(3, n, n)
+    matrix[1, 5, 7] = torch.nan
+    with pytest.raises(DecompositionError) as error:
+        orthogonal_factor(matrix)
+    assert error.value.rows == [1]
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5), (2, 3, 600), (2, 3, 4, 600), (0, 3, 600)])
+def test_transposes_are_contiguous_copies(shape: tuple[int, ...]) -> None:
+    stack = torch.randn(shape)
+    copy = transposed(stack)
+    assert torch.equal(copy, stack.mT)
+    assert copy.is_contiguous()
+    assert not stack.numel() or copy.data_ptr() != stack.data_ptr()
