@@ -135,11 +135,11 @@ def muon_floor(model: nn.Module, steps: int = 5) -> Floor:
     """
     floor = Floor(Counter(), Counter(), 0.0)
     roles = infer_roles(model)
-    embeddings = {
-        p.shape for name, p in model.named_parameters() if roles[name].role == "embedding"
-    }
-    for count, shape in stacks(model):
-        treated = len(shape) >= 2 and shape not in embeddings
+    kinds = Counter(
+        (p.shape, p.ndim >= 2 and roles[name].role != "embedding")
+        for name, p in model.named_parameters()
+    )
+    for (shape, treated), count in kinds.items():
         floor.bytes += FLOAT * (5 if treated else 7) * count * shape.numel()
         if not treated:
             continue

@@ -228,6 +228,8 @@ def newton_schulz(
 def _normalized(matrix: Tensor) -> Tensor:
     """Divide by the Frobenius norm, also where its square overflows."""
     norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
+    if matrix.device.type == "cpu" and bool(norm.isfinite().all()):
+        return matrix / norm.clamp_(min=_SMALLEST_NORM)
     # without a look at the values, which would stall an accelerator
     small = matrix * _OVERFLOW_GUARD
     small_norm: Tensor = torch.linalg.vector_norm(small, dim=(-2, -1), keepdim=True)
@@ -251,10 +253,31 @@ def _iterate(X: Tensor, polynomials: Sequence[Coefficients], precision: MatmulPr
 
 
 def _standard(X: Tensor, polynomials: Sequence[Coefficients]) -> Tensor:
-    for a, b, c in polynomials:
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    """Overwrite X, a transposed view if it stands for tall matrices."""
+    A = X.new_empty(*X.shape[:-1], X.shape[-2])
+    P = torch.empty_like(A)
+    tall = not X.is_contiguous()
+    free = torch.empty_like(X.mT if tall else X)
+    for polynomial in polynomials:
+        torch.bmm(X, X.mT, out=A)
+        _evaluate(polynomial, A, out=P)
+        if tall:
+            torch.bmm(X.mT, P, out=free)
+            X, free = free.mT, X.mT
+        else:
+            torch.bmm(P, X, out=free)
+            X, free = free, X
     return X
+
+
+def _evaluate(polynomial: Coefficients, A: Tensor, out: Tensor) -> Tensor:
+    r"""Return \(aI + bA + cA^2\)."""
+    a, b, c = polynomial
+    torch.bmm(A, A, out=out)
+    # cheaper than to add in the product, which copies what is added first
+    out.mul_(c).add_(A, alpha=b)
+    out.diagonal(dim1=-2, dim2=-1).add_(a)
+    return out
 
 
 def _segments(steps: int) -> list[int]:
@@ -279,19 +302,14 @@ def _gram(X: Tensor, polynomials: Sequence[Coefficients]) -> Tensor:
         segment = polynomials[start : start + length]
         start += length
         R = X @ X.mT
-        Q: Tensor | None = None
-        for i, (a, b, c) in enumerate(segment):
-            Z = torch.baddbmm(R, R, R, beta=b, alpha=c)
-            if i + 1 < length:
-                # P R P with P = aI + Z, which commutes with R
-                R = torch.baddbmm(R, R, Z, beta=a)
-                R = torch.baddbmm(R, Z, R, beta=a)
-            if Q is None:
-                Q = Z
-                Q.diagonal(dim1=-2, dim2=-1).add_(a)
-            else:
-                Q = torch.baddbmm(Q, Q, Z, beta=a)
-        assert Q is not None
+        new, free = torch.empty_like(R), torch.empty_like(R)
+        P = Q = _evaluate(segment[0], R, out=torch.empty_like(R))
+        for polynomial in segment[1:]:
+            # P R P is P X (P X)'
+            torch.bmm(P, torch.bmm(R, P, out=free), out=R)
+            P = _evaluate(polynomial, R, out=new)
+            torch.bmm(Q, P, out=free)
+            Q, free = free, Q
         X = Q @ X
     return X
 
