@@ -32,11 +32,11 @@ def with_nonfinite_gradient(params: Sequence[nn.Parameter]) -> list[nn.Parameter
 
 def _beyond(params: Sequence[nn.Parameter], order: float, power: float) -> list[nn.Parameter]:
     """Return where the norm of the gradient is above a power of the largest number, or NaN."""
-    alike: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
-    for p in params:
-        alike.setdefault((p.device, p.dtype), []).append(p)
     found = []
-    for (_, dtype), members in alike.items():
+    kinds = [(p.device, p.dtype) for p in params]
+    for kind in set(kinds):
+        members = [p for p, other in zip(params, kinds, strict=True) if other == kind]
+        dtype = kind[1]
         limit = torch.finfo(torch.promote_types(dtype, torch.float32)).max ** power
         norms = torch._foreach_norm([p.grad for p in members if p.grad is not None], order)
         sizes = torch.stack(norms).tolist()

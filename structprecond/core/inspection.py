@@ -31,24 +31,32 @@ def check_tensors(bucket: Bucket, live: Sequence[bool], names: Mapping[nn.Parame
         StructPrecondError: If a parameter has another shape, or no values.
         GradientError: If a gradient is sparse, complex, or of another shape.
     """
-    layout = bucket.layout
-    on = layout.per_param(live)
-    for p, shape, alive in zip(layout.params, layout.shapes, on, strict=True):
+    params = bucket.layout.live_params(live)
+    # at once, since looking at hundreds of tensors one by one takes as long as updating them
+    shapes = [p.shape for p in params]
+    grads = [p.grad for p in params if p.grad is not None]
+    if (
+        [p.shape for p in bucket.params] == bucket.layout.shapes
+        and all(device.type != "meta" for device in {p.device for p in bucket.params})
+        and {grad.layout for grad in grads} <= {torch.strided}
+        and [grad.shape for grad in grads] == shapes
+        and all(dtype.is_floating_point for dtype in {grad.dtype for grad in grads})
+    ):
+        return
+    for p, shape in zip(bucket.params, bucket.layout.shapes, strict=True):
         if p.shape != shape or p.device.type == "meta":
             raise StructPrecondError(
                 f"{names[p]} has the shape {tuple(p.shape)} on {p.device}, but the optimizer was "
                 f"made for {tuple(shape)} and needs values. Build a new optimizer."
             )
-        grad = p.grad
-        if not alive or grad is None:
-            continue
+    for p, grad in zip(params, grads, strict=True):
         if grad.layout != torch.strided:
             raise GradientError(
                 f"The gradient of {names[p]} has the layout {grad.layout}; only dense gradients "
                 "work. Build the embedding with sparse=False."
             )
-        if grad.shape != shape or not grad.is_floating_point():
+        if grad.shape != p.shape or not grad.is_floating_point():
             raise GradientError(
                 f"The gradient of {names[p]} is of {grad.dtype} and of shape {tuple(grad.shape)}; "
-                f"expected real numbers of shape {tuple(shape)}."
+                f"expected real numbers of shape {tuple(p.shape)}."
             )

@@ -59,6 +59,14 @@ class Layout:
         )
         return first if tiles and in_order else None
 
+    def live(self) -> list[bool]:
+        """Return whether each unit takes part in a step: nothing is frozen or lacks a gradient."""
+        if all(p.grad is not None and p.requires_grad for p in self.params):
+            return [True] * len(self.units)
+        return [
+            all(p.requires_grad and p.grad is not None for p in unit.params) for unit in self.units
+        ]
+
     def per_param(self, live: Sequence[bool]) -> list[bool]:
         """Return for every parameter whether its unit is live."""
         return [on for on, unit in zip(live, self.units, strict=True) for _ in unit.params]

@@ -382,7 +382,7 @@ class StructuredOptimizer(Optimizer):
         self._watch()
         for group in self.param_groups:
             check_values(group)
-        live = [[unit.live() for unit in bucket.units] for bucket in self.buckets]
+        live = [bucket.layout.live() for bucket in self.buckets]
         for bucket, alive in zip(self.buckets, live, strict=True):
             check_tensors(bucket, alive, self._names)
         self._follow()
@@ -425,6 +425,8 @@ class StructuredOptimizer(Optimizer):
                     )
                 bucket.move(devices.pop())
                 self._show(bucket)
+        if list(map(id, self.state.values())) == list(map(id, self._entries.values())):
+            return
         for first, entry in self._entries.items():
             shown = self.state.get(first, {})
             if shown is not entry:

@@ -41,10 +41,6 @@ class Unit:
         """The shapes of the parameters."""
         return [p.shape for p in self.params]
 
-    def live(self) -> bool:
-        """Whether the unit takes part in a step: nothing is frozen or lacks a gradient."""
-        return all(p.requires_grad and p.grad is not None for p in self.params)
-
 
 def find_units(
     model: nn.Module | None,

@@ -19,7 +19,7 @@ from structprecond.strategies.base import (
     Strategy,
     nonnegative,
 )
-from structprecond.strategies.moments import adam_direction, pair_of_fractions, update_moments
+from structprecond.strategies.moments import adam_direction, pair_of_fractions
 from structprecond.structures.spec import Structure
 
 
@@ -68,8 +68,9 @@ class AdamWStrategy(Strategy[AdamWState]):
         self, state: AdamWState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
     ) -> Tensor:
         """Update the moments and return the directions."""
-        update_moments(state.exp_avg, state.exp_avg_sq, grad, hp["betas"])
-        return adam_direction(state.exp_avg, state.exp_avg_sq, hp["betas"], hp["eps"], ctx.steps)
+        return adam_direction(
+            state.exp_avg, state.exp_avg_sq, grad, hp["betas"], hp["eps"], ctx.steps
+        )
 
 
 class AdamW(StructuredOptimizer):

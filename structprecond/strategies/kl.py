@@ -26,7 +26,6 @@ from structprecond.strategies.moments import (
     factor_decay,
     fraction_or_default,
     pair_of_fractions,
-    update_moments,
 )
 from structprecond.strategies.rotation import (
     RotatedFactors,
@@ -206,9 +205,8 @@ class KLShampooStrategy(RotatedStrategy):
     @staticmethod
     def _adamw(state: KLState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext) -> Tensor:
         assert state.exp_avg_sq is not None
-        update_moments(state.exp_avg, state.exp_avg_sq, grad, hp["betas"])
         direction = adam_direction(
-            state.exp_avg, state.exp_avg_sq, hp["betas"], hp["eps"], ctx.steps
+            state.exp_avg, state.exp_avg_sq, grad, hp["betas"], hp["eps"], ctx.steps
         )
         # AdamW decays before its update, the core after it
         undone: Tensor = direction / (1 - hp["lr"] * hp["weight_decay"])
@@ -236,8 +234,9 @@ class KLSOAPStrategy(KLShampooStrategy):
         hp: Mapping[str, Any],
     ) -> Tensor:
         assert state.exp_avg_sq is not None
-        update_moments(state.exp_avg, state.exp_avg_sq, rotated, hp["betas"])
-        return state.exp_avg / state.exp_avg_sq.sqrt().add_(hp["eps"])
+        return adam_direction(
+            state.exp_avg, state.exp_avg_sq, rotated, hp["betas"], hp["eps"], steps=None
+        )
 
 
 def _per_column(stack: Tensor, axis: int) -> float:

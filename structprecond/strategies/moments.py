@@ -50,25 +50,53 @@ def correction(beta: float, steps: Tensor, like: Tensor) -> float | Tensor:
     return each.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def update_moments(
-    exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, betas: tuple[float, float]
-) -> None:
-    r"""Average in place: \(m \leftarrow \beta_1 m + (1-\beta_1) g\), \(v\) alike with \(g^2\)."""
-    exp_avg.lerp_(grad, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-
-
 def adam_direction(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    grad: Tensor,
     betas: tuple[float, float],
     eps: float,
-    steps: Tensor,
+    steps: Tensor | None,
 ) -> Tensor:
-    r"""Return Adam's direction \(\hat m / (\sqrt{\hat v} + \epsilon)\) with bias corrections.
+    r"""Average in place and return Adam's direction, all in one pass over memory.
+
+    \[ m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+       v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+       \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}. \]
+
+    Args:
+        exp_avg: The first moment m `(b, *dims)`.
+        exp_avg_sq: The second moment v, alike.
+        grad: The gradient g, alike.
+        betas: Their decays.
+        eps: Added to the root of the second moment.
+        steps: The number of updates of each row before this one, `(b,)`: t is one more. None for
+            \(m / (\sqrt v + \epsilon)\), without bias corrections.
 
     Source: Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1.
     """
-    first, second = (correction(beta, steps, exp_avg) for beta in betas)
-    denominator = exp_avg_sq.sqrt().div_(second**0.5).add_(eps)
-    return torch.div(exp_avg, denominator, out=denominator).div_(first)
+    direction = torch.zeros_like(exp_avg)
+    # after infinitely many updates there is no bias
+    t = torch.full((1,), torch.inf) if steps is None else steps + 1
+    stacks = [direction, grad.contiguous(), exp_avg, exp_avg_sq]
+    if bool((t == t[0]).all()):
+        t, lists = t[:1], [[stack] for stack in stacks]
+    else:
+        lists = [list(stack.unbind()) for stack in stacks]
+    params, grads, exp_avgs, exp_avg_sqs = lists
+    torch._fused_adam_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        list(t.to(exp_avg.device, torch.float32).unbind()),
+        lr=-1.0,  # the kernel subtracts from the parameter, which is zero
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=0.0,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    return direction

@@ -23,7 +23,7 @@ from structprecond.strategies.base import (
 )
 from structprecond.structures import DiagonalMatrix, StructuredMatrix
 from structprecond.structures.blockwise import BlockwiseMatrix
-from structprecond.structures.mode_product import mode_product
+from structprecond.structures.mode_product import multiply_axes
 from structprecond.structures.spec import Structure
 
 RotatedFactors = tuple[BlockwiseMatrix | None, ...]
@@ -140,18 +140,12 @@ def overwrite(
 
 def rotate(tensor: Tensor, bases: RotatedFactors) -> Tensor:
     r"""Express a stack in the eigenbases: \(G \times_1 Q_1^\top \dots \times_N Q_N^\top\)."""
-    for axis, basis in enumerate(bases):
-        if basis is not None:
-            tensor = mode_product(tensor, basis.to(tensor.dtype).rmatmat, axis)
-    return tensor
+    return multiply_axes(tensor, bases, "rmatmat")
 
 
 def rotate_back(tensor: Tensor, bases: RotatedFactors) -> Tensor:
     r"""Undo `rotate`: \(G \times_1 Q_1 \dots \times_N Q_N\)."""
-    for axis, basis in enumerate(bases):
-        if basis is not None:
-            tensor = mode_product(tensor, basis.to(tensor.dtype).matmat, axis)
-    return tensor
+    return multiply_axes(tensor, bases, "matmat")
 
 
 def make_factors(

@@ -26,7 +26,7 @@ from structprecond.strategies.moments import correction, pair_of_fractions
 from structprecond.strategies.rotation import FactoredStrategy, overwrite, refresh_rows
 from structprecond.structures import DiagonalMatrix, StructuredMatrix
 from structprecond.structures.blockwise import BlockwiseMatrix
-from structprecond.structures.mode_product import matricize, mode_product
+from structprecond.structures.mode_product import average_inner_, multiply_axes
 from structprecond.structures.spec import PerAxis, Structure, StructureSpec
 
 Grafting = Literal["adam", "rmsprop", "sgd"] | None
@@ -157,9 +157,7 @@ class ShampooStrategy(FactoredStrategy):
     ) -> Tensor:
         """Update factors and moments, refresh the rows that are due, return the directions."""
         betas = hp["betas"]
-        for axis, factor in enumerate(state.factors):
-            if factor is not None:
-                factor.add_inner_(matricize(grad, axis), betas[1], 1 - betas[1])
+        average_inner_(state.factors, grad, betas[1])
         if ctx.due is not None:
 
             def refresh(part: ShampooState, rows: Rows) -> None:
@@ -169,10 +167,7 @@ class ShampooStrategy(FactoredStrategy):
         state.exp_avg.lerp_(grad, 1 - betas[0])
         mean = state.exp_avg / correction(betas[0], ctx.steps, grad)
         grafted = self._graft(state, mean, grad, hp, ctx.steps)
-        direction = mean
-        for axis, inverse_root in enumerate(state.inverse_roots):
-            if inverse_root is not None:
-                direction = mode_product(direction, inverse_root.to(grad.dtype).matmat, axis)
+        direction = multiply_axes(mean, state.inverse_roots, "matmat")
         if self.grafting is not None:
             direction = direction * (_norms(grafted) / (_norms(direction) + 1e-16))
         started = ctx.steps + 1 >= self.start_preconditioning_step

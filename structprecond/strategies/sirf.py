@@ -24,7 +24,7 @@ from structprecond.strategies.base import (
     nonnegative,
 )
 from structprecond.structures import SUPPORTED_STRUCTURES, StructuredMatrix
-from structprecond.structures.mode_product import matricize, mode_product
+from structprecond.structures.mode_product import matricize, multiply_axes
 from structprecond.structures.spec import PerAxis, Structure, StructureSpec
 
 Factors = tuple[StructuredMatrix | None, ...]
@@ -103,9 +103,7 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
             assert ctx.batch_size is not None
             with rows_of(state, ctx.due) as part:
                 self._refresh(part, grad[ctx.due], hp, ctx.batch_size)
-        for axis, factor in enumerate(_as(grad.dtype, state.preconditioner)):
-            if factor is not None:
-                grad = mode_product(grad, factor.outer_matmat, axis)
+        grad = multiply_axes(grad, state.preconditioner, "outer_matmat")
         if hp["kappa"]:
             grad.add_(ctx.params(), alpha=hp["kappa"])
         buffer = state.momentum_buffer
@@ -116,10 +114,7 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
     ) -> None:
         dims = grad.shape[1:]
         factors = _as(grad.dtype, state.preconditioner)
-        rotated = grad
-        for axis, factor in enumerate(factors):
-            if factor is not None:
-                rotated = mode_product(rotated, factor.rmatmat, axis)
+        rotated = multiply_axes(grad, factors, "rmatmat")
         inner = [None if factor is None else factor.from_inner() for factor in factors]
         traces = [
             1 / d if A is None else A.average_trace() / d for A, d in zip(inner, dims, strict=True)

@@ -24,11 +24,11 @@ from structprecond.strategies.base import (
     nonnegative,
 )
 from structprecond.strategies.moments import (
+    adam_direction,
     correction,
     factor_decay,
     fraction_or_default,
     pair_of_fractions,
-    update_moments,
 )
 from structprecond.strategies.rotation import (
     RotatedFactors,
@@ -38,7 +38,7 @@ from structprecond.strategies.rotation import (
     rotate,
     rotate_back,
 )
-from structprecond.structures.mode_product import matricize, mode_product
+from structprecond.structures.mode_product import average_inner_, mode_product
 from structprecond.structures.spec import PerAxis, Structure, StructureSpec
 
 
@@ -138,7 +138,7 @@ class SOAPStrategy(RotatedStrategy):
         self, state: SOAPState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
     ) -> None:
         """Initialize the factors and their eigenbases from the first gradient."""
-        self._accumulate(state, grad, hp)
+        average_inner_(state.factors, grad, factor_decay(hp))
         refresh_rows(self._find_bases, state, ALL_ROWS, ctx)
 
     def update(
@@ -151,12 +151,12 @@ class SOAPStrategy(RotatedStrategy):
             scale = self._clip(rotated, state.exp_avg_sq, betas[1], ctx.steps)
             rotated = rotated * scale
             grad = grad * scale
-        update_moments(state.exp_avg, state.exp_avg_sq, rotated, betas)
+        direction = rotate_back(
+            adam_direction(state.exp_avg, state.exp_avg_sq, rotated, betas, hp["eps"], steps=None),
+            state.bases,
+        )
         # without a skipped step the first gradient counts twice: no matter for an eigenbasis
-        self._accumulate(state, grad, hp)
-        # the rotated gradient has done its work: its memory takes the directions
-        denominator = torch.sqrt(state.exp_avg_sq, out=rotated).add_(hp["eps"])
-        direction = rotate_back(torch.div(state.exp_avg, denominator, out=rotated), state.bases)
+        average_inner_(state.factors, grad, factor_decay(hp))
         if self.normalize_grads:
             rms = direction.flatten(1).square().mean(1).sqrt_().add_(1e-30)
             direction.div_(rms.reshape(-1, *[1] * (direction.ndim - 1)))
@@ -165,12 +165,6 @@ class SOAPStrategy(RotatedStrategy):
             direction.mul_(second**0.5 / first)
         self._refresh_stale(state, hp, ctx)
         return direction
-
-    def _accumulate(self, state: SOAPState, grad: Tensor, hp: Mapping[str, Any]) -> None:
-        beta = factor_decay(hp)
-        for axis, factor in enumerate(state.factors):
-            if factor is not None:
-                factor.add_inner_(matricize(grad, axis), beta, 1 - beta)
 
     def _clip(self, rotated: Tensor, exp_avg_sq: Tensor, beta2: float, steps: Tensor) -> Tensor:
         """Return the factors `(b, 1, ...)` that bring gradients down to the largest allowed rms."""
