@@ -1,10 +1,11 @@
-"""Orthogonal factors of stacks of square matrices, by Householder reflections."""
+"""Orthogonal factors of stacks of square matrices."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from structprecond.linalg.cholesky_qr import cholesky_qr2
 from structprecond.linalg.decompose import decompose
 
 # Measured on 2 cores, float32: three times as fast as LAPACK from this size on, whose panels are
@@ -18,8 +19,9 @@ def orthogonal_factor(
 ) -> Tensor:  # (*b, n, n)
     r"""Return Q of \(A = Q R\), with R upper triangular.
 
-    Q is orthogonal also where A is rank-deficient or zero. The signs of its columns are those that
-    reflections give, so the diagonal of R may be negative.
+    Q is orthogonal also where A is rank-deficient or zero. On the CPU it is made of Householder
+    reflections, on accelerators by `cholesky_qr2` as far as that can be relied on. The signs of its
+    columns, which are those of the diagonal of R, differ.
 
     Args:
         matrix: The stack \(A\), of any scale, in float32 or float64.
@@ -42,14 +44,33 @@ def orthogonal_factor(
 
 
 def _orthogonal_factor(matrix: Tensor) -> tuple[Tensor]:
+    flat = matrix.reshape(-1, *matrix.shape[-2:])
+    if _reflections_are_slow(matrix.device):
+        factor, reliable = cholesky_qr2(flat)
+        # the one look at the device, which the rest of a refresh does not take
+        if not bool(reliable.all()):
+            others = (~reliable).nonzero().squeeze(1)
+            factor[others] = _reflect(flat[others])
+    else:
+        factor = _reflect(flat)
+    return (factor.view(matrix.shape),)
+
+
+def _reflections_are_slow(device: torch.device) -> bool:
+    """Return whether a device waits for column after column."""
+    return device.type != "cpu"
+
+
+def _reflect(matrix: Tensor) -> Tensor:
     """Do what `torch.linalg.qr` does, but for the triangular factor, which takes half as long."""
+    factor: Tensor
     if matrix.device.type == "cpu" and matrix.shape[-1] >= _SMALLEST_BLOCKED:
-        flat = matrix.reshape(-1, *matrix.shape[-2:])
-        factors = torch.empty(flat.shape, dtype=flat.dtype)
-        for one, factor in zip(flat.unbind(), factors.unbind(), strict=True):
-            _reflect_by_panels(one, factor)
-        return (factors.view(matrix.shape),)
-    return (torch.linalg.householder_product(*torch.geqrf(matrix)),)
+        factor = torch.empty(matrix.shape, dtype=matrix.dtype)
+        for one, own_factor in zip(matrix.unbind(), factor.unbind(), strict=True):
+            _reflect_by_panels(one, own_factor)
+    else:
+        factor = torch.linalg.householder_product(*torch.geqrf(matrix))
+    return factor
 
 
 def _reflect_by_panels(matrix: Tensor, factor: Tensor) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from structprecond import DecompositionError
+from structprecond.linalg import qr
+from structprecond.linalg.cholesky_qr import cholesky_qr2
 from structprecond.linalg.qr import orthogonal_factor, transposed
 
 
@@ -37,6 +39,14 @@ MATRICES: dict[str, Callable[[int], Tensor]] = {
 SIZES = [60, 515, 640]
 
 
+@pytest.fixture(params=["reflections", "Cholesky"], autouse=True)
+def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run what accelerators run, too."""
+    if request.param == "Cholesky":
+        monkeypatch.setattr(qr, "_reflections_are_slow", lambda device: True)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("kind", MATRICES)
@@ -58,9 +68,47 @@ def test_is_the_orthogonal_factor(kind: str, n: int, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_signs_are_those_of_reflections(n: int) -> None:
+def test_signs_are_those_of_reflections_or_those_of_a_positive_diagonal(
+    n: int, algorithm: str
+) -> None:
     matrix = torch.randn(2, n, n, dtype=torch.float64)
-    assert torch.allclose(orthogonal_factor(matrix), torch.linalg.qr(matrix)[0], atol=1e-10)
+    Q, R = torch.linalg.qr(matrix)
+    if algorithm == "Cholesky":
+        Q = Q * R.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
+    assert torch.allclose(orthogonal_factor(matrix), Q, atol=1e-9)
+
+
+def test_cholesky_says_what_can_be_relied_on() -> None:
+    n = 40
+    U, V = torch.linalg.qr(torch.randn(2, n, n))[0]
+    conditions = torch.logspace(0, 7, 15)
+    matrix = torch.stack([U @ torch.logspace(0, -p, n).diag() @ V for p in conditions.log10()])
+    bad = torch.stack([torch.zeros(n, n), torch.full((n, n), torch.nan), torch.ones(n, n)])
+    Q, reliable = cholesky_qr2(torch.cat([matrix, bad]))
+    errors = (Q.mT @ Q - torch.eye(n)).abs().amax((1, 2))
+    assert (errors[reliable] < 1e-5).all()
+    assert reliable[:15][conditions < 900].all()
+    assert not reliable[-3:].any()
+    # lengths of columns are no matter, also where they are far apart
+    graded = torch.linalg.qr(torch.randn(n, n))[0] * torch.logspace(0, -18, n)
+    assert cholesky_qr2(graded.unsqueeze(0))[1].all()
+
+
+def test_reflections_take_over_where_cholesky_cannot_be_relied_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(qr, "_reflections_are_slow", lambda device: True)
+    seen = []
+    geqrf = torch.geqrf
+    monkeypatch.setattr(torch, "geqrf", lambda A: seen.append(A.clone()) or geqrf(A))  # type: ignore[func-returns-value]
+    matrix = torch.randn(4, 9, 9)
+    orthogonal_factor(matrix)
+    assert not seen
+    matrix[2, :, 3] = matrix[2, :, 5]
+    Q = orthogonal_factor(matrix)
+    assert len(seen) == 1
+    assert seen[0].shape == (1, 9, 9)
+    assert (Q.mT @ Q - torch.eye(9)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("n", SIZES)
