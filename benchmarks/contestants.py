@@ -152,7 +152,8 @@ RACES: Mapping[str, Mapping[str, Build]] = {
     "soap": {
         OURS: partial(SOAP, **_SOAP),
         "structprecond, staggered": partial(SOAP, refresh="staggered", **_SOAP),
-        "heavyball": _heavyball("SOAP", **_SOAP),
+        # by default it leaves out axes above 2048 and merges those of convolutions
+        "heavyball": _heavyball("SOAP", max_precond_dim=10000, merge_dims=False, **_SOAP),
         "pytorch_optimizer": partial(_pytorch_optimizer_soap, **_SOAP),
     },
     "muon, float32": {

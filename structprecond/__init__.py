@@ -1,6 +1,7 @@
 """Structured preconditioners for PyTorch: one optimizer core, every strategy, every structure."""
 
 from structprecond.batch_norm import freeze_batch_norm
+from structprecond.captured import CapturedStep
 from structprecond.core.batch_size import get_batch_size
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.routing import Routing
@@ -62,6 +63,7 @@ __all__ = [
     "AdamW",
     "AdamWStrategy",
     "BlockDiagonalMatrix",
+    "CapturedStep",
     "CheckpointError",
     "DecompositionError",
     "DenseMatrix",

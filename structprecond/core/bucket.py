@@ -37,6 +37,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a recorded step reads on the device, because it differs from replay to replay.
+
+    Args:
+        steps: The number of updates that each row has had, `(b,)`, float64.
+        lr: The learning rate, of no dimension.
+    """
+
+    steps: Tensor
+    lr: Tensor
+
+
 class Bucket:
     """A stack of units of one user param group, and the truth about their state.
 
@@ -61,6 +74,7 @@ class Bucket:
         failed: How often each row kept an old basis or root because a decomposition failed, alike.
         begun: Whether the strategy has seen the first gradient of each row, like `overdue`.
         overdue: Rows that missed a refresh because they were not live, `(b,)`, bool on the CPU.
+        inputs: What stands for steps and learning rate while a step is recorded, else None.
     """
 
     def __init__(
@@ -88,6 +102,7 @@ class Bucket:
         self.failed = torch.zeros(self.rows, dtype=torch.int64, device="cpu")
         self.begun = torch.zeros(self.rows, dtype=torch.bool, device="cpu")
         self.overdue = torch.zeros(self.rows, dtype=torch.bool, device="cpu")
+        self.inputs: Inputs | None = None
 
     def _check_names(self) -> None:
         clash = {"step", "skipped", "failed", "begun", "overdue", "lost"}
@@ -126,6 +141,8 @@ class Bucket:
     def hyperparameters(self) -> Mapping[str, Any]:
         """The strategy's hyperparameters as the param group has them now, under their own names."""
         hp = view(self.group, self.strategy, self.prefix)
+        if self.inputs is not None:
+            return {**hp, "lr": self.inputs.lr}
         if isinstance(hp["lr"], Tensor):
             # a tensor stays on its device: reading it would stall an accelerator
             return {**hp, "lr": hp["lr"].to(self.device).reshape(())}
@@ -189,7 +206,7 @@ class Bucket:
             maximize: Whether to ascend.
         """
         mask = self.layout.live_rows(live)
-        due = self._due(mask, every)
+        due = self.due(mask, every)
         if not mask.any():
             return
         grads = [p.grad for p in self.layout.live_params(live) if p.grad is not None]
@@ -201,6 +218,8 @@ class Bucket:
         def context(rows: Rows, due: Rows | None) -> StepContext:
             steps = self.steps[rows]
             failed = torch.zeros_like(steps, dtype=torch.bool)
+            if self.inputs is not None:
+                steps = self.inputs.steps
             params = partial(self._stacked_params, rows)
             return StepContext(steps, due, failed, global_step, batch_size, params)
 
@@ -211,9 +230,8 @@ class Bucket:
         ctx = context(rows, select(due[rows]))
         with rows_of(self.state, rows) as state:
             direction = self.strategy.update(state, scratch[rows], hp, ctx)
-        self.steps[rows] += 1
+        self.count(rows)
         self._count_failures(rows, ctx)
-        self.overdue[rows] = False
         moved = self.layout.live_units(mask)
         # the model may have been converted after construction
         if is_low_precision(self.params[0].dtype):
@@ -241,11 +259,16 @@ class Bucket:
         skipped = self.strategy.skips_first(self.key.structures)
         return fresh if skipped else torch.zeros_like(fresh)
 
+    def count(self, rows: Rows) -> None:
+        """Count an update of rows."""
+        self.steps[rows] += 1
+        self.overdue[rows] = False
+
     def _count_failures(self, rows: Rows, ctx: StepContext) -> None:
         if ctx.failed.any():
             self.failed[rows] += ctx.failed
 
-    def _due(self, live: Tensor, every: int | bool) -> Tensor:
+    def due(self, live: Tensor, every: int | bool) -> Tensor:
         """Return the mask of live rows to refresh; rows that are not live stay overdue."""
         if isinstance(every, bool):
             self.overdue |= every

@@ -28,6 +28,7 @@ from structprecond.core.naming import unwrap
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routes, as_routing, check_names
 from structprecond.core.schedule import take_turns
+from structprecond.core.state import ALL_ROWS
 from structprecond.errors import (
     GradientError,
     HyperparameterError,
@@ -379,6 +380,23 @@ class StructuredOptimizer(Optimizer):
 
     @fast_float32()
     def _step(self) -> None:
+        live = self.look()
+        batch_size = self._known_batch_size(live)
+        large = self.nonfinite != "ignore" and with_large_gradient(self._live_params(live))
+        if large:
+            self._drop(live, with_nonfinite_gradient(large), "not finite")
+        refresh = self.refresh_intervals()
+        if large:
+            unstable = self._unstable(live, large, refresh, batch_size)
+            self._drop(live, unstable, "too large to compute with")
+        failed = [bucket.failed.clone() for bucket in self.buckets]
+        for bucket, alive in zip(self.buckets, live, strict=True):
+            bucket.step(alive, *self._arguments(bucket, refresh, batch_size))
+        self._count_step(batch_size)
+        self._warn_of_failures(failed)
+
+    def look(self) -> list[list[bool]]:
+        """Check all that a step needs, and return for each bucket which units take part."""
         self._watch()
         for group in self.param_groups:
             check_values(group)
@@ -386,22 +404,19 @@ class StructuredOptimizer(Optimizer):
         for bucket, alive in zip(self.buckets, live, strict=True):
             check_tensors(bucket, alive, self._names)
         self._follow()
-        batch_size = self._known_batch_size(live)
-        large = self.nonfinite != "ignore" and with_large_gradient(self._live_params(live))
-        if large:
-            self._drop(live, with_nonfinite_gradient(large), "not finite")
-        refresh = self._refresh_now()
-        if large:
-            unstable = self._unstable(live, large, refresh, batch_size)
-            self._drop(live, unstable, "too large to compute with")
-        failed = [bucket.failed.clone() for bucket in self.buckets]
-        for bucket, alive in zip(self.buckets, live, strict=True):
-            bucket.step(alive, *self._arguments(bucket, refresh, batch_size))
+        return live
+
+    def count_step(self) -> None:
+        """Count a step of all rows that was made without a call of `step`."""
+        for bucket in self.buckets:
+            bucket.count(ALL_ROWS)
+        self._count_step(self.batch_size)
+
+    def _count_step(self, batch_size: int | None) -> None:
         self._global_step += 1
         self._samples.fill_(batch_size or 0)
         if self._counter is not None:
             self._counter.start_anew()
-        self._warn_of_failures(failed)
 
     def _follow(self) -> None:
         """Notice parameters that were moved and state entries that were replaced."""
@@ -522,7 +537,7 @@ class StructuredOptimizer(Optimizer):
                     )
         return self.batch_size
 
-    def _refresh_now(self) -> dict[int, int | bool]:
+    def refresh_intervals(self) -> dict[int, int | bool]:
         """Return every bucket's refresh interval, with callables asked once about this step."""
         answers: dict[int, int | bool] = {}
         asked: dict[int, bool] = {}

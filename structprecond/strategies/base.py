@@ -99,7 +99,8 @@ class StepContext:
     """What a strategy may know about the step besides gradients and hyperparameters.
 
     Args:
-        steps: How many updates each row has had before this one, `(b,)`, int64 on the CPU.
+        steps: How many updates each row has had before this one, `(b,)`, int64 on the CPU. While a
+            step is recorded for replays, which have other numbers, float64 on the stack's device.
         due: The rows whose interval says refresh, None if no row is due.
         failed: For the strategy to note down which rows it could not refresh, `(b,)`, bool on the
             CPU.
@@ -135,6 +136,7 @@ class Strategy(ABC, Generic[S]):
         refresh_phase: Rows are refreshed before update t = 0, 1, ... (phase 0) or after update
             t = 1, 2, ... (phase 1) that their interval divides.
         needs_batch_size: Whether the update depends on the batch size.
+        refresh_waits: Whether a refresh looks at values on the device, as decompositions do.
     """
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]]
@@ -144,6 +146,7 @@ class Strategy(ABC, Generic[S]):
     combine_params: ClassVar[tuple[PreconditionerGroup, ...]] = (PerParameter(),)
     refresh_phase: ClassVar[Literal[0, 1]] = 0
     needs_batch_size: ClassVar[bool] = False
+    refresh_waits: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

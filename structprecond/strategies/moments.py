@@ -32,6 +32,12 @@ def factor_decay(hp: Mapping[str, Any]) -> float:
     return beta
 
 
+def all_alike(steps: Tensor) -> bool:
+    """Return whether all rows are known to be at the same update."""
+    # recorded steps have other numbers when they are replayed
+    return not steps.is_floating_point() and bool((steps == steps[0]).all())
+
+
 def correction(beta: float, steps: Tensor, like: Tensor) -> float | Tensor:
     r"""Return \(1 - \beta^t\) for the update t of each row.
 
@@ -43,9 +49,8 @@ def correction(beta: float, steps: Tensor, like: Tensor) -> float | Tensor:
     Returns:
         A number if all rows are at the same update, else one number per row, `(b, 1, ...)`.
     """
-    first = int(steps[0])
-    if bool((steps == first).all()):
-        return float(1 - beta ** (first + 1))
+    if all_alike(steps):
+        return float(1 - beta ** (int(steps[0]) + 1))
     each = 1 - beta ** (steps + 1).double()
     return each.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
@@ -76,12 +81,14 @@ def adam_direction(
     Source: Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1.
     """
     direction = torch.zeros_like(exp_avg)
-    # after infinitely many updates there is no bias
-    t = torch.full((1,), torch.inf) if steps is None else steps + 1
     stacks = [direction, grad.contiguous(), exp_avg, exp_avg_sq]
-    if bool((t == t[0]).all()):
-        t, lists = t[:1], [[stack] for stack in stacks]
+    if steps is None or all_alike(steps):
+        # after infinitely many updates there is no bias
+        t = torch.inf if steps is None else float(steps[0] + 1)
+        times = torch.full((1,), t, device=grad.device)
+        lists = [[stack] for stack in stacks]
     else:
+        times = (steps + 1).to(grad.device, torch.float32)
         lists = [list(stack.unbind()) for stack in stacks]
     params, grads, exp_avgs, exp_avg_sqs = lists
     torch._fused_adam_(
@@ -90,7 +97,7 @@ def adam_direction(
         exp_avgs,
         exp_avg_sqs,
         [],
-        list(t.to(exp_avg.device, torch.float32).unbind()),
+        list(times.unbind()),
         lr=-1.0,  # the kernel subtracts from the parameter, which is zero
         beta1=betas[0],
         beta2=betas[1],

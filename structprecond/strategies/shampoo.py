@@ -171,7 +171,7 @@ class ShampooStrategy(FactoredStrategy):
         if self.grafting is not None:
             direction = direction * (_norms(grafted) / (_norms(direction) + 1e-16))
         started = ctx.steps + 1 >= self.start_preconditioning_step
-        if not bool(started.all()):
+        if ctx.steps.is_floating_point() or not bool(started.all()):
             mask = started.to(grad.device).reshape(-1, *[1] * (grad.ndim - 1))
             direction = torch.where(mask, direction, grafted)
         if hp["weight_decay"]:

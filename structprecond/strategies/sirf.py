@@ -80,6 +80,7 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
     decay = "inside"
     refresh_interval = "T"
     needs_batch_size = True
+    refresh_waits = False
 
     def init(
         self, like: Tensor, structures: tuple[Structure, ...], dtypes: tuple[torch.dtype, ...]
