@@ -44,15 +44,14 @@ def orthogonal_factor(
 
 
 def _orthogonal_factor(matrix: Tensor) -> tuple[Tensor]:
+    if not _reflections_are_slow(matrix.device):
+        return (_reflect(matrix),)
     flat = matrix.reshape(-1, *matrix.shape[-2:])
-    if _reflections_are_slow(matrix.device):
-        factor, reliable = cholesky_qr2(flat)
-        # the one look at the device, which the rest of a refresh does not take
-        if not bool(reliable.all()):
-            others = (~reliable).nonzero().squeeze(1)
-            factor[others] = _reflect(flat[others])
-    else:
-        factor = _reflect(flat)
+    factor, reliable = cholesky_qr2(flat)
+    # the one look at the device, besides that for success
+    if not bool(reliable.all()):
+        others = (~reliable).nonzero().squeeze(1)
+        factor[others] = _reflect(flat[others])
     return (factor.view(matrix.shape),)
 
 
@@ -66,7 +65,8 @@ def _reflect(matrix: Tensor) -> Tensor:
     factor: Tensor
     if matrix.device.type == "cpu" and matrix.shape[-1] >= _SMALLEST_BLOCKED:
         factor = torch.empty(matrix.shape, dtype=matrix.dtype)
-        for one, own_factor in zip(matrix.unbind(), factor.unbind(), strict=True):
+        flat, flat_factor = (t.reshape(-1, *t.shape[-2:]) for t in (matrix, factor))
+        for one, own_factor in zip(flat.unbind(), flat_factor.unbind(), strict=True):
             _reflect_by_panels(one, own_factor)
     else:
         factor = torch.linalg.householder_product(*torch.geqrf(matrix))
