@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import prod
 from typing import Any, ClassVar
 
@@ -163,11 +164,11 @@ class KLShampooStrategy(RotatedStrategy):
     ) -> Tensor:
         """Average the rotated gradient and return the direction in the eigenbasis."""
         state.exp_avg.lerp_(rotated, 1 - hp["betas"][0])
-        weight = torch.ones_like(rotated)
-        for axis, root in enumerate(roots):
-            if root is not None:
-                weight *= _along(root, rotated, axis)
-        return weight.div_(1 + hp["eps"] * weight).mul_(state.exp_avg)
+        weight = _product(
+            _along(root, rotated, axis) for axis, root in enumerate(roots) if root is not None
+        )
+        direction: Tensor = weight / (1 + hp["eps"] * weight) * state.exp_avg
+        return direction
 
     def _inverse_roots(self, eigenvalues: Tensor | None) -> Tensor | None:
         if eigenvalues is None:
@@ -182,10 +183,13 @@ class KLShampooStrategy(RotatedStrategy):
         for axis, eigenvalues in enumerate(state.eigenvalues):
             if eigenvalues is None:
                 continue
-            whitened = rotated * _per_column(rotated, axis)
-            for other, root in enumerate(roots):
-                if root is not None and other != axis:
-                    whitened *= _along(root, rotated, other)
+            others = [
+                _along(root, rotated, other)
+                for other, root in enumerate(roots)
+                if root is not None and other != axis
+            ]
+            scale = _per_column(rotated, axis)
+            whitened = rotated * (_product(others) * scale if others else scale)
             X = matricize(whitened, axis)
             eigenvalues.lerp_(X.square().sum(-1), 1 - decay)
             factor, basis = state.factors[axis], state.bases[axis]
@@ -243,6 +247,11 @@ def _per_column(stack: Tensor, axis: int) -> float:
     """Return the scale that makes the inner product of a matricization a mean over its columns."""
     dims = stack.shape[1:]
     return float((dims[axis] / prod(dims)) ** 0.5)
+
+
+def _product(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the product, which has the shape to which all of them broadcast."""
+    return reduce(torch.mul, tensors)
 
 
 def _along(vectors: Tensor, stack: Tensor, axis: int) -> Tensor:
