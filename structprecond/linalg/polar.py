@@ -258,26 +258,17 @@ def _standard(X: Tensor, polynomials: Sequence[Coefficients]) -> Tensor:
     P = torch.empty_like(A)
     tall = not X.is_contiguous()
     free = torch.empty_like(X.mT if tall else X)
-    for polynomial in polynomials:
+    for a, b, c in polynomials:
         torch.bmm(X, X.mT, out=A)
-        _evaluate(polynomial, A, out=P)
+        # sums inside of the products are not rounded to the dtype, which matters in bfloat16
+        torch.baddbmm(A, A, A, beta=b, alpha=c, out=P)
         if tall:
-            torch.bmm(X.mT, P, out=free)
+            torch.baddbmm(X.mT, X.mT, P, beta=a, out=free)
             X, free = free.mT, X.mT
         else:
-            torch.bmm(P, X, out=free)
+            torch.baddbmm(X, P, X, beta=a, out=free)
             X, free = free, X
     return X
-
-
-def _evaluate(polynomial: Coefficients, A: Tensor, out: Tensor) -> Tensor:
-    r"""Return \(aI + bA + cA^2\)."""
-    a, b, c = polynomial
-    torch.bmm(A, A, out=out)
-    # cheaper than to add in the product, which copies what is added first
-    out.mul_(c).add_(A, alpha=b)
-    out.diagonal(dim1=-2, dim2=-1).add_(a)
-    return out
 
 
 def _segments(steps: int) -> list[int]:
@@ -312,6 +303,15 @@ def _gram(X: Tensor, polynomials: Sequence[Coefficients]) -> Tensor:
             Q, free = free, Q
         X = Q @ X
     return X
+
+
+def _evaluate(polynomial: Coefficients, R: Tensor, out: Tensor) -> Tensor:
+    r"""Return \(aI + bR + cR^2\)."""
+    a, b, c = polynomial
+    torch.bmm(R, R, out=out)
+    out.mul_(c).add_(R, alpha=b)
+    out.diagonal(dim1=-2, dim2=-1).add_(a)
+    return out
 
 
 @torch.no_grad()
