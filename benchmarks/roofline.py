@@ -117,10 +117,12 @@ def soap_floor(model: nn.Module) -> Floor:
         floor.bytes += FLOAT * 7 * numel
         if len(shape) < 2:
             continue
-        for n in shape:
+        # the axes of a convolution's kernel are multiplied together
+        for n in (*shape[:2], *([shape[2:].numel()] if len(shape) > 2 else [])):
             rest = shape.numel() // n
             floor.products[count, n, n, rest] += 2 + 2 / CYCLE  # type: ignore[assignment]
             floor.products[count, n, rest, n] += 1
+        for n in shape:
             floor.products[count, n, n, n] += 1 / CYCLE  # type: ignore[assignment]
             floor.decompositions[count, n] += 1 / CYCLE  # type: ignore[assignment]
             floor.bytes += FLOAT * 3 * count * n * n
