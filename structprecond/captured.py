@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from structprecond.core.bucket import Bucket, Inputs
+from structprecond.core.bucket import Inputs
 from structprecond.core.optimizer import StructuredOptimizer
+from structprecond.core.state import ALL_ROWS
 from structprecond.errors import StructPrecondError
+from structprecond.strategies.moments import all_alike
 
 
 class CapturedStep:
@@ -17,9 +19,10 @@ class CapturedStep:
 
     A step is recorded when all that it does is known beforehand: every parameter has a gradient, no
     basis or root is refreshed (SIRF-Shampoo's refreshes, which are products alone, are recorded as
-    well), and no unit is at its first step. Steps of another kind run as usual, in between. A step
-    is recorded again when gradients stand elsewhere, or when a hyperparameter other than `lr` or
-    the batch size has changed. `lr` and the number of the step are inputs of the graph.
+    well), no unit is at its first step, and the interval of refreshes is a number. Steps of another
+    kind run as usual, in between. A step is recorded again, which takes longer than a plain step,
+    when gradients stand elsewhere, or when the batch size or a hyperparameter other than `lr` has
+    changed. `lr` and the number of the step are inputs of the graph.
 
     Gradients have to stay where they are: call `optimizer.zero_grad(set_to_none=False)`. Whether
     they are finite is not asked, since the answer would stall the device: clip them before. Hooks
@@ -37,11 +40,11 @@ class CapturedStep:
     Example:
         >>> from structprecond import SOAP
         >>> model = torch.nn.Linear(4, 2)
-        >>> optimizer = SOAP(model, nonfinite="ignore")
-        >>> if torch.cuda.is_available():
-        ...     step = CapturedStep(SOAP(model.cuda(), nonfinite="ignore"))
-        ...     model(torch.ones(8, 4, device="cuda")).square().mean().backward()
-        ...     step()
+        >>> step = CapturedStep(SOAP(model, nonfinite="ignore"))
+        >>> model(torch.ones(8, 4)).square().mean().backward()
+        >>> step()  # the first one only initializes, so it runs as usual
+        >>> step.replays
+        0
     """
 
     def __init__(self, optimizer: StructuredOptimizer) -> None:
@@ -56,9 +59,9 @@ class CapturedStep:
             )
         self.optimizer = optimizer
         self.replays = 0
-        self._inputs: dict[int, Inputs] = {}
-        self._recorded: Any = None
-        self._replay: Callable[[], None] = lambda: None
+        self._inputs: list[Inputs] = []
+        # one graph for steps with a refresh, and one for those without
+        self._graphs: dict[tuple[bool, ...], tuple[Any, Callable[[], None]]] = {}
 
     def __call__(self) -> None:
         """Make one step.
@@ -67,67 +70,88 @@ class CapturedStep:
             StructPrecondError: As `optimizer.step()`, or if parameters are not on one CUDA device.
         """
         optimizer = self.optimizer
-        kind = self._kind()
-        if kind is None:
+        live = optimizer._checked_live()
+        due = self._due(live)
+        kind = None if due is None else self._kind()
+        if due is None or kind is None:
             optimizer.step()
             return
+        self._write_inputs()
+        known, replay = self._graphs.get(due, (None, None))
+        if replay is None or known != kind:
+            self._graphs.pop(due, None)
+            replay = self._record_step()
+            self._graphs[due] = kind, replay
         for bucket in optimizer.buckets:
-            self._write_inputs(bucket)
-        if kind == self._recorded:
-            optimizer.count_step()
-        else:
-            self._recorded = None
-            self._record_step()
-            self._recorded = kind
-        self._replay()
+            bucket.count(ALL_ROWS)
+        optimizer._count_step(optimizer.batch_size)
+        replay()
         self.replays += 1
 
-    @torch.no_grad()
-    def _kind(self) -> Any:
-        """Return all that a recorded step depends on but its inputs; None if it cannot be."""
+    def _due(self, live: Sequence[Sequence[bool]]) -> tuple[bool, ...] | None:
+        """Return which buckets are refreshed; None if something has to be decided on the way."""
         optimizer = self.optimizer
-        optimizer.look()
         if any(callable(bucket.interval) for bucket in optimizer.buckets):
             return None
-        intervals = optimizer.refresh_intervals()
-        kinds = []
-        for bucket in optimizer.buckets:
-            live = bucket.layout.live()
-            if not all(live) or not bool(bucket.begun.all()) or bool(bucket.overdue.any()):
+        intervals = optimizer._refresh_intervals()
+        answers = []
+        for bucket, alive in zip(optimizer.buckets, live, strict=True):
+            if not all(alive) or not bool(bucket.begun.all()) or bool(bucket.overdue.any()):
                 return None
-            due = bucket.due(bucket.layout.live_rows(live), intervals[id(bucket)])
+            due = bucket.due(bucket.layout.live_rows(alive), intervals[id(bucket)])
             if bool(due.any()) and (bucket.strategy.refresh_waits or not bool(due.all())):
                 return None
-            places = [
-                (p.data_ptr(), p.grad.data_ptr()) for p in bucket.params if p.grad is not None
-            ]
-            hp = bucket.hyperparameters
-            values = [
-                id(value) if isinstance(value, torch.Tensor) else value
-                for value in (hp[name] for name in bucket.strategy.hyperparameters if name != "lr")
-            ]
-            kinds.append((bool(due.any()), bucket.strategy, places, values))
-        return kinds, optimizer.batch_size, optimizer.maximize
+            answers.append(bool(due.any()))
+        return tuple(answers)
 
-    def _write_inputs(self, bucket: Bucket) -> None:
-        """Write what differs from replay to replay where the graph reads it."""
-        if id(bucket) not in self._inputs:
-            self._inputs[id(bucket)] = Inputs(
-                torch.empty(bucket.rows, dtype=torch.float64, device=bucket.device),
-                torch.empty((), dtype=bucket.dtype, device=bucket.device),
-            )
-        inputs = self._inputs[id(bucket)]
-        inputs.steps.copy_(bucket.steps)
-        lr = bucket.hyperparameters["lr"]
-        # a number becomes an argument of a kernel, a tensor may be on the device
-        inputs.lr.copy_(lr) if isinstance(lr, torch.Tensor) else inputs.lr.fill_(lr)
-
-    def _record_step(self) -> None:
-        """Record a step, which counts it on the host and leaves the device to the replay."""
+    def _kind(self) -> Any:
+        """Return all else that a recorded step depends on but its inputs; None if unknown."""
+        places, values = [], []
         for bucket in self.optimizer.buckets:
-            bucket.inputs = self._inputs[id(bucket)]
+            grads = [p.grad for p in bucket.params if p.grad is not None]
+            tensors = [*bucket.params, *grads, *bucket.state.named_tensors().values()]
+            places += [(t.data_ptr(), t.stride(), t.dtype, t.device) for t in tensors]
+            hp = bucket.hyperparameters
+            for name in bucket.strategy.hyperparameters:
+                value = hp[name]
+                if isinstance(value, torch.Tensor) and name != "lr":
+                    if value.device.type != "cpu":
+                        return None
+                    value = value.tolist()
+                values.append(None if name == "lr" else value)
+        strategies = [bucket.strategy for bucket in self.optimizer.buckets]
+        return places, values, strategies, self.optimizer.batch_size, self.optimizer.maximize
+
+    def _write_inputs(self) -> None:
+        """Write what differs from replay to replay where the graphs read it."""
+        buckets = self.optimizer.buckets
+        if [inputs.lr.device for inputs in self._inputs] != [bucket.device for bucket in buckets]:
+            self._graphs.clear()
+            self._inputs = [
+                Inputs(
+                    torch.empty(bucket.rows, dtype=torch.float64, device=bucket.device),
+                    torch.empty((), dtype=bucket.dtype, device=bucket.device),
+                )
+                for bucket in buckets
+            ]
+        for bucket, inputs in zip(buckets, self._inputs, strict=True):
+            lr = bucket.hyperparameters["lr"]
+            # numbers are arguments of kernels; copies from the host would wait for the device
+            if isinstance(lr, torch.Tensor):
+                inputs.lr.copy_(lr)
+            else:
+                inputs.lr.fill_(lr)
+            if all_alike(bucket.steps):
+                inputs.steps.fill_(int(bucket.steps[0]))
+            else:
+                inputs.steps.copy_(bucket.steps)
+
+    def _record_step(self) -> Callable[[], None]:
+        """Record a step, which changes nothing."""
+        for bucket, inputs in zip(self.optimizer.buckets, self._inputs, strict=True):
+            bucket.inputs = inputs
         try:
-            self._replay = _record(self.optimizer)
+            return _record(self.optimizer)
         finally:
             for bucket in self.optimizer.buckets:
                 bucket.inputs = None

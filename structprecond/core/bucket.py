@@ -230,7 +230,8 @@ class Bucket:
         ctx = context(rows, select(due[rows]))
         with rows_of(self.state, rows) as state:
             direction = self.strategy.update(state, scratch[rows], hp, ctx)
-        self.count(rows)
+        if self.inputs is None:
+            self.count(rows)
         self._count_failures(rows, ctx)
         moved = self.layout.live_units(mask)
         # the model may have been converted after construction

@@ -18,6 +18,7 @@ from structprecond.errors import GroupError, StructPrecondError, StructureError
 from structprecond.groups import PreconditionerGroup, StackExperts
 from structprecond.roles import RoleName, infer_roles
 from structprecond.strategies.base import Strategy
+from structprecond.structures import DiagonalMatrix
 from structprecond.structures.spec import per_axis, resolve_structures
 
 # 16 MB in float32
@@ -117,26 +118,31 @@ def make_buckets(
             rounding,
         )
         for (strategy, key), stack in together.items()
-        for members in _split(stack)
+        for members in _split(key, stack)
     ]
 
 
-def _split(stack: Sequence[tuple[Unit, str]]) -> Iterator[list[tuple[Unit, str]]]:
-    """Yield parts of a stack of units of one shape, none larger than pays.
+def _split(key: BucketKey, stack: Sequence[tuple[Unit, str]]) -> Iterator[list[tuple[Unit, str]]]:
+    """Yield parts of a stack of units, on the CPU none larger than pays.
 
     Large matrices gain nothing from long stacks, but these fall out of the caches, and their
     temporaries go back to the system after every use: glibc keeps no blocks of more than 32 MB.
     """
-    shape = stack[0][0].shape
     # of the tensor itself and of its largest Kronecker factor
-    entries = max(shape.numel(), max(shape) ** 2)
+    factors = [
+        dim * dim
+        for structure, dim in zip(key.structures, key.shape, strict=True)
+        if structure is not None and structure is not DiagonalMatrix
+    ]
+    most = _MOST_ENTRIES // max([key.shape.numel(), *factors]) if key.device.type == "cpu" else None
     part: list[tuple[Unit, str]] = []
+    rows = 0
     for unit, rule in stack:
-        rows = sum(other.rows for other, _ in part) + unit.rows
-        if part and rows * entries > _MOST_ENTRIES:
+        if part and most is not None and rows + unit.rows > most:
             yield part
-            part = []
+            part, rows = [], 0
         part.append((unit, rule))
+        rows += unit.rows
     yield part
 
 

@@ -28,7 +28,6 @@ from structprecond.core.naming import unwrap
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routes, as_routing, check_names
 from structprecond.core.schedule import take_turns
-from structprecond.core.state import ALL_ROWS
 from structprecond.errors import (
     GradientError,
     HyperparameterError,
@@ -380,22 +379,23 @@ class StructuredOptimizer(Optimizer):
 
     @fast_float32()
     def _step(self) -> None:
-        live = self.look()
+        live = self._checked_live()
         batch_size = self._known_batch_size(live)
         large = self.nonfinite != "ignore" and with_large_gradient(self._live_params(live))
         if large:
             self._drop(live, with_nonfinite_gradient(large), "not finite")
-        refresh = self.refresh_intervals()
+        refresh = self._refresh_intervals()
         if large:
             unstable = self._unstable(live, large, refresh, batch_size)
             self._drop(live, unstable, "too large to compute with")
         failed = [bucket.failed.clone() for bucket in self.buckets]
         for bucket, alive in zip(self.buckets, live, strict=True):
             bucket.step(alive, *self._arguments(bucket, refresh, batch_size))
-        self._count_step(batch_size)
+        if all(bucket.inputs is None for bucket in self.buckets):
+            self._count_step(batch_size)
         self._warn_of_failures(failed)
 
-    def look(self) -> list[list[bool]]:
+    def _checked_live(self) -> list[list[bool]]:
         """Check all that a step needs, and return for each bucket which units take part."""
         self._watch()
         for group in self.param_groups:
@@ -405,12 +405,6 @@ class StructuredOptimizer(Optimizer):
             check_tensors(bucket, alive, self._names)
         self._follow()
         return live
-
-    def count_step(self) -> None:
-        """Count a step of all rows that was made without a call of `step`."""
-        for bucket in self.buckets:
-            bucket.count(ALL_ROWS)
-        self._count_step(self.batch_size)
 
     def _count_step(self, batch_size: int | None) -> None:
         self._global_step += 1
@@ -537,7 +531,7 @@ class StructuredOptimizer(Optimizer):
                     )
         return self.batch_size
 
-    def refresh_intervals(self) -> dict[int, int | bool]:
+    def _refresh_intervals(self) -> dict[int, int | bool]:
         """Return every bucket's refresh interval, with callables asked once about this step."""
         answers: dict[int, int | bool] = {}
         asked: dict[int, bool] = {}

@@ -39,15 +39,15 @@ def cholesky_qr2(
                 [1., 0.]])
     """
     X = matrix / torch.linalg.vector_norm(matrix, dim=-2, keepdim=True)
-    X, decomposed = _round(X)
+    X, decomposed = _round(X, X.mT @ X)
     gram = X.mT @ X
-    gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    error = gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # a comparison with NaN is False
-    close = torch.linalg.vector_norm(gram, dim=(-2, -1)) < _LARGEST_ERROR
-    X, decomposed_again = _round(X)
+    close = torch.linalg.vector_norm(error, dim=(-2, -1)) < _LARGEST_ERROR
+    X, decomposed_again = _round(X, gram)
     return X, close & decomposed & decomposed_again
 
 
-def _round(X: Tensor) -> tuple[Tensor, Tensor]:
-    L, info = torch.linalg.cholesky_ex(X.mT @ X)
+def _round(X: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    L, info = torch.linalg.cholesky_ex(gram)
     return torch.linalg.solve_triangular(L.mT, X, upper=True, left=False), info == 0

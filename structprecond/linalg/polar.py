@@ -261,7 +261,11 @@ def _standard(X: Tensor, polynomials: Sequence[Coefficients]) -> Tensor:
     for a, b, c in polynomials:
         torch.bmm(X, X.mT, out=A)
         # sums inside of the products are not rounded to the dtype, which matters in bfloat16
-        torch.baddbmm(A, A, A, beta=b, alpha=c, out=P)
+        if c == 0:
+            # oneDNN returns the summand without its factor where the product counts for nothing
+            torch.mul(A, b, out=P)
+        else:
+            torch.baddbmm(A, A, A, beta=b, alpha=c, out=P)
         if tall:
             torch.baddbmm(X.mT, X.mT, P, beta=a, out=free)
             X, free = free.mT, X.mT

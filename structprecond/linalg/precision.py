@@ -65,9 +65,10 @@ def _onednn_keeps_float32() -> bool:
     backend = _cpu_backend()
     if not fitting or features.get("amx_bf16") or not hasattr(backend, "fp32_precision"):
         return False
-    generator = torch.Generator().manual_seed(0)
-    A, B = torch.randn(2, 4, 256, 256, generator=generator)
-    with _set({backend: _ALLOW_ONEDNN}):
+    # what the program has made its default is no matter here
+    generator = torch.Generator("cpu").manual_seed(0)
+    A, B = torch.randn(2, 4, 256, 256, generator=generator, dtype=torch.float32, device="cpu")
+    with _set({backend: _ALLOW_ONEDNN}), torch.autocast("cpu", enabled=False):
         product = torch.matmul(A, B)
     exact = A.double() @ B.double()
     # float32 errs by 3e-7 here, bfloat16 by 3e-3

@@ -64,7 +64,7 @@ def _reflect(matrix: Tensor) -> Tensor:
     """Do what `torch.linalg.qr` does, but for the triangular factor, which takes half as long."""
     factor: Tensor
     if matrix.device.type == "cpu" and matrix.shape[-1] >= _SMALLEST_BLOCKED:
-        factor = torch.empty(matrix.shape, dtype=matrix.dtype)
+        factor = matrix.new_empty(matrix.shape)
         flat, flat_factor = (t.reshape(-1, *t.shape[-2:]) for t in (matrix, factor))
         for one, own_factor in zip(flat.unbind(), flat_factor.unbind(), strict=True):
             _reflect_by_panels(one, own_factor)
@@ -120,7 +120,7 @@ def transposed(
     if stack.device.type != "cpu" or stack.shape[-1] < _SMALLEST_BLOCKED or stack.ndim == 2:
         return stack.mT.contiguous()
     # torch transposes single matrices by blocks, stacks of them entry by entry: 5 times as slow
-    copy = torch.empty(stack.mT.shape, dtype=stack.dtype)
+    copy = stack.new_empty(stack.mT.shape)
     for one, target in zip(
         stack.flatten(0, -3).unbind(), copy.flatten(0, -3).unbind(), strict=True
     ):

@@ -63,7 +63,7 @@ def adam_direction(
     eps: float,
     steps: Tensor | None,
 ) -> Tensor:
-    r"""Average in place and return Adam's direction, all in one pass over memory.
+    r"""Average in place and return Adam's direction, all by one call of torch's fused kernel.
 
     \[ m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
        v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
@@ -85,7 +85,7 @@ def adam_direction(
     if steps is None or all_alike(steps):
         # after infinitely many updates there is no bias
         t = torch.inf if steps is None else float(steps[0] + 1)
-        times = torch.full((1,), t, device=grad.device)
+        times = torch.full((1,), t, dtype=torch.float32, device=grad.device)
         lists = [[stack] for stack in stacks]
     else:
         times = (steps + 1).to(grad.device, torch.float32)

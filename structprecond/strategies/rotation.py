@@ -140,12 +140,19 @@ def overwrite(
 
 def rotate(tensor: Tensor, bases: RotatedFactors) -> Tensor:
     r"""Express a stack in the eigenbases: \(G \times_1 Q_1^\top \dots \times_N Q_N^\top\)."""
-    return multiply_axes(tensor, bases, "rmatmat")
+    return multiply_axes(tensor, _turning(tensor, bases), "rmatmat")
 
 
 def rotate_back(tensor: Tensor, bases: RotatedFactors) -> Tensor:
     r"""Undo `rotate`: \(G \times_1 Q_1 \dots \times_N Q_N\)."""
-    return multiply_axes(tensor, bases, "matmat")
+    return multiply_axes(tensor, _turning(tensor, bases), "matmat")
+
+
+def _turning(tensor: Tensor, bases: RotatedFactors) -> RotatedFactors:
+    """Leave out the bases of axes of length 1, which are all 1."""
+    return tuple(
+        None if dim == 1 else basis for dim, basis in zip(tensor.shape[1:], bases, strict=True)
+    )
 
 
 def make_factors(

@@ -106,7 +106,10 @@ def _add_gram_(matrix: Tensor, X: Tensor, beta: float, alpha: float) -> None:
     """
     n = X.shape[-2]
     flat, target = X.reshape(-1, *X.shape[-2:]), matrix.view(-1, n, n)
-    if n < _SMALLEST_HALVED:
+    if alpha == 0:
+        target.mul_(beta)  # oneDNN would leave out beta
+        return
+    if n < _SMALLEST_HALVED or target.device.type != "cpu":
         target.baddbmm_(flat, flat.mT, beta=beta, alpha=alpha)
         return
     size = -(-n // _STRIPS)

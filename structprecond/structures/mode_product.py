@@ -93,7 +93,9 @@ def multiply_axes(
         if isinstance(run, tuple):
             # neighbours are one axis, along which their Kronecker product multiplies
             tensor = tensor.flatten(axis + 1, axis + len(run))
-            matrix: StructuredMatrix | None = reduce(_kronecker, run)
+            matrix: StructuredMatrix | None = reduce(
+                _kronecker, (matrix.to(tensor.dtype) for matrix in run)
+            )
         else:
             matrix = run
         if matrix is not None:
@@ -148,7 +150,8 @@ def _runs(
 
 
 def _is_short(matrix: StructuredMatrix | None) -> TypeIs[DenseMatrix]:
-    return isinstance(matrix, DenseMatrix) and matrix.shape[-1] <= _SHORT
+    # subclasses may mean something else by a product
+    return type(matrix) is DenseMatrix and matrix.shape[-1] <= _SHORT
 
 
 def _kronecker(left: DenseMatrix, right: DenseMatrix) -> DenseMatrix:

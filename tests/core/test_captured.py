@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from structprecond import (
     StructPrecondError,
 )
 from structprecond import captured as module
-from tests.helpers import assert_close, same_bits, values
+from tests.helpers import assert_close, same_bits, snapshot, values
 
 Make = Callable[..., Any]
 MAKERS: dict[str, Make] = {
@@ -41,7 +41,16 @@ MAKERS: dict[str, Make] = {
     "KL-SOAP": partial(KLSOAP, precondition_frequency=4),
     "Shampoo": partial(Shampoo, precondition_frequency=5, start_preconditioning_step=6),
     "SIRF-Shampoo": partial(SIRFShampoo, batch_size=4, kappa=0.01),
-    "Muon": partial(Muon, nesterov=True),
+    "SIRF-Shampoo, T": partial(SIRFShampoo, batch_size=4, T=3),
+    "SIRF-Shampoo, structures": partial(
+        SIRFShampoo,
+        batch_size=4,
+        structures={1: "diagonal", 2: ("hierarchical2_1", "block2diagonal"), 4: "triltoeplitz"},
+    ),
+    "SOAP, blocks": partial(
+        SOAP, precondition_frequency=4, structures={1: "none", 2: "block2diagonal", 4: "dense"}
+    ),
+    "Muon": partial(Muon, nesterov=True, adamw_betas=(0.8, 0.9)),
     "NorMuon": NorMuon,
     "Scion": Scion,
     "LARS": partial(LARS, momentum=0.9, dampening=0.5, nesterov=False, weight_decay=0.1),
@@ -56,6 +65,9 @@ class _Graph(TorchDispatchMode):
     may not become part of a recorded value. Neither may a value be read on the host.
     """
 
+    # numbers in tensors of the host
+    on_host: ClassVar[list[Tensor]] = []
+
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[tuple[Any, Any, Any, list[Tensor]]] = []
@@ -63,7 +75,7 @@ class _Graph(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if _is_tensor(t)]
-        floating = [t for t in given if t.is_floating_point()]
+        floating = [t for t in given if _on_device(t) and all(t is not h for h in self.on_host)]
         if floating and func in (
             torch.ops.aten._local_scalar_dense.default,
             torch.ops.aten.nonzero.default,
@@ -71,7 +83,7 @@ class _Graph(TorchDispatchMode):
             raise AssertionError(f"{func} waits for the device")
         result = func(*args, **kwargs)
         results = [t for t in torch.utils._pytree.tree_leaves(result) if _is_tensor(t)]
-        made = [t for t in results if t.is_floating_point()]
+        made = [t for t in results if _on_device(t)]
         if made and given and not floating and func is not torch.ops.aten.detach.default:
             raise AssertionError(f"{func} brings {[t.dtype for t in given]} to the device")
         if floating or made:
@@ -91,6 +103,10 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
+def _on_device(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[_Graph]:
     """Record on the CPU; recording leaves the device as it was."""
@@ -99,6 +115,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[_Graph]:
     def record(optimizer: Any) -> Callable[[], None]:
         tensors = [*(p for b in optimizer.buckets for p in b.params)]
         tensors += [t for b in optimizer.buckets for t in b.state.named_tensors().values()]
+        tensors += [b.lost for b in optimizer.buckets if b.lost is not None]
         before = [t.detach().clone() for t in tensors]
         graph = _Graph()
         with graph:
@@ -150,8 +167,7 @@ def test_replayed_steps_are_the_steps(name: str, lr: str, graphs: list[_Graph]) 
         plain.step()
         assert_close(values(model), values(twin), 1e-9)
     assert step.replays >= 6
-    # an option that is on from some step on, such as the start of Shampoo's, is recorded anew
-    assert len(graphs) == 1
+    assert len(graphs) == (2 if name == "SIRF-Shampoo, T" else 1)
     assert optimizer.global_step == STEPS
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         mine, theirs = optimizer.state[p], plain.state[q]
@@ -160,6 +176,24 @@ def test_replayed_steps_are_the_steps(name: str, lr: str, graphs: list[_Graph]) 
         }
         for key in mine:
             assert_close(mine[key].double(), theirs[key].double(), 1e-8)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "kahan"])
+@pytest.mark.parametrize("name", ["AdamW", "SOAP", "Muon"])
+def test_replayed_steps_round_as_the_steps_do(
+    name: str, rounding: str, graphs: list[_Graph]
+) -> None:
+    model, make = _model().bfloat16(), partial(MAKERS[name], lr=0.01, rounding=rounding)
+    twin = copy.deepcopy(model)
+    plain = make(twin)
+    step = CapturedStep(make(model, nonfinite="ignore"))
+    for i in range(8):
+        _fill(model, i)
+        _fill(twin, i)
+        step()
+        plain.step()
+    assert step.replays >= 5
+    assert_close(values(model), values(twin), 2e-3)
 
 
 def test_what_a_graph_cannot_hold_runs_as_usual(graphs: list[_Graph]) -> None:
@@ -181,25 +215,38 @@ def test_what_a_graph_cannot_hold_runs_as_usual(graphs: list[_Graph]) -> None:
     assert (step.replays, len(graphs)) == (2, 2)
 
 
-@pytest.mark.parametrize("change", ["hyperparameter", "gradients", "batch size", "maximize"])
-def test_changes_are_recorded_anew(change: str, graphs: list[_Graph]) -> None:
+@pytest.mark.parametrize(
+    "change", ["hyperparameter", "in a tensor", "gradients", "layout", "batch size", "maximize"]
+)
+def test_changes_are_recorded_anew(
+    change: str, graphs: list[_Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = _model()
     twin = copy.deepcopy(model)
     make = partial(SIRFShampoo, batch_size=4, nonfinite="ignore")
     optimizer, plain = make(model), make(twin)
+    alpha = torch.tensor(0.9)
+    monkeypatch.setattr(_Graph, "on_host", [alpha])
+    for each in (optimizer, plain):
+        each.param_groups[0]["alpha1"] = alpha
     step = CapturedStep(optimizer)
     for i in range(6):
         if i == 3:
-            for each, m in ((optimizer, model), (plain, twin)):
+            for each in (optimizer, plain):
                 if change == "hyperparameter":
                     each.param_groups[0]["alpha1"] = 0.5
+                elif change == "in a tensor":
+                    alpha.fill_(0.5)
+                elif change == "layout":
+                    for group in each.param_groups:
+                        for p in group["params"]:
+                            p.grad = p.grad.mT.contiguous().mT if p.ndim > 1 else p.grad
                 elif change == "gradients":
                     each.zero_grad(set_to_none=True)
                 elif change == "batch size":
                     each.batch_size = 40
                 else:
                     each.maximize = True
-                del m
         _fill(model, i)
         _fill(twin, i)
         step()
@@ -216,16 +263,18 @@ def test_a_recording_that_fails_is_not_replayed(
     step = CapturedStep(optimizer)
     _fill(model, 0)
     step()
-    before = values(model)
+    before, counters = values(model), snapshot(model, optimizer)
     good = module._record
 
     def fail(optimizer: Any) -> Any:
+        good(optimizer)
         raise RuntimeError("capture")
 
     monkeypatch.setattr(module, "_record", fail)
     with pytest.raises(RuntimeError, match="capture"):
         step()
     assert same_bits(values(model), before)
+    assert same_bits(snapshot(model, optimizer), counters)
     assert all(bucket.inputs is None for bucket in optimizer.buckets)
     monkeypatch.setattr(module, "_record", good)
     step()

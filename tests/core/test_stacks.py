@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from structprecond import SOAP, StackExperts
+from structprecond import SOAP, AdamW, StackExperts
 from structprecond.core import build
 from tests.helpers import assert_close, values
 
@@ -24,7 +24,7 @@ def _rows(model: nn.Module, **kwargs: object) -> list[int]:
         ((512, 512), 20, [16, 4]),
         ((1024, 256), 7, [4, 3]),
         ((256, 1024), 7, [4, 3]),
-        ((4096, 2), 2, [1, 1]),
+        ((2100, 2), 2, [1, 1]),
         ((8, 8), 300, [300]),
     ],
 )
@@ -33,6 +33,14 @@ def test_stacks_of_large_tensors_are_short(
 ) -> None:
     model = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for _ in range(count))
     assert _rows(model) == expected
+
+
+def test_only_factors_that_are_there_count() -> None:
+    norms = nn.ModuleList(nn.LayerNorm(1500) for _ in range(5))
+    assert [bucket.rows for bucket in AdamW(norms).buckets] == [10]
+    assert _rows(norms) == [10]
+    assert _rows(norms, precondition_1d=True) == [1] * 10
+    assert _rows(norms, precondition_1d=True, structures="diagonal") == [10]
 
 
 def test_the_rows_of_one_unit_stay_together() -> None:
@@ -46,7 +54,7 @@ def test_cut_stacks_train_as_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None
     whole = SOAP(twin, precondition_frequency=2)
     monkeypatch.setattr(build, "_MOST_ENTRIES", 3 * 36)
     cut = SOAP(model, precondition_frequency=2)
-    assert [bucket.rows for bucket in cut.buckets] == [3, 3, 1, 3, 3, 1]
+    assert [bucket.rows for bucket in cut.buckets] == [3, 3, 1, 7]
     assert len(whole.buckets) == 2
     for _ in range(5):
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):

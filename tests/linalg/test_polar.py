@@ -307,3 +307,20 @@ def test_bfloat16_is_rounded_only_where_a_matrix_is_stored(
     exact = newton_schulz(matrix.double(), coefficients="simple")
     rounded = newton_schulz(matrix, coefficients="simple", precision="medium")
     assert (rounded - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 64, 64), (2, 64, 100), (2, 100, 64), (2, 64, 300), (3, 5, 4)]
+)
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("kind", COEFFICIENTS)
+def test_every_polynomial_is_right_in_every_precision(
+    kind: str, precision: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(polar, "has_native_bfloat16", lambda device: True)
+    steps = len(COEFFICIENTS[kind].steps)
+    matrix = torch.randn(shape)
+    exact = newton_schulz(matrix.double(), steps, kind)  # type: ignore[arg-type]
+    found = newton_schulz(matrix, steps, kind, precision)  # type: ignore[arg-type]
+    tolerance = 0.3 if precision == "medium" else 1e-3
+    assert (found - exact).norm() < tolerance * exact.norm()

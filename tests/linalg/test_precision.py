@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
@@ -126,3 +126,37 @@ def test_a_step_leaves_the_settings_alone_also_when_it_fails() -> None:
     with pytest.raises(GradientError):
         optimizer.step()
     assert getattr(backend, "fp32_precision", None) == before
+
+
+@pytest.mark.parametrize("default", ["device", "dtype", "autocast"])
+@pytest.mark.usefixtures("asked_anew")
+def test_the_check_looks_at_float32_on_the_cpu_whatever_the_defaults(
+    default: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: ZEN, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", _Backend("none"), raising=False)
+    seen = []
+    matmul = torch.matmul
+
+    def product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        seen.append((A.dtype, A.device.type))
+        return matmul(A, B)
+
+    monkeypatch.setattr(torch, "matmul", product)
+    contexts: dict[str, AbstractContextManager[object]] = {
+        "device": torch.device("meta"),
+        "dtype": _default_dtype(torch.float64),
+        "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+    }
+    with contexts[default]:
+        assert precision._onednn_keeps_float32()
+    assert seen == [(torch.float32, "cpu")]
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)

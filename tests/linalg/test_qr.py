@@ -137,3 +137,10 @@ def test_transposes_are_contiguous_copies(shape: tuple[int, ...]) -> None:
     assert torch.equal(copy, stack.mT)
     assert copy.is_contiguous()
     assert not stack.numel() or copy.data_ptr() != stack.data_ptr()
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_stays_on_the_device_of_its_input(n: int) -> None:
+    matrix = torch.randn(2, n, n)
+    with torch.device("meta"):
+        assert orthogonal_factor(matrix).device == transposed(matrix).device == matrix.device

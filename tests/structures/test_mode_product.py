@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from structprecond import DenseMatrix, DiagonalMatrix
+from structprecond.linalg import fast_float32
 from structprecond.structures import StructuredMatrix
 from structprecond.structures.mode_product import _runs, average_inner_, multiply_axes
 
@@ -108,3 +109,32 @@ def test_short_axes_are_taken_together_and_long_ones_are_not() -> None:
     assert lengths(7, 7, 2) == [2, 1]
     assert lengths(8, 8) == [1, 1]
     assert lengths(3, 64, 3) == [1, 1, 1]
+
+
+def test_kronecker_products_are_made_in_the_precision_of_the_tensor() -> None:
+    dims = (3, 3, 2)
+    matrices = [DenseMatrix(torch.randn(ROWS, n, n).bfloat16()) for n in dims]
+    G = torch.randn(ROWS, *dims)
+    actual = multiply_axes(G, matrices, "matmat")
+    expected = multiply_axes(G.double(), [m.to(torch.float64) for m in matrices], "matmat")
+    assert (actual - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_subclasses_keep_their_own_products() -> None:
+    class Doubled(DenseMatrix):
+        def add_inner_(self, X: Tensor, beta: float, alpha: float) -> Doubled:
+            super().add_inner_(X, beta, 2 * alpha)
+            return self
+
+    factors = [Doubled(torch.zeros(1, 2, 2)) for _ in range(2)]
+    average_inner_(factors, torch.ones(1, 2, 2), beta=0.5)
+    for factor in factors:
+        assert torch.equal(factor.mat, torch.full((1, 2, 2), 2.0))
+
+
+@pytest.mark.parametrize("n", [3, 64, 800])
+def test_an_inner_product_that_counts_for_nothing_leaves_the_decay(n: int) -> None:
+    A = DenseMatrix(torch.ones(1, n, n))
+    with fast_float32():
+        A.add_inner_(torch.randn(1, n, 40), beta=0.5, alpha=0.0)
+    assert torch.equal(A.mat, torch.full((1, n, n), 0.5))
