@@ -20,17 +20,14 @@ import torch
 from step_time import CYCLE, Contestant
 from workloads import WORKLOADS
 
-from structprecond import SOAP, AdamW, KLShampoo, Muon
-from structprecond.strategies.adamw import AdamWStrategy
+from structprecond import KLShampoo, Muon
 from structprecond.strategies.kl import KLShampooStrategy
 from structprecond.strategies.orthogonalized import OrthogonalizedMomentumStrategy
-from structprecond.strategies.soap import SOAPStrategy
 
+# torch's fused kernel, which is most of what SOAP and AdamW do besides products, cannot be compiled
 CASES: dict[str, tuple[Callable[..., torch.optim.Optimizer], type, Sequence[str]]] = {
-    "SOAP": (SOAP, SOAPStrategy, ["update"]),
     "KLShampoo": (KLShampoo, KLShampooStrategy, ["_direction", "_accumulate"]),
     "Muon": (Muon, OrthogonalizedMomentumStrategy, ["update"]),
-    "AdamW": (AdamW, AdamWStrategy, ["update"]),
 }
 """For each optimizer its class, its strategy's class, and the methods to compile."""
 

@@ -33,19 +33,15 @@ _MUON: dict[str, Any] = {"lr": 1e-3, "momentum": 0.95, "weight_decay": 0.1, "nes
 
 def our_muon(model: nn.Module, precision: MatmulPrecision = "highest") -> torch.optim.Optimizer:
     """Make Muon as torch has it; a last linear layer is no head here."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return Muon(
         model,
         coefficient_type="simple",
         scale_mode="shape_scaling",
         fp32_matmul_prec=precision,
-        routes={name: "muon" for name, p in model.named_parameters() if _is_last(model, p)},
+        routes={f"{name}.weight": "muon" for name in linear[-1:]},
         **_MUON,
     )
-
-
-def _is_last(model: nn.Module, p: nn.Parameter) -> bool:
-    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    return bool(linear) and p is linear[-1]
 
 
 class TorchMuon(torch.optim.Optimizer):

@@ -240,6 +240,11 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     parser.add_argument("--cycles", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--onednn",
+        action="store_true",
+        help="let all contestants multiply in oneDNN, as ours do on AMD (see docs/performance.md)",
+    )
     parser.add_argument("--peer-path", type=Path, action="append", default=[])
     parser.add_argument("--json", type=Path, help="write the results here, and a plot beside")
     parser.add_argument("--report", type=Path, help="print the tables of such a file")
@@ -252,7 +257,10 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     sys.path[:0] = map(str, args.peer_path)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    if args.onednn:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
     where = f"{args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()
+    where += ", oneDNN for all" if args.onednn else ""
     machine = f"{date.today()}, {platform.machine()}, {where}, float32, torch {torch.__version__}"
     results = []
     for workload in args.workloads:

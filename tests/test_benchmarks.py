@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import compiled
 import contestants
 import pytest
 import roofline
@@ -19,6 +20,7 @@ import workloads
 from torch import nn
 
 from structprecond import SOAP, AdamW, SIRFShampoo
+from structprecond.strategies.kl import KLShampooStrategy
 
 
 @pytest.fixture
@@ -171,3 +173,30 @@ def test_growth_is_fitted_and_reported(capsys: pytest.CaptureFixture[str]) -> No
 def test_importing_does_not_import_the_compiler() -> None:
     script = "import sys, structprecond; sys.exit('torch._dynamo' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_methods_are_timed_and_put_back(tiny: str) -> None:
+    eager = KLShampooStrategy._direction
+    arguments = ["--workloads", tiny, "--optimizers", "KLShampoo", "--cycles", "1"]
+    ((workload, name, ratio),) = compiled.main([*arguments, "--threads", "1"])
+    assert (workload, name) == (tiny, "KLShampoo")
+    assert ratio > 0
+    assert KLShampooStrategy._direction is eager
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_steps_are_the_steps(tiny: str) -> None:
+    model = workloads.WORKLOADS[tiny]()
+    build, owner, methods = compiled.CASES["KLShampoo"]
+    both = [
+        step_time.Contestant("eager", build, model),
+        compiled.Compiled("compiled", build, model, owner, methods),
+    ]
+    seen = []
+    for contestant in both:
+        for seed in range(3):
+            contestant.step(seed)
+        seen.append([p.detach().clone() for p in contestant.model.parameters()])
+    for p, q in zip(*seen, strict=True):
+        assert torch.allclose(p, q, atol=1e-5)
