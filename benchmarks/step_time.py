@@ -7,8 +7,8 @@ them; state; and the memory that a step needs on top.
     python benchmarks/step_time.py --workloads W1 --races soap "muon, float32" --json times.json
     python benchmarks/step_time.py --report times.json
 
-Contestants that cannot be imported are left out and named. `--peer-path` adds a directory to the
-places where packages are looked for.
+Contestants that cannot be imported, or fail at their first step, are left out and named.
+`--peer-path` adds a directory to the places where packages are looked for.
 """
 
 from __future__ import annotations
@@ -170,10 +170,11 @@ def race(
             contestants.append(Contestant(who, build, model))
         except ImportError as error:
             print(f"{who} is left out: {error}", file=sys.stderr)
+    contestants = [contestant for contestant in contestants if _can_step(contestant)]
     cycle = 1 if name.startswith("sirf") else CYCLE
     # SOAP initializes at its first step, so cycles start after it
     settled = 1 + cycle
-    for step in range(settled + cycle * cycles):
+    for step in range(1, settled + cycle * cycles):
         # who goes first takes turns, so that nobody profits from another's warm caches
         turn = step % len(contestants)
         for contestant in contestants[turn:] + contestants[:turn]:
@@ -182,6 +183,18 @@ def race(
     contestants.clear()
     gc.collect()
     return results
+
+
+def _can_step(contestant: Contestant) -> bool:
+    """Make the first step; return False if another package fails at it."""
+    try:
+        contestant.step(0)
+    except Exception as error:
+        if contestant.name.startswith(OURS):
+            raise
+        print(f"{contestant.name} is left out: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    return True
 
 
 def report(results: Sequence[Result]) -> str:
