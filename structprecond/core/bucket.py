@@ -11,6 +11,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from structprecond.core.layout import Layout
+from structprecond.core.memory import keep_freed_memory
 from structprecond.core.rounding import Rounding, is_low_precision, round_stochastically
 from structprecond.core.routing import view
 from structprecond.core.state import Rows, State, on_device_of, rows_of, select
@@ -154,8 +155,9 @@ class Bucket:
         name = self.strategy.refresh_interval
         return False if name is None else self.group[f"{self.prefix}{name}"]
 
-    def _empty(self) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    def _empty(self, rows: int | None = None) -> Tensor:
+        rows = self.rows if rows is None else rows
+        return torch.empty((rows, *self.key.shape), dtype=self.dtype, device=self.device)
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Return all state by name, stacked, the counters included."""
@@ -186,10 +188,24 @@ class Bucket:
 
     # --- one step --------------------------------------------------------------------------------
 
+    def gather(self, live: Sequence[bool]) -> Tensor:
+        """Return the gradients of the live units, stacked; the other rows are undefined.
+
+        If no unit is live, the stack has no rows.
+        """
+        if not any(live):
+            return self._empty(rows=0)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        stack = self._empty()
+        grads = [p.grad for p in self.layout.live_params(live) if p.grad is not None]
+        self.layout.gather(grads, live, stack)
+        return stack
+
     def step(
         self,
         live: Sequence[bool],
-        scratch: Tensor,
+        grad: Tensor,
         every: int | bool,
         global_step: int,
         batch_size: int | None,
@@ -199,7 +215,7 @@ class Bucket:
 
         Args:
             live: Whether each unit takes part.
-            scratch: A contiguous tensor of the stack's shape, to be overwritten.
+            grad: What `gather` returned, for these units or more; is overwritten.
             every: The steps between two refreshes of a row, or whether all are refreshed now.
             global_step: The number of steps that the optimizer has made before.
             batch_size: The number of samples behind the gradients.
@@ -209,10 +225,8 @@ class Bucket:
         due = self.due(mask, every)
         if not mask.any():
             return
-        grads = [p.grad for p in self.layout.live_params(live) if p.grad is not None]
-        self.layout.gather(grads, live, scratch)
         if maximize:
-            scratch.neg_()
+            grad.neg_()
         hp = self.hyperparameters
 
         def context(rows: Rows, due: Rows | None) -> StepContext:
@@ -223,13 +237,13 @@ class Bucket:
             params = partial(self._stacked_params, rows)
             return StepContext(steps, due, failed, global_step, batch_size, params)
 
-        mask &= ~self._begin(mask, scratch, hp, context)
+        mask &= ~self._begin(mask, grad, hp, context)
         rows = select(mask)
         if rows is None:
             return
         ctx = context(rows, select(due[rows]))
         with rows_of(self.state, rows) as state:
-            direction = self.strategy.update(state, scratch[rows], hp, ctx)
+            direction = self.strategy.update(state, grad[rows], hp, ctx)
         if self.inputs is None:
             self.count(rows)
         self._count_failures(rows, ctx)

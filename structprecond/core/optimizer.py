@@ -23,7 +23,6 @@ from structprecond.core.finite import (
     with_nonfinite_gradient,
 )
 from structprecond.core.inspection import check_tensors, check_values
-from structprecond.core.memory import keep_freed_memory
 from structprecond.core.naming import unwrap
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routes, as_routing, check_names
@@ -37,7 +36,7 @@ from structprecond.groups import PreconditionerGroup
 from structprecond.linalg.precision import fast_float32
 from structprecond.structures.spec import PerAxis, StructureSpec
 
-# what copies and pickles carry: no views, no scratch memory, nothing that others put here
+# what copies and pickles carry: no views, nothing that others put here
 _COPIED = (
     "defaults",
     "param_groups",
@@ -169,7 +168,6 @@ class StructuredOptimizer(Optimizer):
         self.buckets: list[Bucket] = []
         self._names: dict[nn.Parameter, str] = {}
         self._entries: dict[nn.Parameter, Entry] = {}
-        self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._global_step = torch.zeros((), dtype=torch.int64, device="cpu")
         self._samples = torch.zeros((), dtype=torch.int64, device="cpu")
         self._counter: BatchSizeCounter | None = None
@@ -381,16 +379,19 @@ class StructuredOptimizer(Optimizer):
     def _step(self) -> None:
         live = self._checked_live()
         batch_size = self._known_batch_size(live)
-        large = self.nonfinite != "ignore" and with_large_gradient(self._live_params(live))
+        grads = [b.gather(alive) for b, alive in zip(self.buckets, live, strict=True)]
+        large = self.nonfinite != "ignore" and with_large_gradient(self.buckets, live, grads)
         if large:
             self._drop(live, with_nonfinite_gradient(large), "not finite")
         refresh = self._refresh_intervals()
         if large:
-            unstable = self._unstable(live, large, refresh, batch_size)
+            unstable = self._unstable(live, large, grads, refresh, batch_size)
             self._drop(live, unstable, "too large to compute with")
         failed = [bucket.failed.clone() for bucket in self.buckets]
+        grads.reverse()
         for bucket, alive in zip(self.buckets, live, strict=True):
-            bucket.step(alive, *self._arguments(bucket, refresh, batch_size))
+            # taken out of the list, so that it is freed before the next bucket needs memory
+            bucket.step(alive, grads.pop(), *self._arguments(bucket, refresh, batch_size))
         if all(bucket.inputs is None for bucket in self.buckets):
             self._count_step(batch_size)
         self._warn_of_failures(failed)
@@ -453,20 +454,21 @@ class StructuredOptimizer(Optimizer):
         self,
         live: Sequence[Sequence[bool]],
         large: Sequence[nn.Parameter],
+        grads: Sequence[Tensor],
         refresh: Mapping[int, int | bool],
         batch_size: int | None,
     ) -> list[nn.Parameter]:
         """Return the parameters of units with large gradients that would not stay finite."""
         known = {id(p) for p in large}
         found = []
-        for bucket, alive in zip(self.buckets, live, strict=True):
+        for bucket, alive, grad in zip(self.buckets, live, grads, strict=True):
             suspects = [
                 on and any(id(p) in known for p in unit.params)
                 for unit, on in zip(bucket.units, alive, strict=True)
             ]
             if any(suspects):
                 args = self._arguments(bucket, refresh, batch_size)
-                unstable = unstable_units(bucket, suspects, *args)
+                unstable = unstable_units(bucket, suspects, grad, *args)
                 units = [unit for unit, bad in zip(bucket.units, unstable, strict=True) if bad]
                 found += [p for unit in units for p in unit.params]
         return found
@@ -516,9 +518,8 @@ class StructuredOptimizer(Optimizer):
     def _arguments(
         self, bucket: Bucket, refresh: Mapping[int, int | bool], batch_size: int | None
     ) -> tuple[Any, ...]:
-        """Return what a bucket's step needs to know besides who is live."""
-        every, scratch = refresh[id(bucket)], self._scratch_for(bucket)
-        return scratch, every, self.global_step, batch_size, self.maximize
+        """Return what a bucket's step needs to know besides who is live, and the gradients."""
+        return refresh[id(bucket)], self.global_step, batch_size, self.maximize
 
     def _known_batch_size(self, live: Sequence[Sequence[bool]]) -> int | None:
         if self.batch_size is None:
@@ -548,16 +549,6 @@ class StructuredOptimizer(Optimizer):
                 take_turns(self.buckets, answers)
                 self._turns_for = key
         return answers
-
-    def _scratch_for(self, bucket: Bucket) -> Tensor:
-        """Return memory for a bucket's stack, shared by all buckets, which run one by one."""
-        key, numel = (bucket.device, bucket.dtype), bucket.shape.numel()
-        if key not in self._scratch and bucket.device.type == "cpu":
-            keep_freed_memory()
-        if key not in self._scratch or self._scratch[key].numel() < numel:
-            largest = max(b.shape.numel() for b in self.buckets if (b.device, b.dtype) == key)
-            self._scratch[key] = torch.empty(largest, dtype=bucket.dtype, device=bucket.device)
-        return self._scratch[key][:numel].view(bucket.shape)
 
     # --- checkpoints and copies ------------------------------------------------------------------
 
@@ -606,7 +597,6 @@ class StructuredOptimizer(Optimizer):
         fresh: dict[str, Any] = {
             "state": defaultdict(dict),
             "_entries": {},
-            "_scratch": {},
             "_turns_for": (),
             "_used_rules": set(),
         }
