@@ -15,9 +15,11 @@ from structprecond.structures.base import StructuredMatrix, _per_matrix, matmul_
 
 # Measured on 2 cores, float32: products of row chunks beat the FFT up to about this size ...
 _LARGEST_CHUNKED = 1024
-# ... as soon as a product has a few columns, and chunks of 64 rows are the best of 32, 64, 128.
+# ... as soon as a product has a few columns, and chunks of 128 rows are the best of 64, 128, 256.
 _FEWEST_COLUMNS = 16
-_CHUNK = 64
+_CHUNK = 128
+# The inner products of all rows, of which only sums are needed, beat the FFT up to about here.
+_LARGEST_DENSE = 768
 
 
 @dataclass(eq=False)
@@ -40,12 +42,8 @@ class TriangularToeplitzMatrix(StructuredMatrix):
     @classmethod
     def from_dense(cls, sym_mat: Tensor) -> Self:
         """Average the diagonals of `(*b, n, n)`."""
-        n = sym_mat.shape[-1]
-        # rows of length 2n, read with stride 2n - 1, line up the diagonals as columns
-        sheared = pad(sym_mat.flip(-1), (0, n)).flatten(-2)[..., :-n].unflatten(-1, (n, 2 * n - 1))
-        sums = sheared.sum(-2)
-        upper, lower = sums[..., :n].flip(-1), sums[..., n - 1 :]
-        return cls._from_diagonal_sums(lower + upper)
+        both = sym_mat + sym_mat.mT
+        return cls._from_diagonal_sums(_sum_diagonals(both.contiguous()))
 
     @classmethod
     def _from_diagonal_sums(cls, sums: Tensor) -> Self:
@@ -57,9 +55,7 @@ class TriangularToeplitzMatrix(StructuredMatrix):
 
     def to_dense(self) -> Tensor:
         """Return the dense matrices."""
-        n = self.coefficients.shape[-1]
-        upper = _shifted(self.coefficients, n)[..., :n]
-        return upper.mT.contiguous() if self.lower else upper.contiguous()
+        return _to_dense(self.coefficients, self.lower).contiguous()
 
     @property
     def shape(self) -> torch.Size:
@@ -91,11 +87,14 @@ class TriangularToeplitzMatrix(StructuredMatrix):
 
     @classmethod
     def from_mat_inner(cls, X: Tensor) -> Self:
-        r"""Return \(\Pi(X X^\top)\) from the autocorrelations of the columns of X."""
+        r"""Return \(\Pi(X X^\top)\): for long columns, from their autocorrelations."""
         n, X = X.shape[-2], X.to(_compute_dtype(X.dtype))
+        if n <= _LARGEST_DENSE:
+            return cls._from_diagonal_sums(2 * _sum_diagonals(X @ X.mT)).to(X.dtype)
         length = _fft_length(n)
         spectrum = torch.view_as_real(torch.fft.rfft(X, n=length, dim=-2))
-        power = spectrum.square().sum((-2, -1))
+        # the frequencies are innermost in memory, next to real and imaginary parts
+        power = spectrum.square_().sum(-1).sum(-1)
         return cls._from_diagonal_sums(2 * torch.fft.irfft(power, n=length)[..., :n]).to(X.dtype)
 
     def from_inner(self, X: Tensor | None = None) -> Self:
@@ -156,6 +155,18 @@ class TriuToeplitzMatrix(TriangularToeplitzMatrix):
     name, lower = "triutoeplitz", False
 
 
+def _sum_diagonals(
+    matrix: Tensor,  # (*b, n, n), contiguous
+) -> Tensor:  # (*b, n)
+    """Return the sums of the upper diagonals, from the main one on; overwrites the matrices."""
+    n = matrix.shape[-1]
+    flat = matrix.triu_().flatten(-2)
+    # rows of length n + 1 start on the main diagonal and end in zeros from below it
+    sums: Tensor = flat[..., :-1].unflatten(-1, (n - 1, n + 1))[..., :n].sum(-2)
+    sums[..., 0] += flat[..., -1]
+    return sums
+
+
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half precision has no FFT, and no fast matrix product on CPUs."""
     return dtype if dtype == torch.float64 else torch.float32
@@ -189,16 +200,25 @@ def _multiply_fft(c: Tensor, X: Tensor, lower: bool) -> Tensor:
 def _multiply_chunks(c: Tensor, X: Tensor, lower: bool) -> Tensor:
     """Multiply chunk by chunk of rows, each a window of one band, and skip the zero triangle."""
     n = X.shape[-2]
-    rows = min(_CHUNK, n)
-    band = _shifted(c.flip(-1) if lower else c, rows)
+    if n <= 2 * _CHUNK:
+        # skipping a quarter does not pay
+        return matmul_like(_to_dense(c, lower), X)
+    band = _shifted(c.flip(-1) if lower else c, _CHUNK)
     product = torch.empty_like(X)
-    for start in range(0, n, rows):
-        stop = min(start + rows, n)
+    for start in range(0, n, _CHUNK):
+        stop = min(start + _CHUNK, n)
         first, last = (0, stop) if lower else (start, n)
         offset = n - 1 - start if lower else -start
         window = band[..., : stop - start, first + offset : last + offset]
         product[..., start:stop, :] = matmul_like(window, X[..., first:last, :])
     return product
+
+
+def _to_dense(c: Tensor, lower: bool) -> Tensor:
+    """Return the matrices `(*b, n, n)`, maybe as a view."""
+    n = c.shape[-1]
+    upper = _shifted(c, n)[..., :n]
+    return upper.mT if lower else upper
 
 
 def _shifted(
