@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import cache
 from typing import Any, ClassVar, overload
 
 import torch
@@ -68,7 +69,7 @@ class StructuredMatrix(ABC):
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Return the stored tensors by field name; writing to them changes the matrix."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in _field_names(type(self))}
 
     def _map(self, fn: Callable[..., Tensor], *others: StructuredMatrix) -> Self:
         matrices: tuple[StructuredMatrix, ...] = (self, *others)
@@ -251,6 +252,11 @@ class StructuredMatrix(ABC):
         return self.to_dense().abs().amax(dim=(-2, -1))
 
 
+@cache
+def _field_names(structure: type[StructuredMatrix]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(structure))  # type: ignore[arg-type]
+
+
 class EntrywiseMatrix(StructuredMatrix):
     """A structure each of whose entries is zero or stored exactly once."""
 
@@ -272,7 +278,12 @@ class EntrywiseMatrix(StructuredMatrix):
 
 def matmul_like(A: Tensor, X: Tensor) -> Tensor:
     """Return `A @ X` in the memory layout of X: a transposed view gives a transposed view."""
-    return (X.mT @ A.mT).mT if X.stride(-2) == 1 < X.stride(-1) else A @ X
+    return (X.mT @ A.mT).mT if is_transposed(X) else A @ X
+
+
+def is_transposed(X: Tensor) -> bool:
+    """Return whether columns are contiguous in memory, and rows are not."""
+    return bool(X.stride(-2) == 1 < X.stride(-1))
 
 
 def _per_matrix(value: float | Tensor, like: Tensor) -> float | Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from structprecond.structures.base import _per_matrix, matmul_like
+from structprecond.structures.base import _per_matrix, is_transposed, matmul_like
 from structprecond.structures.blockwise import BlockwiseMatrix
 
 
@@ -89,34 +89,29 @@ class BlockDiagonalMatrix(BlockwiseMatrix):
 
     def matmat(self, X: Tensor) -> Tensor:
         r"""Return \(A X\)."""
-        return self._multiply(self.blocks, self.rest, X)
+        return _multiply(self._all_blocks(), X)
 
     def rmatmat(self, X: Tensor) -> Tensor:
         r"""Return \(A^\top X\)."""
-        return self._multiply(self.blocks.mT, self.rest.mT, X)
+        return _multiply(self._all_blocks().mT, X)
 
     def outer_matmat(self, X: Tensor) -> Tensor:
         r"""Return \(A A^\top X\): the outer product has the same blocks."""
-        outer = self._map(lambda t: t @ t.mT)
-        return self._multiply(outer.blocks, outer.rest, X)
+        blocks = self._all_blocks()
+        return _multiply(blocks @ blocks.mT, X)
 
-    def _multiply(self, blocks: Tensor, rest: Tensor, X: Tensor) -> Tensor:
-        product = torch.empty_like(X)
-        (X_blocks, X_rest), (out_blocks, out_rest) = self._cut(X), self._cut(product)
-        for block, X_block, out in _slices(blocks, X_blocks, out_blocks):
-            if out.is_contiguous():
-                torch.matmul(block, X_block, out=out)
-            else:
-                out.copy_(matmul_like(block, X_block))
-        if rest.shape[-1]:
-            out_rest.copy_(matmul_like(rest, X_rest))
-        return product
-
-    @classmethod
-    def _cut(cls, X: Tensor) -> tuple[Tensor, Tensor]:
-        """Cut the rows of `(*b, n, m)` into `(*b, n // k, k, m)` and `(*b, n % k, m)`."""
-        split = X.shape[-2] // cls.block_size * cls.block_size
-        return X[..., :split, :].unflatten(-2, (-1, cls.block_size)), X[..., split:, :]
+    def _all_blocks(self) -> Tensor:  # (*b, blocks, k, k)
+        """Return the blocks and the remainder, which is filled up with zeros."""
+        *batch, count, k, _ = self.blocks.shape
+        left = self.rest.shape[-1]
+        if not left:
+            return self.blocks
+        if not count:
+            return self.rest.unsqueeze(-3)
+        blocks = self.blocks.new_zeros(*batch, count + 1, k, k)
+        blocks[..., :count, :, :] = self.blocks
+        blocks[..., count, :left, :left] = self.rest
+        return blocks
 
     def _compose(self, other: Self) -> Self:
         return self._map(torch.matmul, other)
@@ -124,16 +119,24 @@ class BlockDiagonalMatrix(BlockwiseMatrix):
     @classmethod
     def from_mat_inner(cls, X: Tensor) -> Self:
         r"""Return the diagonal blocks of \(X X^\top\)."""
-        X_blocks, X_rest = cls._cut(X)
-        blocks = X.new_empty(*X_blocks.shape[:-1], cls.block_size)
-        for out, X_block in _slices(blocks, X_blocks):
-            out.copy_(X_block @ X_block.mT)
-        return cls(blocks, X_rest @ X_rest.mT)
+        n = X.shape[-2]
+        rows = _cut(X, min(n, cls.block_size))
+        return cls._from_all_blocks(rows @ rows.mT, n)
+
+    @classmethod
+    def _from_all_blocks(cls, blocks: Tensor, n: int) -> Self:
+        """Undo `_all_blocks`."""
+        count, left = divmod(n, cls.block_size)
+        full = blocks[..., :count, :, :]
+        if not count:
+            full = blocks.new_empty(*blocks.shape[:-3], 0, cls.block_size, cls.block_size)
+        return cls(full.contiguous(), blocks[..., -1, :left, :left].contiguous())
 
     def from_inner(self, X: Tensor | None = None) -> Self:
         r"""Return the diagonal blocks of \(A^\top X X^\top A\), with X the identity if None."""
         if X is None:
-            return self._map(lambda t: t.mT @ t)
+            blocks = self._all_blocks()
+            return self._from_all_blocks(blocks.mT @ blocks, self.shape[-1])
         return self.from_mat_inner(self.rmatmat(X))
 
     @classmethod
@@ -154,15 +157,44 @@ class BlockDiagonalMatrix(BlockwiseMatrix):
         return (total + self.rest.diagonal(dim1=-2, dim2=-1).sum(-1)) / self.shape[-1]
 
 
-def _slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Slice tensors `(*b, blocks, ...)` along their blocks or along b, whichever is fewer.
+def _multiply(
+    blocks: Tensor,  # (*b, blocks, k, k)
+    X: Tensor,  # (*b, n, m)
+) -> Tensor:  # (*b, n, m)
+    """Multiply the rows of X block by block, all in one product, and keep its memory layout."""
+    product = matmul_like(blocks, _cut(X, blocks.shape[-1]))
+    n = X.shape[-2]
+    if not is_transposed(product):
+        flat: Tensor = product.flatten(-3, -2)
+        return flat[..., :n, :]
+    rows: Tensor = torch.empty_like(X.mT, memory_format=torch.contiguous_format).mT
+    count, left = divmod(n, blocks.shape[-1])
+    rows[..., : n - left, :].unflatten(-2, (count, -1)).copy_(product[..., :count, :, :])
+    if left:
+        rows[..., n - left :, :] = product[..., count, :left, :]
+    return rows
 
-    The blocks of several matrices cannot be flattened to one batch dimension without a copy.
+
+def _cut(
+    X: Tensor,  # (*b, n, m)
+    k: int,
+) -> Tensor:  # (*b, ceil(n / k), k, m)
+    """Cut the rows into blocks, the last of which is filled up with zeros.
+
+    The blocks of several matrices can be multiplied at once only if nothing is between them.
     """
-    first = tensors[0]
-    matrices = first.shape[:-3].numel()
-    if first.shape[-3] < matrices or first.ndim == 3:
-        yield from zip(*(t.unbind(-3) for t in tensors), strict=True)
-    elif first.numel():
-        flat = (t.flatten(0, -4) if t.ndim > 4 else t for t in tensors)
-        yield from zip(*(t.unbind(0) for t in flat), strict=True)
+    *batch, n, m = X.shape
+    count, left = divmod(n, k)
+    cut: Tensor
+    if not left and X.is_contiguous():
+        cut = X.unflatten(-2, (count, k))
+        return cut
+    if is_transposed(X):
+        cut = X.new_empty(*batch, count + bool(left), m, k).mT
+    else:
+        cut = X.new_empty(*batch, count + bool(left), k, m)
+    cut[..., :count, :, :] = X[..., : n - left, :].unflatten(-2, (count, k))
+    if left:
+        cut[..., count, :left, :] = X[..., n - left :, :]
+        cut[..., count, left:, :] = 0
+    return cut
