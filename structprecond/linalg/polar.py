@@ -15,6 +15,7 @@ from structprecond.linalg.precision import (
     has_native_bfloat16,
     reduced_precision,
 )
+from structprecond.linalg.symmetric import baddbmm_commuting, baddgram
 
 Coefficients: TypeAlias = tuple[float, float, float]
 """The polynomial \\(aX + bX^3 + cX^5\\) of one step."""
@@ -259,13 +260,9 @@ def _standard(X: Tensor, polynomials: Sequence[Coefficients]) -> Tensor:
     tall = not X.is_contiguous()
     free = torch.empty_like(X.mT if tall else X)
     for a, b, c in polynomials:
-        torch.bmm(X, X.mT, out=A)
+        baddgram(A, X, beta=0, alpha=1, out=A)
         # sums inside of the products are not rounded to the dtype, which matters in bfloat16
-        if c == 0:
-            # oneDNN returns the summand without its factor where the product counts for nothing
-            torch.mul(A, b, out=P)
-        else:
-            torch.baddbmm(A, A, A, beta=b, alpha=c, out=P)
+        baddbmm_commuting(A, A, A, beta=b, alpha=c, out=P)
         if tall:
             torch.baddbmm(X.mT, X.mT, P, beta=a, out=free)
             X, free = free.mT, X.mT
@@ -296,14 +293,16 @@ def _gram(X: Tensor, polynomials: Sequence[Coefficients]) -> Tensor:
     for length in _segments(len(polynomials)):
         segment = polynomials[start : start + length]
         start += length
-        R = X @ X.mT
+        R = X.new_empty(*X.shape[:-1], X.shape[-2])
+        baddgram(R, X, beta=0, alpha=1, out=R)
         new, free = torch.empty_like(R), torch.empty_like(R)
         P = Q = _evaluate(segment[0], R, out=torch.empty_like(R))
         for polynomial in segment[1:]:
-            # P R P is P X (P X)'
-            torch.bmm(P, torch.bmm(R, P, out=free), out=R)
+            # P R P is P X (P X)'; all are polynomials of R, so they commute
+            baddbmm_commuting(free, R, P, beta=0, alpha=1, out=free)
+            baddbmm_commuting(R, P, free, beta=0, alpha=1, out=R)
             P = _evaluate(polynomial, R, out=new)
-            torch.bmm(Q, P, out=free)
+            baddbmm_commuting(free, Q, P, beta=0, alpha=1, out=free)
             Q, free = free, Q
         X = Q @ X
     return X
@@ -312,8 +311,7 @@ def _gram(X: Tensor, polynomials: Sequence[Coefficients]) -> Tensor:
 def _evaluate(polynomial: Coefficients, R: Tensor, out: Tensor) -> Tensor:
     r"""Return \(aI + bR + cR^2\)."""
     a, b, c = polynomial
-    torch.bmm(R, R, out=out)
-    out.mul_(c).add_(R, alpha=b)
+    baddbmm_commuting(R, R, R, beta=b, alpha=c, out=out)
     out.diagonal(dim1=-2, dim2=-1).add_(a)
     return out
 

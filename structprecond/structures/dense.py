@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from structprecond.linalg.symmetric import baddgram
 from structprecond.structures.base import _per_matrix, matmul_like
 from structprecond.structures.blockwise import BlockwiseMatrix
-
-# Measured on 2 cores, float32: from this size on, fewer operations win over copying a triangle.
-_SMALLEST_HALVED = 768
-_STRIPS = 4
 
 
 @dataclass(eq=False)
@@ -57,7 +54,7 @@ class DenseMatrix(BlockwiseMatrix):
     def outer_matmat(self, X: Tensor) -> Tensor:
         r"""Return \(A A^\top X\), in the order that takes fewer operations."""
         if X.shape[-1] > X.shape[-2]:
-            return matmul_like(self.mat @ self.mat.mT, X)
+            return matmul_like(_gram(self.mat), X)
         return self.matmat(self.rmatmat(X))
 
     def _compose(self, other: Self) -> Self:
@@ -92,32 +89,13 @@ class DenseMatrix(BlockwiseMatrix):
 
 def _gram(X: Tensor) -> Tensor:
     """Return `X @ X.mT`."""
-    if X.shape[-2] < _SMALLEST_HALVED:
-        return X @ X.mT
     gram = X.new_empty(*X.shape[:-1], X.shape[-2])
     _add_gram_(gram, X, 0.0, 1.0)
     return gram
 
 
 def _add_gram_(matrix: Tensor, X: Tensor, beta: float, alpha: float) -> None:
-    """Let a contiguous symmetric stack be `beta * matrix + alpha * X @ X.mT`.
-
-    Of large products only the lower half is computed, in strips, and mirrored.
-    """
-    n = X.shape[-2]
-    flat, target = X.reshape(-1, *X.shape[-2:]), matrix.view(-1, n, n)
-    if alpha == 0:
-        target.mul_(beta)  # oneDNN would leave out beta
-        return
-    if n < _SMALLEST_HALVED or target.device.type != "cpu":
-        target.baddbmm_(flat, flat.mT, beta=beta, alpha=alpha)
-        return
-    size = -(-n // _STRIPS)
-    # one by one: torch transposes single matrices faster than stacks of them
-    for one, x in zip(target.unbind(), flat.unbind(), strict=True):
-        for start in range(0, n, size):
-            stop = min(start + size, n)
-            strip = one[start:stop, :stop].addmm_(
-                x[start:stop], x[:stop].mT, beta=beta, alpha=alpha
-            )
-            one[:start, start:stop] = strip[:, :start].mT
+    """Let a contiguous symmetric stack be `beta * matrix + alpha * X @ X.mT`."""
+    stack = matrix.view(-1, *matrix.shape[-2:])
+    flat = X.reshape(-1, *X.shape[-2:])
+    baddgram(stack, flat, beta=beta, alpha=alpha, out=stack)

@@ -83,6 +83,16 @@ def _reference(matrix: Tensor, polynomials: list[tuple[float, float, float]]) ->
     return svd.U @ sigma.diag() @ svd.Vh
 
 
+@pytest.mark.parametrize("kind", ["quintic", "cans"])
+@pytest.mark.parametrize("shape", [(800, 800), (800, 2600), (2600, 800)])
+def test_large_matrices_whose_products_are_halved(shape: tuple[int, int], kind: str) -> None:
+    matrix = torch.randn(shape)
+    polynomials = list(coefficients_of(kind, 5))  # type: ignore[arg-type]
+    expected = _reference(matrix, polynomials)
+    found = newton_schulz(matrix, 5, kind).double()  # type: ignore[arg-type]
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
 @pytest.mark.parametrize("shape", [(6, 6), (9, 4), (4, 9), (5, 40), (40, 5), (1, 7), (7, 1)])
 @pytest.mark.parametrize("kind", [*COEFFICIENTS, "custom"])
 def test_iterations_apply_their_polynomials(shape: tuple[int, int], kind: str) -> None:
