@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Callable, Sequence
 from datetime import date
 
@@ -40,15 +41,14 @@ def import_seconds(repeats: int = 5) -> float:
 
 
 def construction_seconds(build: Build, count: int, repeats: int = 5) -> float:
-    """Return how long constructing an optimizer of `count` parameters takes."""
+    """Return how long constructing an optimizer of `count` parameters takes.
+
+    Without Python's garbage collector, as timeit does it: a pass over all objects takes
+    as long as constructing thousands of parameters, and falls into it or not.
+    """
     model = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(count))
     build(model)  # the first optimizer of a process imports torch's compiler
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        build(model)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(timeit.repeat(lambda: build(model), number=1, repeat=repeats))
 
 
 def step_seconds(build: Build, models: Sequence[nn.Module], cycles: int) -> list[float]:
