@@ -46,6 +46,7 @@ MEMORY = 24 * 2**30
 
 # The tests of a file besides its own examples, the most specific first.
 LINALG = ["linalg/test_eigen.py", "linalg/test_roots.py", "linalg/test_polar.py"]
+QR = ["linalg/test_qr.py", "linalg/test_eigen.py"]
 STRUCTURES = ["structures/test_spec.py", "structures/test_contract.py", "structures/test_memory.py"]
 KRONECKER = ["strategies/test_soap.py", "strategies/test_shampoo.py", "strategies/test_kl.py"]
 PROTOCOL = ["strategies/test_protocol_of_all.py"]
@@ -53,11 +54,16 @@ BAD_INPUT = ["core/test_bad_input.py"]
 TESTS = {
     "linalg": LINALG,
     "structures": STRUCTURES,
+    "linalg/cholesky_qr": QR,
+    "linalg/precision": ["linalg/test_precision.py", *LINALG],
+    "linalg/qr": QR,
+    "linalg/symmetric": ["linalg/test_symmetric.py", "linalg/test_polar.py"],
     "structures/block_diagonal": STRUCTURES + KRONECKER,
     "structures/blockwise": [*STRUCTURES[1:2], *KRONECKER],
     "structures/dense": STRUCTURES + KRONECKER,
     "structures/diagonal": STRUCTURES + KRONECKER,
     "structures/mode_product": [*STRUCTURES[1:2], *KRONECKER],
+    "structures/toeplitz": [*STRUCTURES, "structures/test_toeplitz.py"],
     "strategies/adamw": ["strategies/test_adamw.py", *PROTOCOL],
     "strategies/base": [
         "strategies/test_adamw.py",
