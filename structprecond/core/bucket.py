@@ -155,9 +155,8 @@ class Bucket:
         name = self.strategy.refresh_interval
         return False if name is None else self.group[f"{self.prefix}{name}"]
 
-    def _empty(self, rows: int | None = None) -> Tensor:
-        rows = self.rows if rows is None else rows
-        return torch.empty((rows, *self.key.shape), dtype=self.dtype, device=self.device)
+    def _empty(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Return all state by name, stacked, the counters included."""
@@ -194,7 +193,7 @@ class Bucket:
         If no unit is live, the stack has no rows.
         """
         if not any(live):
-            return self._empty(rows=0)
+            return torch.empty((0, *self.key.shape), dtype=self.dtype, device=self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         stack = self._empty()

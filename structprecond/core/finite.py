@@ -16,7 +16,7 @@ from structprecond.core.bucket import Bucket
 def with_large_gradient(
     buckets: Sequence[Bucket], live: Sequence[Sequence[bool]], grads: Sequence[Tensor]
 ) -> list[nn.Parameter]:
-    """Return the parameters of live units that strategies may not be able to compute with.
+    """Return all parameters of live units whose gradients may be too large to compute with.
 
     The fourth power of such a norm, as in the norm of a Kronecker factor, overflows in the dtype of
     the computation: in float32 from 4e9 on. Infinities and NaN are among them, and norms that
@@ -42,7 +42,7 @@ def with_large_gradient(
 
 
 def _to_lists(vectors: Sequence[Tensor]) -> list[list[float]]:
-    """Return the numbers of some vectors, with one look at each device."""
+    """Return the numbers of some vectors, with one look at each device for each dtype."""
     lists: list[list[float]] = [[] for _ in vectors]
     for kind in {(v.device, v.dtype) for v in vectors}:
         own = [i for i, v in enumerate(vectors) if (v.device, v.dtype) == kind]
@@ -53,7 +53,7 @@ def _to_lists(vectors: Sequence[Tensor]) -> list[list[float]]:
 
 
 def with_nonfinite_gradient(params: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Return the parameters whose gradients hold an infinity or NaN, with one look at each device.
+    """Return the parameters whose gradients hold an infinity or NaN.
 
     Sums of squares are fast, but overflow on some finite gradients: those are looked at again.
     """
@@ -92,8 +92,6 @@ def unstable_units(bucket: Bucket, live: Sequence[bool], grad: Tensor, *args: An
     twin.lost = None if bucket.lost is None else bucket.lost.clone()
     twin.layout = copy(bucket.layout)
     twin.layout.params = [nn.Parameter(p.detach().clone()) for p in bucket.params]
-    for p, original in zip(twin.params, bucket.params, strict=True):
-        p.grad = original.grad
     twin.step(live, grad.clone(), *args)
     state = [t.unsqueeze(-1).flatten(1) for t in twin.named_tensors().values()]
     rows = torch.stack([t.isfinite().all(1).cpu() for t in state]).all(0)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from functools import cache
 
-# parameters of mallopt, and the largest value that glibc allows for the second
+# parameters of mallopt
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_LARGEST_BLOCK = 32 * 2**20
+# the largest blocks to keep; older versions of glibc allow no more than the second
+_LARGEST_BLOCKS = 256 * 2**20, 32 * 2**20
 _MOST_KEPT = 512 * 2**20
+# by which users make settings of their own
+_VARIABLES = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"
 
 
 @cache
@@ -17,13 +21,17 @@ def keep_freed_memory() -> None:
     """Let the C library keep what a step frees, because the next step takes it again.
 
     By default, glibc takes large blocks from the system one by one, gives them back when they are
-    freed, and gives back the end of its heap whenever 64 MB or less of it are free; every page that
-    is taken anew costs a page fault. This makes it keep blocks of up to 32 MB, and 512 MB in all.
-    Does nothing where the C library is another one, or when called again.
+    freed, and gives back the end of its heap as soon as more than a threshold of it is free, which
+    is 64 MB at most; every page that is taken anew costs a page fault. This makes it keep blocks of
+    up to 256 MB, and up to 512 MB at the end of the heap. Does nothing where the C library is
+    another one, where the environment has settings of the user's, or when called again.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or any(name in os.environ for name in _VARIABLES):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _LARGEST_BLOCK)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    # either setting ends glibc's own adaptation, so the second is made only beside the first
+    if any(mallopt(_MMAP_THRESHOLD, size) for size in _LARGEST_BLOCKS):
         mallopt(_TRIM_THRESHOLD, _MOST_KEPT)

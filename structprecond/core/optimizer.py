@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, get_args, overload
@@ -379,8 +379,11 @@ class StructuredOptimizer(Optimizer):
     def _step(self) -> None:
         live = self._checked_live()
         batch_size = self._known_batch_size(live)
-        grads = [b.gather(alive) for b, alive in zip(self.buckets, live, strict=True)]
-        large = self.nonfinite != "ignore" and with_large_gradient(self.buckets, live, grads)
+        grads: deque[Tensor] = deque()
+        large: list[nn.Parameter] = []
+        if self.nonfinite != "ignore":
+            grads.extend(map(Bucket.gather, self.buckets, live))
+            large = with_large_gradient(self.buckets, live, grads)
         if large:
             self._drop(live, with_nonfinite_gradient(large), "not finite")
         refresh = self._refresh_intervals()
@@ -388,10 +391,13 @@ class StructuredOptimizer(Optimizer):
             unstable = self._unstable(live, large, grads, refresh, batch_size)
             self._drop(live, unstable, "too large to compute with")
         failed = [bucket.failed.clone() for bucket in self.buckets]
-        grads.reverse()
         for bucket, alive in zip(self.buckets, live, strict=True):
-            # taken out of the list, so that it is freed before the next bucket needs memory
-            bucket.step(alive, grads.pop(), *self._arguments(bucket, refresh, batch_size))
+            bucket.step(
+                alive,
+                # held by nothing else, so that it is freed before the next bucket needs memory
+                grads.popleft() if grads else bucket.gather(alive),
+                *self._arguments(bucket, refresh, batch_size),
+            )
         if all(bucket.inputs is None for bucket in self.buckets):
             self._count_step(batch_size)
         self._warn_of_failures(failed)

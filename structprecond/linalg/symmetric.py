@@ -87,7 +87,7 @@ def _baddbmm(
         return torch.bmm(A, B, out=out)
     if alpha == 0:
         # oneDNN would return the summand without its factor
-        return torch.mul(summand, beta, out=out)
+        return out.zero_() if beta == 0 else torch.mul(summand, beta, out=out)
     return torch.baddbmm(summand, A, B, beta=beta, alpha=alpha, out=out)
 
 

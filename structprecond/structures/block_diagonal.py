@@ -120,7 +120,7 @@ class BlockDiagonalMatrix(BlockwiseMatrix):
     def from_mat_inner(cls, X: Tensor) -> Self:
         r"""Return the diagonal blocks of \(X X^\top\)."""
         n = X.shape[-2]
-        rows = _cut(X, min(n, cls.block_size))
+        rows = _cut(X, max(1, min(n, cls.block_size)))
         return cls._from_all_blocks(rows @ rows.mT, n)
 
     @classmethod
@@ -130,7 +130,8 @@ class BlockDiagonalMatrix(BlockwiseMatrix):
         full = blocks[..., :count, :, :]
         if not count:
             full = blocks.new_empty(*blocks.shape[:-3], 0, cls.block_size, cls.block_size)
-        return cls(full.contiguous(), blocks[..., -1, :left, :left].contiguous())
+        rest = blocks[..., -1, :left, :left] if left else blocks.new_empty(*blocks.shape[:-3], 0, 0)
+        return cls(full.contiguous(), rest.contiguous())
 
     def from_inner(self, X: Tensor | None = None) -> Self:
         r"""Return the diagonal blocks of \(A^\top X X^\top A\), with X the identity if None."""

@@ -89,6 +89,8 @@ class DenseMatrix(BlockwiseMatrix):
 
 def _gram(X: Tensor) -> Tensor:
     """Return `X @ X.mT`."""
+    if X.requires_grad:
+        return X @ X.mT  # autograd knows no `out`
     gram = X.new_empty(*X.shape[:-1], X.shape[-2])
     _add_gram_(gram, X, 0.0, 1.0)
     return gram
@@ -96,6 +98,7 @@ def _gram(X: Tensor) -> Tensor:
 
 def _add_gram_(matrix: Tensor, X: Tensor, beta: float, alpha: float) -> None:
     """Let a contiguous symmetric stack be `beta * matrix + alpha * X @ X.mT`."""
-    stack = matrix.view(-1, *matrix.shape[-2:])
-    flat = X.reshape(-1, *X.shape[-2:])
+    count = X.shape[:-2].numel()
+    stack = matrix.view(count, *matrix.shape[-2:])
+    flat = X.reshape(count, *X.shape[-2:])
     baddgram(stack, flat, beta=beta, alpha=alpha, out=stack)

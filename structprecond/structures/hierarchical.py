@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import Self
 
-from structprecond.structures.base import EntrywiseMatrix, _per_matrix, matmul_like
+from structprecond.structures.base import EntrywiseMatrix, _per_matrix, is_transposed, matmul_like
 
 
 @dataclass(eq=False)
@@ -187,6 +187,6 @@ class HierarchicalMatrix(EntrywiseMatrix):
 
 def _cat_rows(first: Tensor, last: Tensor) -> Tensor:
     """Concatenate along the rows, in their memory layout."""
-    if last.stride(-2) == 1 < last.stride(-1):
+    if is_transposed(last):
         return torch.cat([first.mT, last.mT], dim=-1).mT
     return torch.cat([first, last], dim=-2)

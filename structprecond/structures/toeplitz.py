@@ -18,8 +18,9 @@ _LARGEST_CHUNKED = 1024
 # ... as soon as a product has a few columns, and chunks of 128 rows are the best of 64, 128, 256.
 _FEWEST_COLUMNS = 16
 _CHUNK = 128
-# The inner products of all rows, of which only sums are needed, beat the FFT up to about here.
-_LARGEST_DENSE = 768
+# The inner products of all rows, of which only sums are needed, beat the FFT up to about here, if
+# there are enough columns for the number of rows.
+_LARGEST_DENSE, _COLUMNS_PER_ROW = 768, 1 / 8
 
 
 @dataclass(eq=False)
@@ -88,14 +89,15 @@ class TriangularToeplitzMatrix(StructuredMatrix):
     @classmethod
     def from_mat_inner(cls, X: Tensor) -> Self:
         r"""Return \(\Pi(X X^\top)\): for long columns, from their autocorrelations."""
-        n, X = X.shape[-2], X.to(_compute_dtype(X.dtype))
-        if n <= _LARGEST_DENSE:
-            return cls._from_diagonal_sums(2 * _sum_diagonals(X @ X.mT)).to(X.dtype)
+        (n, m), dtype = X.shape[-2:], X.dtype
+        X = X.to(_compute_dtype(dtype))
+        if n <= _LARGEST_DENSE and not 0 < m < _COLUMNS_PER_ROW * n:
+            return cls._from_diagonal_sums(2 * _sum_diagonals(X @ X.mT)).to(dtype)
         length = _fft_length(n)
         spectrum = torch.view_as_real(torch.fft.rfft(X, n=length, dim=-2))
         # the frequencies are innermost in memory, next to real and imaginary parts
         power = spectrum.square_().sum(-1).sum(-1)
-        return cls._from_diagonal_sums(2 * torch.fft.irfft(power, n=length)[..., :n]).to(X.dtype)
+        return cls._from_diagonal_sums(2 * torch.fft.irfft(power, n=length)[..., :n]).to(dtype)
 
     def from_inner(self, X: Tensor | None = None) -> Self:
         r"""Return \(\Pi(A^\top X X^\top A)\), with X the identity if None."""

@@ -6,6 +6,7 @@ import copy
 import io
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +31,7 @@ from structprecond import (
     SplitHeads,
     StructuredOptimizer,
 )
+from structprecond.core.bucket import Bucket
 from structprecond.linalg import eigh, matrix_inverse_root, orthogonal_iteration
 from structprecond.linalg import roots as roots_module
 from tests.helpers import same_bits, set_grads, snapshot
@@ -448,3 +450,78 @@ def test_parameters_of_half_precision_do_not_overflow() -> None:
     with pytest.warns(UserWarning, match=r"param_groups\[0\].* too large"):
         optimizer.step()
     assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_a_trial_with_large_gradients_leaves_the_gradients_as_they_are(maximize: bool) -> None:
+    models = []
+    for nonfinite in ("skip", "ignore"):
+        model = _model()
+        optimizer = SOAP(model, eps=0.0, weight_decay=0.0, maximize=maximize, nonfinite=nonfinite)
+        for step in range(4):
+            set_grads(list(model), step)
+            for p in model:
+                assert p.grad is not None
+                p.grad.mul_(1e12)  # too large to be sure, but not too large
+            optimizer.step()
+        assert optimizer.skipped == 0
+        models.append(model)
+    for p, q in zip(*models, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_what_stands_in_the_rows_of_frozen_units_does_not_matter() -> None:
+    model = _model()
+    optimizer = AdamW(model)
+    set_grads(list(model), 0)
+    model[1].grad = None
+    # memory that was not written holds NaN then
+    torch.use_deterministic_algorithms(True)
+    try:
+        optimizer.step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert optimizer.skipped == 0
+    assert optimizer.state[model[0]]["step"] == 1
+    assert optimizer.state[model[1]]["step"] == 0
+
+
+def test_stacks_of_gradients_are_freed_as_soon_as_they_were_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stacks: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    gather, step = Bucket.gather, Bucket.step
+
+    def watched_gather(bucket: Bucket, live: Any) -> Tensor:
+        stack = gather(bucket, live)
+        stacks.append(weakref.ref(stack))
+        return stack
+
+    def watched_step(bucket: Bucket, *args: Any) -> None:
+        step(bucket, *args)
+        alive.append(sum(stack() is not None for stack in stacks))
+
+    params = [nn.Parameter(torch.randn(n, 2)) for n in (2, 3, 4)]
+    optimizer = AdamW(params)
+    set_grads(params, 0)
+    monkeypatch.setattr(Bucket, "gather", watched_gather)
+    monkeypatch.setattr(Bucket, "step", watched_step)
+    optimizer.step()
+    assert alive == [3, 2, 1]
+    assert [stack() for stack in stacks] == [None] * 3
+
+
+def test_gradients_that_the_stack_cannot_hold_are_skipped() -> None:
+    model = _model()
+    optimizer = AdamW(model)
+    model.double()  # the state stays in float32
+    set_grads(list(model), 0)
+    model[2].grad.fill_(1e50)
+    before = [p.detach().clone() for p in model]
+    with pytest.warns(UserWarning, match="gradients of 2 are too large"):
+        optimizer.step()
+    assert optimizer.skipped == 1
+    assert [bool(torch.equal(p, q)) for p, q in zip(model, before, strict=True)] == [
+        False, False, True, False,
+    ]  # fmt: skip

@@ -46,3 +46,6 @@ def test_what_is_not_read_may_be_nan() -> None:
         X, out = torch.randn(1, n, 3), torch.full((1, n, n), torch.nan)
         baddgram(out, X, beta=0, alpha=1, out=out)
         torch.testing.assert_close(out, X @ X.mT, rtol=1e-5, atol=1e-5)
+        out.fill_(torch.nan)
+        baddgram(out, X, beta=0, alpha=0, out=out)
+        assert torch.equal(out, torch.zeros_like(out))

@@ -278,3 +278,25 @@ def test_cost_of_a_refresh_is_cubic_in_the_blocks() -> None:
     assert structure_class("block4diagonal").refresh_cost(11) == 64 + 64 + 27
     assert structure_class("block4diagonal").refresh_cost(8) == 128
     assert DiagonalMatrix.refresh_cost(7) == 0
+
+
+@pytest.mark.parametrize("name", ["dense", "diagonal", "block4diagonal"])
+def test_matrices_without_entries_or_columns(name: str) -> None:
+    structure = structure_class(name)
+    empty = structure.from_mat_inner(torch.ones(2, 0, 3))
+    assert empty.shape == (2, 0, 0)
+    assert empty.from_inner().shape == (2, 0, 0)
+    zero = structure.from_mat_inner(torch.ones(2, 5, 0))
+    assert torch.equal(zero.to_dense(), torch.zeros(2, 5, 5))
+    assert zero.outer_matmat(torch.ones(2, 5, 0)).shape == (2, 5, 0)
+    zero.add_inner_(torch.ones(2, 5, 0), beta=0.5, alpha=0.5)
+    assert torch.equal(zero.to_dense(), torch.zeros(2, 5, 5))
+
+
+@pytest.mark.parametrize("name", ["dense", "diagonal", "block4diagonal"])
+def test_products_have_gradients(name: str) -> None:
+    X = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+    structure = structure_class(name)
+    torch.autograd.gradcheck(lambda X: structure.from_mat_inner(X).to_dense(), X)
+    A = structure.eye(6, (2,), dtype=torch.float64)
+    torch.autograd.gradcheck(A.outer_matmat, X)

@@ -29,7 +29,7 @@ def _average_diagonals(matrix: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-@pytest.mark.parametrize("columns", [3, 20])
+@pytest.mark.parametrize("columns", [3, 20, 120])
 @pytest.mark.parametrize("n", [1, 2, 200, 256, 257, 300, 800, 1100])
 @pytest.mark.parametrize("name", ["triltoeplitz", "triutoeplitz"])
 def test_large_matrices_against_dense_ones(name: str, n: int, columns: int, layout: str) -> None:
