@@ -3,6 +3,7 @@
 The floor of a strategy on a workload is the time of the matrix products and decompositions that it
 cannot do without, each measured by itself on stacks of the same shapes with the memory ready, plus
 the bytes that have to be read and written at least once, over the memory rate of a large copy.
+Symmetric products count in full, although steps compute half of those with 768 rows and more.
 
 The machine's rates and a refresh cycle of steps are measured in turns, since others may use the
 machine too; floor and measured time are medians over these rounds, that of each step of a cycle by
@@ -14,6 +15,7 @@ itself.
 from __future__ import annotations
 
 import argparse
+import gc
 import platform
 import statistics
 import time
@@ -170,6 +172,7 @@ FLOORS: dict[str, Callable[[nn.Module], Floor]] = {
 
 def compare(floor: Floor, build: Build, model: nn.Module, cycles: int) -> tuple[float, float]:
     """Return the floor and the mean time of a step over a refresh cycle, in milliseconds."""
+    gc.collect()
     contestant = Contestant(OURS, build, model)
     # SOAP initializes at its first step, and one cycle warms up
     for seed in range(1 + CYCLE):

@@ -18,9 +18,9 @@ _LARGEST_CHUNKED = 1024
 # ... as soon as a product has a few columns, and chunks of 128 rows are the best of 64, 128, 256.
 _FEWEST_COLUMNS = 16
 _CHUNK = 128
-# The inner products of all rows, of which only sums are needed, beat the FFT up to about here, if
-# there are enough columns for the number of rows.
-_LARGEST_DENSE, _COLUMNS_PER_ROW = 768, 1 / 8
+# The inner products of all n^2 pairs of rows, of which only sums are needed, beat the FFT up to
+# about here, for each column.
+_MOST_PAIRS = 4096
 
 
 @dataclass(eq=False)
@@ -88,10 +88,10 @@ class TriangularToeplitzMatrix(StructuredMatrix):
 
     @classmethod
     def from_mat_inner(cls, X: Tensor) -> Self:
-        r"""Return \(\Pi(X X^\top)\): for long columns, from their autocorrelations."""
+        r"""Return \(\Pi(X X^\top)\): for few long columns, from their autocorrelations."""
         (n, m), dtype = X.shape[-2:], X.dtype
         X = X.to(_compute_dtype(dtype))
-        if n <= _LARGEST_DENSE and not 0 < m < _COLUMNS_PER_ROW * n:
+        if n * n <= _MOST_PAIRS * m or m == 0:
             return cls._from_diagonal_sums(2 * _sum_diagonals(X @ X.mT)).to(dtype)
         length = _fft_length(n)
         spectrum = torch.view_as_real(torch.fft.rfft(X, n=length, dim=-2))

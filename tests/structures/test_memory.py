@@ -1,4 +1,4 @@
-"""Structured operations form no n x n matrix."""
+"""Structured operations form no n x n matrix where n is large."""
 
 from __future__ import annotations
 
