@@ -59,8 +59,7 @@ def _compile(function: Any) -> Any:
 
 def ordinary_step(contestant: Contestant) -> float:
     """Return the mean over a cycle but for its slowest step, which refreshes."""
-    steps = contestant.times[1 + CYCLE :]
-    return statistics.fmean(sorted(statistics.median(steps[i::CYCLE]) for i in range(CYCLE))[:-1])
+    return statistics.fmean(sorted(contestant.cycle(1 + CYCLE))[:-1])
 
 
 def main(argv: Sequence[str] | None = None) -> list[tuple[str, str, float]]:

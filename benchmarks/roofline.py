@@ -182,9 +182,7 @@ def compare(floor: Floor, build: Build, model: nn.Module, cycles: int) -> tuple[
         least.append(floor.milliseconds(Rates()))
         for seed in range(CYCLE):
             contestant.step(CYCLE * round_ + seed)
-    steps = contestant.times[1 + CYCLE :]
-    measured = statistics.fmean(statistics.median(steps[i::CYCLE]) for i in range(CYCLE))
-    return statistics.median(least), measured
+    return statistics.median(least), statistics.fmean(contestant.cycle(1 + CYCLE))
 
 
 def main(argv: Sequence[str] | None = None) -> list[tuple[str, str, float, float]]:

@@ -88,10 +88,14 @@ class Contestant:
             torch.cuda.synchronize(device)
         self.times.append(1e3 * (time.perf_counter() - start))
 
+    def cycle(self, settled: int, length: int = CYCLE) -> list[float]:
+        """Return the median time of each step of a cycle, from step number `settled` on."""
+        return [statistics.median(self.times[settled + i :: length]) for i in range(length)]
+
     def result(self, workload: str, race: str, settled: int, cycle: int) -> Result:
         """Sum up the steps from number `settled` on, and measure memory with one more cycle."""
         numel = sum(p.numel() for p in self.model.parameters())
-        steps = [statistics.median(self.times[settled + i :: cycle]) for i in range(cycle)]
+        steps = self.cycle(settled, cycle)
         state = state_bytes(self.optimizer) / numel
         peak = peak_bytes(self, cycle)
         peak_per_param = None if peak is None else peak / numel
