@@ -7,6 +7,7 @@ from torch import Tensor
 
 from structprecond.linalg.decompose import decompose
 from structprecond.linalg.precision import at_least_float32, full_precision
+from structprecond.linalg.product import matmul
 from structprecond.linalg.qr import orthogonal_factor, transposed
 
 
@@ -135,7 +136,7 @@ def off_diagonal_ratio(
     """
     A, Q = at_least_float32(matrix), at_least_float32(basis)
     with full_precision():
-        rotated = Q.mT @ A @ Q
+        rotated = matmul(matmul(Q.mT, A), Q)
     norm = torch.linalg.matrix_norm(A)
     rotated.diagonal(dim1=-2, dim2=-1).zero_()
     ratio: Tensor = torch.linalg.matrix_norm(rotated) / torch.where(norm > 0, norm, 1.0)

@@ -15,6 +15,7 @@ from structprecond.linalg.precision import (
     has_native_bfloat16,
     reduced_precision,
 )
+from structprecond.linalg.product import matmul
 from structprecond.linalg.symmetric import baddbmm_commuting, baddgram
 
 Coefficients: TypeAlias = tuple[float, float, float]
@@ -241,7 +242,8 @@ def _normalized(matrix: Tensor) -> Tensor:
 
 def _iterate(X: Tensor, polynomials: Sequence[Coefficients], precision: MatmulPrecision) -> Tensor:
     """Apply the polynomials to a stack of wide matrices."""
-    stack = X.reshape(-1, *X.shape[-2:])
+    # `reshape` would give one transposed matrix a stride that is slow, see `matmul`
+    stack = X if X.ndim == 3 else X.reshape(-1, *X.shape[-2:])
     if precision == "medium" and X.dtype == torch.float32 and has_native_bfloat16(X.device):
         return _standard(stack.bfloat16(), polynomials).to(X.dtype).view(X.shape)
     if precision != "highest" and X.dtype == torch.float32 and X.device.type != "cpu":
@@ -304,7 +306,7 @@ def _gram(X: Tensor, polynomials: Sequence[Coefficients]) -> Tensor:
             P = _evaluate(polynomial, R, out=new)
             baddbmm_commuting(free, Q, P, beta=0, alpha=1, out=free)
             Q, free = free, Q
-        X = Q @ X
+        X = matmul(Q, X)
     return X
 
 

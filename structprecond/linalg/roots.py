@@ -11,6 +11,7 @@ from torch import Tensor
 from structprecond.errors import StructPrecondError
 from structprecond.linalg.decompose import decompose
 from structprecond.linalg.precision import at_least_float32, full_precision
+from structprecond.linalg.product import matmul
 
 RootMethod = Literal["eigh", "coupled_newton", "newton_db"]
 Tensors = tuple[Tensor, ...]
@@ -82,7 +83,7 @@ def has_inverse_root(method: str, root: float) -> bool:
 def _eigh_inverse_root(A: Tensor, root: float, damping: Tensor) -> Tensor:
     values, Q = torch.linalg.eigh(A)
     values = values - values[..., :1].clamp(max=0.0) + damping.unsqueeze(-1)
-    inverse_root: Tensor = (Q * values.pow(-1.0 / root).unsqueeze(-2)) @ Q.mT
+    inverse_root: Tensor = matmul(Q * values.pow(-1.0 / root).unsqueeze(-2), Q.mT)
     return inverse_root
 
 

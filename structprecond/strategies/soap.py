@@ -15,6 +15,7 @@ from structprecond.core.state import ALL_ROWS, Rows, State
 from structprecond.errors import StructPrecondError
 from structprecond.groups import MergeDims, PerParameter, PreconditionerGroup
 from structprecond.groups.merge import DataFormat
+from structprecond.linalg.product import matmul
 from structprecond.strategies.base import (
     Hyperparameter,
     StepContext,
@@ -34,11 +35,12 @@ from structprecond.strategies.rotation import (
     RotatedFactors,
     RotatedStrategy,
     make_factors,
+    overwrite,
     refresh_rows,
     rotate,
     rotate_back,
 )
-from structprecond.structures.mode_product import average_inner_, mode_product
+from structprecond.structures.mode_product import average_inner_, multiply_axes
 from structprecond.structures.spec import PerAxis, Structure, StructureSpec
 
 
@@ -185,20 +187,28 @@ class SOAPStrategy(RotatedStrategy):
             for S, Q in zip(state.factors, state.bases, strict=True)
         ]
         exp_avg = rotate_back(state.exp_avg, state.bases)
-        for axis, (basis, new) in enumerate(zip(state.bases, refreshed, strict=True)):
-            if basis is None or new is None:
-                continue
-            better, order = new
-            if self.transport:
-                overlap = basis._map(lambda old, new: (old.mT @ new.to(old.dtype)).square(), better)
-                moved = mode_product(
-                    state.exp_avg_sq, overlap.to(state.exp_avg_sq.dtype).rmatmat, axis
-                )
-            else:
-                moved = _permute(state.exp_avg_sq, order, axis)
-            state.exp_avg_sq.copy_(moved)
-            basis.copy_(better)
+        better = tuple(None if new is None else new[0] for new in refreshed)
+        moved = state.exp_avg_sq
+        if self.transport:
+            moved = multiply_axes(moved, _squared_overlaps(state.bases, better), "rmatmat")
+        else:
+            for axis, new in enumerate(refreshed):
+                if new is not None:
+                    moved = _permute(moved, new[1], axis)
+        state.exp_avg_sq.copy_(moved)
+        overwrite(state.bases, better)
         state.exp_avg.copy_(rotate(exp_avg, state.bases))
+
+
+def _squared_overlaps(old: RotatedFactors, new: RotatedFactors) -> RotatedFactors:
+    r"""Return \(R \circ R\) with \(R = Q_{old}^\top Q_{new}\) for every axis."""
+
+    def one(Q: Tensor, P: Tensor) -> Tensor:
+        return matmul(Q.mT, P.to(Q.dtype)).square()
+
+    return tuple(
+        None if Q is None or P is None else Q._map(one, P) for Q, P in zip(old, new, strict=True)
+    )
 
 
 def _permute(tensor: Tensor, order: Tensor, axis: int) -> Tensor:

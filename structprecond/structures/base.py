@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from structprecond.errors import StructureError
+from structprecond.linalg.product import matmul
 
 
 class StructuredMatrix(ABC):
@@ -84,14 +85,19 @@ class StructuredMatrix(ABC):
             )
 
     @property
+    def _first(self) -> Tensor:
+        tensor: Tensor = getattr(self, _field_names(type(self))[0])
+        return tensor
+
+    @property
     def dtype(self) -> torch.dtype:
         """The data type of the stored tensors."""
-        return next(iter(self.named_tensors().values())).dtype
+        return self._first.dtype
 
     @property
     def device(self) -> torch.device:
         """The device of the stored tensors."""
-        return next(iter(self.named_tensors().values())).device
+        return self._first.device
 
     @property
     def shape(self) -> torch.Size:
@@ -212,7 +218,7 @@ class StructuredMatrix(ABC):
     @classmethod
     def from_mat_inner(cls, X: Tensor) -> Self:
         r"""Return \(\Pi(X X^\top)\) for `X` of shape `(*b, n, m)`."""
-        return cls.from_dense(X @ X.mT)
+        return cls.from_dense(matmul(X, X.mT))
 
     def from_inner(self, X: Tensor | None = None) -> Self:
         r"""Return \(\Pi(A^\top X X^\top A)\); `X` of shape `(*b, n, m)`, the identity if None."""
@@ -278,7 +284,7 @@ class EntrywiseMatrix(StructuredMatrix):
 
 def matmul_like(A: Tensor, X: Tensor) -> Tensor:
     """Return `A @ X` in the memory layout of X: a transposed view gives a transposed view."""
-    return (X.mT @ A.mT).mT if is_transposed(X) else A @ X
+    return matmul(X.mT, A.mT).mT if is_transposed(X) else matmul(A, X)
 
 
 def is_transposed(X: Tensor) -> bool:

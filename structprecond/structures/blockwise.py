@@ -14,6 +14,7 @@ from structprecond.linalg import (
     orthogonal_iteration,
     refresh_eigenbasis,
 )
+from structprecond.linalg.product import matmul
 from structprecond.structures.base import EntrywiseMatrix
 
 
@@ -75,7 +76,7 @@ class BlockwiseMatrix(EntrywiseMatrix):
         """
         with full_precision():
             rotated = basis.to(dtype=torch.promote_types(basis.dtype, torch.float32))._map(
-                lambda Q, S: Q.mT @ S.to(Q.dtype) @ Q, self
+                lambda Q, S: matmul(matmul(Q.mT, S.to(Q.dtype)), Q), self
             )
         norm = rotated.frobenius_norm()
         for block in rotated.named_tensors().values():

@@ -100,5 +100,6 @@ def _add_gram_(matrix: Tensor, X: Tensor, beta: float, alpha: float) -> None:
     """Let a contiguous symmetric stack be `beta * matrix + alpha * X @ X.mT`."""
     count = X.shape[:-2].numel()
     stack = matrix.view(count, *matrix.shape[-2:])
-    flat = X.reshape(count, *X.shape[-2:])
+    # `reshape` too would give one transposed matrix a stride that is slow, see `matmul`
+    flat = X if X.ndim == 3 else X.reshape(count, *X.shape[-2:])
     baddgram(stack, flat, beta=beta, alpha=alpha, out=stack)

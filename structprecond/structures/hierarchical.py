@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import Self
 
+from structprecond.linalg.product import matmul
 from structprecond.structures.base import EntrywiseMatrix, _per_matrix, is_transposed, matmul_like
 
 
@@ -117,7 +118,7 @@ class HierarchicalMatrix(EntrywiseMatrix):
         product = torch.empty_like(X)
         first, middle, last = self._cut(product)
         torch.mul(self._cut(X)[1], self.c.unsqueeze(-1), out=middle)
-        rows = self._full_rows() @ X
+        rows = matmul(self._full_rows(), X)
         first.copy_(rows[..., : first.shape[-2], :])
         last.copy_(rows[..., first.shape[-2] :, :])
         return product
@@ -146,7 +147,7 @@ class HierarchicalMatrix(EntrywiseMatrix):
         r"""Return \(\Pi(X X^\top)\) from products of row blocks of X."""
         first, middle, last = cls._cut(X)
         top, split = first.shape[-2], first.shape[-2] + middle.shape[-2]
-        rows = _cat_rows(first, last) @ X.mT
+        rows = matmul(_cat_rows(first, last), X.mT)
         above, below = rows[..., :top, :], rows[..., top:, :]
         return cls(
             above[..., :top].clone(),
@@ -163,11 +164,11 @@ class HierarchicalMatrix(EntrywiseMatrix):
         b1, b2 = self.b.tensor_split([self.c.shape[-1]], dim=-1)
         c = (self.c.square(), b1.square().sum(-2), self.d.square().sum(-2))
         return type(self)(
-            self.a.mT @ self.a,
-            2 * (self.a.mT @ self.b),
+            matmul(self.a.mT, self.a),
+            2 * matmul(self.a.mT, self.b),
             c[0] + c[1] + c[2],
-            2 * (b2.mT @ b1 + self.e.mT @ self.d),
-            b2.mT @ b2 + self.e.mT @ self.e,
+            2 * (matmul(b2.mT, b1) + matmul(self.e.mT, self.d)),
+            matmul(b2.mT, b2) + matmul(self.e.mT, self.e),
         )
 
     def _diagonals(self) -> tuple[Tensor, Tensor, Tensor]:

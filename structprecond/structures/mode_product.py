@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import reduce
+from collections.abc import Sequence
+from functools import lru_cache, reduce
 from math import prod
 from typing import Literal
 
 import torch
-from torch import Tensor
-from typing_extensions import TypeIs
+from torch import Size, Tensor
 
+from structprecond.linalg.product import matmul
 from structprecond.structures.base import StructuredMatrix
 from structprecond.structures.dense import DenseMatrix
 
 # Axes as short as those of a convolution's kernel: products along one of them take longer to set up
 # than to compute, and the copies around them longer still.
 _SHORT, _SHORT_TOGETHER = 7, 49
+
+Method = Literal["matmat", "rmatmat", "outer_matmat"]
 
 
 def matricize(
@@ -33,45 +35,15 @@ def matricize(
         >>> matricize(torch.zeros(5, 2, 3, 4), axis=2).shape
         torch.Size([5, 4, 6])
     """
-    if axis == tensor.ndim - 2:
-        return tensor.flatten(1, -2).mT if tensor.ndim > 2 else tensor.unsqueeze(-1)
-    return tensor.movedim(axis + 1, 1).flatten(2)
-
-
-def mode_product(
-    tensor: Tensor,  # (b, d1, ..., dN)
-    multiply: Callable[[Tensor], Tensor],  # (b, d_axis, m) to (b, d_axis, m)
-    axis: int,
-) -> Tensor:  # (b, d1, ..., dN)
-    r"""Multiply one axis of a stack of tensors: \(G \times_k A\) for a linear map A.
-
-    Args:
-        tensor: The stack G.
-        multiply: Multiplies matricizations `(b, d_axis, m)` with A from the left, such as the
-            methods `matmat`, `rmatmat` and `outer_matmat` of a structured matrix.
-        axis: The axis k, from 0 to N - 1; the batch dimension does not count.
-
-    Example:
-        >>> from structprecond import DiagonalMatrix
-        >>> A = DiagonalMatrix(torch.tensor([[1.0, 2.0]]))
-        >>> mode_product(torch.ones(1, 2, 2), A.matmat, axis=1)
-        tensor([[[1., 2.],
-                 [1., 2.]]])
-    """
-    dims = tensor.shape[1:]
-    product: Tensor = multiply(matricize(tensor, axis))
-    if axis == len(dims) - 1:
-        return product.mT.reshape(tensor.shape)
-    moved = (*product.shape[:2], *dims[:axis], *dims[axis + 1 :])
-    return product.reshape(moved).movedim(1, axis + 1)
+    return _flatten(tensor.reshape(_around(tensor.shape, [axis])))
 
 
 def multiply_axes(
     tensor: Tensor,  # (b, d1, ..., dN)
     matrices: Sequence[StructuredMatrix | None],
-    method: Literal["matmat", "rmatmat", "outer_matmat"],
+    method: Method,
 ) -> Tensor:  # (b, d1, ..., dN)
-    r"""Multiply every axis of a stack with a matrix of its own.
+    r"""Multiply every axis of a stack with a matrix of its own: a product for each mode.
 
     \[ G \times_1 A_1 \dots \times_N A_N, \text{ with } A_k^\top \text{ for "rmatmat" and }
        A_k A_k^\top \text{ for "outer_matmat"}. \]
@@ -89,17 +61,12 @@ def multiply_axes(
                  [2., 4.]]])
     """
     dims = tensor.shape
-    for axis, run in enumerate(_runs(matrices)):
-        if isinstance(run, tuple):
-            # neighbours are one axis, along which their Kronecker product multiplies
-            tensor = tensor.flatten(axis + 1, axis + len(run))
-            matrix: StructuredMatrix | None = reduce(
-                _kronecker, (matrix.to(tensor.dtype) for matrix in run)
-            )
-        else:
-            matrix = run
-        if matrix is not None:
-            tensor = mode_product(tensor, getattr(matrix.to(tensor.dtype), method), axis)
+    for axes, shape in _runs(dims, tuple(map(_is_dense, matrices))):
+        # neighbours are one axis, along which their Kronecker product multiplies
+        matrix = reduce(_kronecker, (_as(tensor.dtype, m) for m in _chosen(matrices, axes)))
+        product: Tensor = getattr(matrix, method)(_flatten(tensor.reshape(shape)))
+        b, before, n, after = shape
+        tensor = product.reshape(b, n, before, after).transpose(1, 2)
     return tensor.reshape(dims)
 
 
@@ -124,51 +91,86 @@ def average_inner_(
         tensor([[[0.5000, 1.0000],
                  [1.0000, 2.0000]]])
     """
-    for axis, run in enumerate(_runs(matrices)):
-        if isinstance(run, tuple):
-            tensor = tensor.flatten(axis + 1, axis + len(run))
-            _average_short_(run, matricize(tensor, axis), beta)
-        elif run is not None:
-            run.add_inner_(matricize(tensor, axis), beta, 1 - beta)
-
-
-def _runs(
-    matrices: Sequence[StructuredMatrix | None],
-) -> list[StructuredMatrix | tuple[DenseMatrix, ...] | None]:
-    """Put neighbouring dense matrices of short axes into tuples."""
-    runs: list[StructuredMatrix | tuple[DenseMatrix, ...] | None] = []
-    for matrix in matrices:
-        last = runs[-1] if runs else None
-        before = last if isinstance(last, tuple) else (last,)
-        together = [m for m in (*before, matrix) if _is_short(m)]
-        size = prod(m.shape[-1] for m in together)
-        if len(together) == len(before) + 1 and size <= _SHORT_TOGETHER:
-            runs[-1] = tuple(together)
+    for axes, shape in _runs(tensor.shape, tuple(map(_is_dense, matrices))):
+        run, X = _chosen(matrices, axes), _flatten(tensor.reshape(shape))
+        if len(run) > 1:
+            _average_traces_(run, matmul(X, X.mT), beta)
         else:
-            runs.append(matrix)
-    return runs
+            run[0].add_inner_(X, beta, 1 - beta)
 
 
-def _is_short(matrix: StructuredMatrix | None) -> TypeIs[DenseMatrix]:
-    # subclasses may mean something else by a product
-    return type(matrix) is DenseMatrix and matrix.shape[-1] <= _SHORT
+def _is_dense(matrix: StructuredMatrix | None) -> bool | None:
+    """Return None for no matrix, else whether it may be multiplied together with others."""
+    # subclasses of dense matrices may mean something else by a product
+    return None if matrix is None else type(matrix) is DenseMatrix
 
 
-def _kronecker(left: DenseMatrix, right: DenseMatrix) -> DenseMatrix:
+# to find this out takes Python longer than the products of small matrices take
+@lru_cache(maxsize=1024)
+def _runs(
+    shape: Size, dense: tuple[bool | None, ...]
+) -> list[tuple[list[int], tuple[int, int, int, int]]]:
+    """Return which axes of a stack are multiplied together, and its shape around them.
+
+    Args:
+        shape: The shape `(b, d1, ..., dN)`.
+        dense: What `_is_dense` says of the matrix of each axis.
+
+    Returns:
+        Lists of neighbouring axes, each with the shape `(b, before, n, after)`.
+    """
+    runs: list[list[int]] = []
+    for axis in range(len(dense)):
+        together = [*(runs[-1] if runs else []), axis]
+        dims = [shape[i + 1] for i in together]
+        short = all(dense[i] and dim <= _SHORT for i, dim in zip(together, dims, strict=True))
+        if len(together) > 1 and short and prod(dims) <= _SHORT_TOGETHER:
+            runs[-1] = together
+        else:
+            runs.append([axis])
+    return [(run, _around(shape, run)) for run in runs if dense[run[0]] is not None]
+
+
+def _around(shape: Size, run: Sequence[int]) -> tuple[int, int, int, int]:
+    """Return the shape `(b, before, n, after)` of a stack around neighbouring axes."""
+    first, end = run[0] + 1, run[-1] + 2
+    return shape[0], shape[1:first].numel(), shape[first:end].numel(), shape[end:].numel()
+
+
+def _flatten(around: Tensor) -> Tensor:  # (b, before, n, after) to (b, n, before * after)
+    """Return the matricizations: a view if nothing is before or after the axis."""
+    if around.shape[-1] == 1:
+        # `flatten` would give one transposed matrix a stride that is slow, see `matmul`
+        return around.squeeze(-1).mT
+    return around.transpose(1, 2).flatten(2)
+
+
+def _chosen(
+    matrices: Sequence[StructuredMatrix | None], axes: Sequence[int]
+) -> list[StructuredMatrix]:
+    return [matrix for axis in axes if (matrix := matrices[axis]) is not None]
+
+
+def _as(dtype: torch.dtype, matrix: StructuredMatrix) -> StructuredMatrix:
+    return matrix if matrix.dtype == dtype else matrix.to(dtype)
+
+
+def _kronecker(left: StructuredMatrix, right: StructuredMatrix) -> DenseMatrix:
+    assert isinstance(left, DenseMatrix)
+    assert isinstance(right, DenseMatrix)
     a, b = left.mat, right.mat
     n = a.shape[-1] * b.shape[-1]
     product = a[..., :, None, :, None] * b[..., None, :, None, :]
     return DenseMatrix(product.reshape(*a.shape[:-2], n, n))
 
 
-def _average_short_(run: Sequence[DenseMatrix], X: Tensor, beta: float) -> None:
-    """Average the inner products of short axes, which are partial traces of that of all of them."""
-    inner = X @ X.mT
+def _average_traces_(run: Sequence[StructuredMatrix], inner: Tensor, beta: float) -> None:
+    """Average the partial traces of the inner products of all axes of a run together."""
     dims = [matrix.shape[-1] for matrix in run]
     for i, matrix in enumerate(run):
         before, after = prod(dims[:i]), prod(dims[i + 1 :])
-        shape = (len(inner), before, dims[i], after, before, dims[i], after)
-        trace = torch.einsum("bpiqpjq->bij", inner.view(shape))
+        split = inner.view(len(inner), before, dims[i], after, before, dims[i], after)
+        trace = split.diagonal(dim1=3, dim2=6).diagonal(dim1=1, dim2=3).sum((-2, -1))
         wide = matrix.to(trace.dtype)
         wide.mul_(beta).add_(DenseMatrix(trace), alpha=1 - beta)
         if wide.dtype != matrix.dtype:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import Self
 
+from structprecond.linalg.product import matmul
 from structprecond.structures.base import StructuredMatrix, _per_matrix, matmul_like
 
 # Measured on 2 cores, float32: products of row chunks beat the FFT up to about this size ...
@@ -92,7 +93,7 @@ class TriangularToeplitzMatrix(StructuredMatrix):
         (n, m), dtype = X.shape[-2:], X.dtype
         X = X.to(_compute_dtype(dtype))
         if n * n <= _MOST_PAIRS * m or m == 0:
-            return cls._from_diagonal_sums(2 * _sum_diagonals(X @ X.mT)).to(dtype)
+            return cls._from_diagonal_sums(2 * _sum_diagonals(matmul(X, X.mT))).to(dtype)
         length = _fft_length(n)
         spectrum = torch.view_as_real(torch.fft.rfft(X, n=length, dim=-2))
         # the frequencies are innermost in memory, next to real and imaginary parts

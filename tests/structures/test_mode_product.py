@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from structprecond import DenseMatrix, DiagonalMatrix
 from structprecond.linalg import fast_float32
@@ -101,8 +101,7 @@ def test_factors_of_lower_precision_are_rounded_once() -> None:
 
 def test_short_axes_are_taken_together_and_long_ones_are_not() -> None:
     def lengths(*dims: int) -> list[int]:
-        matrices = [DenseMatrix.eye(n, (1,)) for n in dims]
-        return [len(run) if isinstance(run, tuple) else 1 for run in _runs(matrices)]
+        return [len(axes) for axes, _ in _runs(Size([1, *dims]), (True,) * len(dims))]
 
     assert lengths(64, 64, 3, 3) == [1, 1, 2]
     assert lengths(64, 5, 3, 3) == [1, 3]

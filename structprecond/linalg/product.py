@@ -1,0 +1,24 @@
+"""Products of stacks of matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def matmul(
+    A: Tensor,  # (*b, n, k)
+    B: Tensor,  # (*b, k, m)
+) -> Tensor:  # (*b, n, m)
+    r"""Return \(A B\), as `A @ B` does.
+
+    `@` gives a stack of one transposed matrix the batch stride of a single row. For one matrix that
+    is as good as any, but oneDNN is up to three times slower with it.
+
+    Example:
+        >>> matmul(torch.eye(2).expand(1, 2, 2).mT, torch.ones(1, 2, 1)).shape
+        torch.Size([1, 2, 1])
+    """
+    if A.ndim == B.ndim == 3 and len(A) == len(B):
+        return torch.bmm(A, B)
+    return A @ B
