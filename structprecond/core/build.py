@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from structprecond.errors import GroupError, StructPrecondError, StructureError
 from structprecond.groups import PreconditionerGroup, StackExperts
 from structprecond.roles import RoleName, infer_roles
 from structprecond.strategies.base import Strategy
-from structprecond.structures import DiagonalMatrix
+from structprecond.structures import StructuredMatrix
 from structprecond.structures.spec import per_axis, resolve_structures
 
 # 16 MB in float32
@@ -125,16 +126,9 @@ def make_buckets(
 def _split(key: BucketKey, stack: Sequence[tuple[Unit, str]]) -> Iterator[list[tuple[Unit, str]]]:
     """Yield parts of a stack of units, on the CPU none larger than pays.
 
-    Large matrices gain nothing from long stacks, but these fall out of the caches, and their
-    temporaries go back to the system after every use: glibc keeps no blocks of more than 32 MB.
+    Large matrices gain nothing from long stacks, but these fall out of the caches.
     """
-    # of the tensor itself and of its largest Kronecker factor
-    factors = [
-        dim * dim
-        for structure, dim in zip(key.structures, key.shape, strict=True)
-        if structure is not None and structure is not DiagonalMatrix
-    ]
-    most = _MOST_ENTRIES // max([key.shape.numel(), *factors]) if key.device.type == "cpu" else None
+    most = _MOST_ENTRIES // _largest(key) if key.device.type == "cpu" else None
     part: list[tuple[Unit, str]] = []
     rows = 0
     for unit, rule in stack:
@@ -144,6 +138,22 @@ def _split(key: BucketKey, stack: Sequence[tuple[Unit, str]]) -> Iterator[list[t
         part.append((unit, rule))
         rows += unit.rows
     yield part
+
+
+def _largest(key: BucketKey) -> int:
+    """Return the entries of a tensor or of its largest Kronecker factor, whichever are more."""
+    factors = [
+        _entries(structure, dim)
+        for structure, dim in zip(key.structures, key.shape, strict=True)
+        if structure is not None
+    ]
+    return max([key.shape.numel(), *factors])
+
+
+@lru_cache
+def _entries(structure: type[StructuredMatrix], dim: int) -> int:
+    """Return how many entries a matrix of a structure stores."""
+    return sum(t.numel() for t in structure.zeros(dim, device="cpu").named_tensors().values())
 
 
 def _find_routes(

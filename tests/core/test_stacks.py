@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from structprecond import SOAP, AdamW, StackExperts
+from structprecond import SOAP, AdamW, SIRFShampoo, StackExperts
 from structprecond.core import build
 from tests.helpers import assert_close, values
 
@@ -41,6 +41,24 @@ def test_only_factors_that_are_there_count() -> None:
     assert _rows(norms) == [10]
     assert _rows(norms, precondition_1d=True) == [1] * 10
     assert _rows(norms, precondition_1d=True, structures="diagonal") == [10]
+
+
+@pytest.mark.parametrize(
+    ("structure", "entries"),
+    [
+        ("dense", 64**2),
+        ("block30diagonal", 2 * 30**2 + 4**2),
+        ("hierarchical15_15", 2 * 15**2 + 15 * 49 + 15 * 34 + 34),
+        ("triltoeplitz", 64),
+    ],
+)
+def test_factors_count_with_what_they_store(
+    structure: str, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_MOST_ENTRIES", 2**14)
+    model = nn.ParameterList(nn.Parameter(torch.zeros(64, 2)) for _ in range(150))
+    optimizer = SIRFShampoo(model, structures={2: (structure, "diagonal")}, batch_size=8)
+    assert optimizer.buckets[0].rows == 2**14 // max(entries, 64 * 2)
 
 
 def test_the_rows_of_one_unit_stay_together() -> None:
