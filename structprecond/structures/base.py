@@ -73,9 +73,10 @@ class StructuredMatrix(ABC):
         return {name: getattr(self, name) for name in _field_names(type(self))}
 
     def _map(self, fn: Callable[..., Tensor], *others: StructuredMatrix) -> Self:
-        matrices: tuple[StructuredMatrix, ...] = (self, *others)
-        tensors = (m.named_tensors().values() for m in matrices)
-        return type(self)(*(fn(*ts) for ts in zip(*tensors, strict=True)))
+        # called for every operation on small matrices, so it takes few steps itself
+        matrices = (self, *others)
+        names = _field_names(type(self))
+        return type(self)(*[fn(*[getattr(m, name) for m in matrices]) for name in names])
 
     def _check_same(self, other: object) -> None:
         if type(other) is not type(self):
@@ -118,7 +119,9 @@ class StructuredMatrix(ABC):
         return self._map(torch.clone)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Convert all stored tensors as `torch.Tensor.to` does."""
+        """Convert all stored tensors as `torch.Tensor.to` does; returns itself if they are so."""
+        if not kwargs and args == (self.dtype,):
+            return self
         return self._map(lambda t: t.to(*args, **kwargs))
 
     def copy_(self, other: Self) -> Self:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from typing_extensions import Self
 
 from structprecond.structures.base import _per_matrix, is_transposed, matmul_like
@@ -102,16 +103,14 @@ class BlockDiagonalMatrix(BlockwiseMatrix):
 
     def _all_blocks(self) -> Tensor:  # (*b, blocks, k, k)
         """Return the blocks and the remainder, which is filled up with zeros."""
-        *batch, count, k, _ = self.blocks.shape
+        count, k, _ = self.blocks.shape[-3:]
         left = self.rest.shape[-1]
         if not left:
             return self.blocks
         if not count:
             return self.rest.unsqueeze(-3)
-        blocks = self.blocks.new_zeros(*batch, count + 1, k, k)
-        blocks[..., :count, :, :] = self.blocks
-        blocks[..., count, :left, :left] = self.rest
-        return blocks
+        rest = pad(self.rest, (0, k - left, 0, k - left))
+        return torch.cat([self.blocks, rest.unsqueeze(-3)], dim=-3)
 
     def _compose(self, other: Self) -> Self:
         return self._map(torch.matmul, other)

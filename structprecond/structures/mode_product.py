@@ -7,7 +7,6 @@ from functools import lru_cache, reduce
 from math import prod
 from typing import Literal
 
-import torch
 from torch import Size, Tensor
 
 from structprecond.linalg.product import matmul
@@ -63,7 +62,7 @@ def multiply_axes(
     dims = tensor.shape
     for axes, shape in _runs(dims, tuple(map(_is_dense, matrices))):
         # neighbours are one axis, along which their Kronecker product multiplies
-        matrix = reduce(_kronecker, (_as(tensor.dtype, m) for m in _chosen(matrices, axes)))
+        matrix = reduce(_kronecker, (m.to(tensor.dtype) for m in _chosen(matrices, axes)))
         product: Tensor = getattr(matrix, method)(_flatten(tensor.reshape(shape)))
         b, before, n, after = shape
         tensor = product.reshape(b, n, before, after).transpose(1, 2)
@@ -149,10 +148,6 @@ def _chosen(
     matrices: Sequence[StructuredMatrix | None], axes: Sequence[int]
 ) -> list[StructuredMatrix]:
     return [matrix for axis in axes if (matrix := matrices[axis]) is not None]
-
-
-def _as(dtype: torch.dtype, matrix: StructuredMatrix) -> StructuredMatrix:
-    return matrix if matrix.dtype == dtype else matrix.to(dtype)
 
 
 def _kronecker(left: StructuredMatrix, right: StructuredMatrix) -> DenseMatrix:
