@@ -120,7 +120,7 @@ class StructuredMatrix(ABC):
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Convert all stored tensors as `torch.Tensor.to` does; returns itself if they are so."""
-        if not kwargs and args == (self.dtype,):
+        if not kwargs and len(args) == 1 and args[0] is self.dtype:
             return self
         return self._map(lambda t: t.to(*args, **kwargs))
 

@@ -258,6 +258,8 @@ class StructuredMatrixContract:
             self.structure.zeros(5, (2,), dtype=torch.float64).copy_(A),
         ]
         half = A.to(torch.bfloat16)
+        assert torch.equal(A.to(torch.float64).to_dense(), before)
+        assert A.to(torch.zeros((), dtype=torch.float32)).dtype == torch.float32
         A.mul_(0.0)
         for other in copies:
             assert type(other) is self.structure
