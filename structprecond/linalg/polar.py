@@ -15,7 +15,7 @@ from structprecond.linalg.precision import (
     has_native_bfloat16,
     reduced_precision,
 )
-from structprecond.linalg.product import matmul
+from structprecond.linalg.product import as_stack, matmul
 from structprecond.linalg.symmetric import baddbmm_commuting, baddgram
 
 Coefficients: TypeAlias = tuple[float, float, float]
@@ -242,8 +242,7 @@ def _normalized(matrix: Tensor) -> Tensor:
 
 def _iterate(X: Tensor, polynomials: Sequence[Coefficients], precision: MatmulPrecision) -> Tensor:
     """Apply the polynomials to a stack of wide matrices."""
-    # `reshape` would give one transposed matrix a stride that is slow, see `matmul`
-    stack = X if X.ndim == 3 else X.reshape(-1, *X.shape[-2:])
+    stack = as_stack(X)
     if precision == "medium" and X.dtype == torch.float32 and has_native_bfloat16(X.device):
         return _standard(stack.bfloat16(), polynomials).to(X.dtype).view(X.shape)
     if precision != "highest" and X.dtype == torch.float32 and X.device.type != "cpu":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from structprecond.linalg.product import as_stack
 from structprecond.linalg.symmetric import baddgram
 from structprecond.structures.base import _per_matrix, matmul_like
 from structprecond.structures.blockwise import BlockwiseMatrix
@@ -98,8 +99,6 @@ def _gram(X: Tensor) -> Tensor:
 
 def _add_gram_(matrix: Tensor, X: Tensor, beta: float, alpha: float) -> None:
     """Let a contiguous symmetric stack be `beta * matrix + alpha * X @ X.mT`."""
-    count = X.shape[:-2].numel()
-    stack = matrix.view(count, *matrix.shape[-2:])
-    # `reshape` too would give one transposed matrix a stride that is slow, see `matmul`
-    flat = X if X.ndim == 3 else X.reshape(count, *X.shape[-2:])
+    flat = as_stack(X)
+    stack = matrix.view(len(flat), *matrix.shape[-2:])
     baddgram(stack, flat, beta=beta, alpha=alpha, out=stack)
