@@ -29,7 +29,7 @@ CONTESTANTS: dict[str, Build] = {
     "KLSOAP": partial(KLSOAP, lr=0.02, weight_decay=0.0),
     "KLShampoo": partial(KLShampoo, lr=0.02, weight_decay=0.0),
     "Shampoo": partial(Shampoo, lr=0.02),
-    "Muon": partial(Muon, lr=0.02, weight_decay=0.0, match_rms="adamw"),
+    "Muon": partial(Muon, lr=0.02, weight_decay=0.0, scale_mode="match_rms_adamw"),
     "AdamW": partial(AdamW, lr=0.02, weight_decay=0.0),
 }
 

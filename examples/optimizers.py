@@ -72,7 +72,7 @@ def muon(model: nn.Module, lr: float) -> Optimizer:
     return Muon(
         model,
         lr=lr,
-        match_rms="adamw",
+        scale_mode="match_rms_adamw",
         nesterov=True,
         coefficient_type="polar_express",
         weight_decay=0.1,

@@ -1,11 +1,12 @@
 """Structured preconditioners for PyTorch: one optimizer core, every strategy, every structure."""
 
-from structprecond.batch_norm import freeze_batch_norm
-from structprecond.captured import CapturedStep
 from structprecond.core.batch_size import get_batch_size
+from structprecond.core.captured import CapturedStep
 from structprecond.core.optimizer import StructuredOptimizer
+from structprecond.core.report import describe
 from structprecond.core.routing import Routing
 from structprecond.core.state import State
+from structprecond.core.strategy import Hyperparameter, StepContext, Strategy
 from structprecond.errors import (
     CheckpointError,
     DecompositionError,
@@ -26,11 +27,10 @@ from structprecond.groups import (
     SplitHeads,
     StackExperts,
 )
-from structprecond.report import describe
 from structprecond.roles import infer_roles
-from structprecond.sam import SAM
+from structprecond.sharpness.batch_norm import freeze_batch_norm
+from structprecond.sharpness.sam import SAM
 from structprecond.strategies.adamw import AdamW, AdamWStrategy
-from structprecond.strategies.base import Hyperparameter, StepContext, Strategy
 from structprecond.strategies.kl import KLSOAP, KLShampoo, KLShampooStrategy, KLSOAPStrategy
 from structprecond.strategies.lars import LARS, LARSStrategy
 from structprecond.strategies.muon import Muon, MuonStrategy, NorMuon, NorMuonStrategy

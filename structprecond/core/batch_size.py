@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from structprecond.errors import StructPrecondError
+from structprecond.checks import is_count
+from structprecond.errors import HyperparameterError, StructPrecondError
 
 GetBatchSize = Callable[[tuple[Any, ...]], int]
 
@@ -172,3 +174,79 @@ def _do_nothing(*args: Any) -> None:
 
 def _no_hook() -> Callable[..., None]:
     return _do_nothing
+
+
+class Samples:
+    """The number of samples behind the gradients: given, or counted in forward passes.
+
+    Args:
+        model: The model; None if only parameters are known.
+
+    Attributes:
+        shown: The number as a tensor of no dimension, int64, which checkpoints hold.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self.model = model
+        self.shown = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._counter: BatchSizeCounter | None = None
+
+    @property
+    def count(self) -> int | None:
+        """The number of samples; None if it is unknown."""
+        return (int(self.shown) if self._counter is None else self._counter.count) or None
+
+    def assign(self, value: int | GetBatchSize, optimizer: Optimizer) -> None:
+        """Fix the number, or have it counted by a callable on the inputs of forward passes.
+
+        Raises:
+            StructPrecondError: If it is to be counted, but there is no model.
+            HyperparameterError: If it is neither a number nor a callable.
+        """
+        counter = None
+        if callable(value):
+            if self.model is None:
+                raise StructPrecondError(
+                    "The batch size is counted in the forward passes of the model, but the "
+                    "optimizer was given parameters only. Pass the model as the first argument, "
+                    "or batch_size= as an integer."
+                )
+            counter = BatchSizeCounter(value)
+            counter.watch(self.model, optimizer)
+        elif is_count(value):
+            self.shown.fill_(value)
+        else:
+            raise HyperparameterError(
+                f"batch_size must be an integer of at least 1, or a callable from the tuple of a "
+                f"forward's inputs to one, got {value!r}."
+            )
+        if self._counter is not None:
+            self._counter.close()
+        self._counter = counter
+
+    def watch(self, optimizer: Optimizer) -> None:
+        """Let the counter of a copy watch the copy of the model, as soon as that is complete."""
+        if self._counter is None or self.model is None or self._counter.watching:
+            return
+        if "_forward_hooks" in self.model.__dict__:
+            self._counter.watch(self.model, optimizer)
+
+    def use(self) -> None:
+        """Show the number, which a step has used; the next gradient starts a new count."""
+        self.shown.fill_(self.count or 0)
+        self.clear()
+
+    def clear(self) -> None:
+        """Let the next gradient start a new count."""
+        if self._counter is not None:
+            self._counter.start_anew()
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Take over a number that is loaded into `shown`, unless one is given here."""
+        given = int(self.shown)
+        yield
+        if self._counter is None:
+            self.shown.fill_(given)
+        else:
+            self._counter.count = int(self.shown)

@@ -7,66 +7,24 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
-from structprecond.core.naming import BareParameters, plain_name
+from structprecond.core.naming import BareParameters
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Route, Routing
+from structprecond.core.strategy import Strategy
 from structprecond.core.units import Unit, find_units
 from structprecond.errors import GroupError, StructPrecondError, StructureError
 from structprecond.groups import PreconditionerGroup, StackExperts
 from structprecond.roles import RoleName, infer_roles
-from structprecond.strategies.base import Strategy
 from structprecond.structures import StructuredMatrix
 from structprecond.structures.spec import per_axis, resolve_structures
 
 # 16 MB in float32
 _MOST_ENTRIES = 2**22
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def named_group(model: nn.Module | None, param_group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a param group with the model's names of its parameters.
-
-    Raises:
-        GroupError: If a parameter does not belong to the model.
-    """
-    group = dict(param_group)
-    if model is None or isinstance(group.get("params"), set):
-        return group
-    names = {p: plain_name(name) for name, p in model.named_parameters()}
-    params = group["params"]
-    params = [params] if isinstance(params, Tensor) else list(params)
-    params = [p[1] if isinstance(p, tuple) else p for p in params]
-    if wrong := [p for p in params if not isinstance(p, Tensor)]:
-        raise GroupError(
-            f"params= takes parameters of the model, or group dicts, got a "
-            f"{type(wrong[0]).__name__}. Did you mean module.parameters()?"
-        )
-    if foreign := [tuple(p.shape) for p in params if p not in names]:
-        raise GroupError(
-            f"Parameters of shapes {foreign} do not belong to the model. Pass parameters of "
-            "the model that is the first argument."
-        )
-    group["params"] = [(names[p], p) for p in params]
-    return group
-
-
-def check_rules(rules: Any) -> tuple[PreconditionerGroup, ...] | None:
-    """Return grouping rules as a tuple.
-
-    Raises:
-        GroupError: If they are no rules, or a single one by itself.
-    """
-    if rules is None:
-        return None
-    if isinstance(rules, PreconditionerGroup) or not isinstance(rules, Iterable):
-        raise GroupError(
-            f"combine_params takes a tuple of rules, got {rules!r} alone. Put it into a tuple."
-        )
-    return tuple(rules)
 
 
 def make_buckets(

@@ -2,108 +2,73 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import MISSING, Field, fields, is_dataclass
-from numbers import Number
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from structprecond.core.routing import Routing, as_routing
+from structprecond.core.plain import plain_value
+from structprecond.core.routing import as_routing
+from structprecond.core.strategy import Hyperparameter
 from structprecond.errors import CheckpointError, StructPrecondError
-from structprecond.groups import PreconditionerGroup
-from structprecond.strategies.base import Hyperparameter, Strategy
-from structprecond.structures import StructuredMatrix
 
-if TYPE_CHECKING:
-    from structprecond.core.optimizer import StructuredOptimizer
-
-FORMAT = 1
+FORMAT = 2
 """Version of the layout, saved as `format` in every param group."""
+
+_FORMATS = {1, FORMAT}
+_RENAMED_IN_2 = {"begun": "initialized", "lost": "compensation"}
+_NEW_IN_2 = {"phase_offset", "seed"}
 
 _MOST_PROBLEMS = 20
 _COMPARED = ("strategy", "structures", "combine_params")
 _NOT_LOADED = {*_COMPARED, "preconditioner_dtypes", "params", "param_names", "format"}
 
+Groups: TypeAlias = Sequence[dict[str, Any]]
+State: TypeAlias = Mapping[Tensor, Mapping[str, Tensor]]
 
-def save(optimizer: StructuredOptimizer) -> dict[str, Any]:
-    """Return the optimizer's state as torch lays it out, in tensors of their own."""
+
+def save(param_groups: Groups, state: State) -> dict[str, Any]:
+    """Return param groups and state as torch lays them out, in tensors of their own."""
     index: dict[Tensor, int] = {}
     groups = []
-    for group in optimizer.param_groups:
+    for group in param_groups:
         for p in group["params"]:
             index.setdefault(p, len(index))
-        plain = {key: _plain(value) for key, value in group.items() if key != "params"}
+        plain = {key: plain_value(value) for key, value in group.items() if key != "params"}
         plain |= {"format": FORMAT, "params": [index[p] for p in group["params"]]}
         groups.append(plain)
     # cloned row by row: a view of a stack would drag the whole stack into the file
-    state = {
+    saved = {
         index[p]: {name: tensor.clone() for name, tensor in entry.items()}
-        for p, entry in optimizer.state.items()
+        for p, entry in state.items()
     }
-    return {"state": state, "param_groups": groups}
+    return {"state": saved, "param_groups": groups}
 
 
-def _plain(value: Any) -> Any:
-    """Return what `torch.load` reads without trust; a description of what it does not."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if type(value) in (list, tuple):
-        return type(value)(_plain(v) for v in value)
-    if isinstance(value, Number) and hasattr(value, "item"):
-        return value.item()  # numpy's numbers are Python's in disguise
-    return describe_object(value)
-
-
-def describe_object(value: Any) -> str:
-    """Describe a callable, strategy, rule or structure by what makes two of them equal.
-
-    Descriptions are compared with those of older versions, so fields that have their defaults are
-    left out: a field that is new then does not matter. Nor do addresses, which differ every time.
-    """
-    if isinstance(value, Mapping):
-        entries = sorted((repr(k), describe_object(v)) for k, v in value.items())
-        return "{" + ", ".join(f"{k}: {v}" for k, v in entries) + "}"
-    if isinstance(value, tuple):
-        return "(" + ", ".join(describe_object(v) for v in value) + ")"
-    if isinstance(value, str):
-        return repr(value)
-    if isinstance(value, type) and issubclass(value, StructuredMatrix):
-        return repr(value.name)
-    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
-        return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, Strategy | Routing | PreconditionerGroup) and is_dataclass(value):
-        values = {
-            f.name: getattr(value, f.name) for f in fields(value) if not _is_default(value, f)
-        }
-        given = (f"{name}={describe_object(v)}" for name, v in values.items())
-        return f"{type(value).__qualname__}({', '.join(given)})"
-    if getattr(type(value), "__repr__") is object.__repr__:  # noqa: B009
-        return type(value).__qualname__
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-
-
-def _is_default(value: Any, field: Field[Any]) -> bool:
-    default = field.default if field.default_factory is MISSING else field.default_factory()
-    return default is not MISSING and bool(getattr(value, field.name) == default)
-
-
-def load(optimizer: StructuredOptimizer, checkpoint: Mapping[str, Any]) -> None:
+def load(
+    param_groups: Groups,
+    state: State,
+    names: Mapping[nn.Parameter, str],
+    checkpoint: Mapping[str, Any],
+) -> None:
     """Load a checkpoint whole or not at all.
 
-    Tensors are copied into the optimizer's own: dtypes and devices stay. Numbers of the param
-    groups are taken over; callables, strategies, rules and structures stay the live ones.
+    Tensors are copied into those of `state`: dtypes and devices stay. Numbers of the param groups
+    are taken over; callables, strategies, rules and structures stay the live ones.
+
+    Args:
+        param_groups: The live param groups.
+        state: The live state of each parameter by name.
+        names: The names of the parameters, for messages.
+        checkpoint: What `save` returned.
 
     Raises:
         CheckpointError: If the checkpoint does not fit; the message lists what differs.
     """
     try:
-        copies, changes = _plan(optimizer, checkpoint)
+        copies, changes = _plan(param_groups, state, names, checkpoint)
     except CheckpointError:
         raise
     # in a damaged or foreign file, anything may stand anywhere
@@ -115,12 +80,15 @@ def load(optimizer: StructuredOptimizer, checkpoint: Mapping[str, Any]) -> None:
     with torch.no_grad():
         for target, source in copies:
             target.copy_(source)
-    for group, values in zip(optimizer.param_groups, changes, strict=True):
+    for group, values in zip(param_groups, changes, strict=True):
         group.update(values)
 
 
 def _plan(
-    optimizer: StructuredOptimizer, checkpoint: Mapping[str, Any]
+    live_groups: Groups,
+    state: State,
+    names: Mapping[nn.Parameter, str],
+    checkpoint: Mapping[str, Any],
 ) -> tuple[list[tuple[Tensor, Tensor]], list[dict[str, Any]]]:
     """Return all that loading has to do, none of which can fail, and do nothing yet.
 
@@ -128,7 +96,6 @@ def _plan(
         Pairs of tensors, the second to be copied into the first, and new values for each group.
     """
     saved_groups, saved_state = _parts(checkpoint)
-    live_groups = optimizer.param_groups
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in live_groups]:
         raise CheckpointError(
             f"The checkpoint has param groups of {[len(g['params']) for g in saved_groups]} "
@@ -142,10 +109,11 @@ def _plan(
         problems += _compare_groups(number, saved, live)
         problems += _check_numbers(number, saved, live)
         for i, p in zip(_match(saved, live), live["params"], strict=True):
-            mine, theirs = dict(optimizer.state.get(p, {})), saved_state.get(i, {})
+            mine, theirs = dict(state.get(p, {})), saved_state.get(i, {})
             if not theirs and not p.requires_grad:
                 continue  # torch's tools for distributed checkpoints leave out what is frozen
-            problems += _compare_entries(optimizer.name_of(p), theirs, mine)
+            theirs = _up_to_date(theirs, mine)
+            problems += _compare_entries(names[p], theirs, mine)
             copies += [(target, theirs[name]) for name, target in mine.items() if name in theirs]
     known = {i for group in saved_groups for i in group["params"]}
     problems += [f"state of a parameter {i!r} in no group" for i in saved_state if i not in known]
@@ -181,11 +149,20 @@ def _parts(checkpoint: Any) -> tuple[Sequence[Mapping[str, Any]], Mapping[Any, A
             "This is no checkpoint of a structured optimizer: expected what its state_dict() "
             "returned, a dict with 'state' and 'param_groups' that name their 'strategy'."
         )
-    if formats - {FORMAT}:
+    if formats - _FORMATS:
         raise CheckpointError(
-            f"The checkpoint has format {sorted(formats)}, this version reads format {FORMAT}."
+            f"The checkpoint has format {sorted(formats)}, this version reads the formats "
+            f"{sorted(_FORMATS)}."
         )
     return groups, state
+
+
+def _up_to_date(theirs: Mapping[str, Any], mine: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """Return a unit's saved state under the names of today; what format 1 lacks stays as it is."""
+    if "begun" not in theirs:  # torch's tools for distributed checkpoints drop the format's number
+        return theirs
+    kept = {name: mine[name] for name in _NEW_IN_2 if name in mine}
+    return kept | {_RENAMED_IN_2.get(name, name): value for name, value in theirs.items()}
 
 
 def _match(saved: Mapping[str, Any], live: Mapping[str, Any]) -> Iterable[Any]:
@@ -204,10 +181,14 @@ def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, An
         problems += [f"{n}: not in the checkpoint" for n in mine if n not in set(theirs)]
         problems += [f"{n}: not in the optimizer" for n in theirs if n not in set(mine)]
     for key in _COMPARED:
-        if key in live and saved.get(key) != _plain(live[key]):
+        theirs, mine = saved.get(key), plain_value(live.get(key))
+        if key == "combine_params":  # None stands for the rules that suit the strategy
+            usual = plain_value(as_routing(live["strategy"]).main.combine_params)
+            theirs, mine = theirs or usual, mine or usual
+        if key in live and theirs != mine:
             problems.append(
-                f"param group {number}: {key} is {saved.get(key)!r} in the checkpoint, "
-                f"{_plain(live[key])!r} in the optimizer"
+                f"param group {number}: {key} is {theirs!r} in the checkpoint, {mine!r} in the "
+                "optimizer"
             )
     return problems
 

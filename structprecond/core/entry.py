@@ -1,14 +1,15 @@
-"""What `optimizer.state[p]` shows: views of one unit's rows."""
+"""What `optimizer.state` shows: views of each unit's rows, under its first parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
+from structprecond.core.bucket import Bucket
 from structprecond.errors import StructPrecondError
 
 
@@ -90,3 +91,48 @@ def _shape(value: Any) -> Any:
     if tensor.is_complex() or tensor.is_meta or tensor.layout != torch.strided:
         return f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
     return tuple(tensor.shape)
+
+
+class Entries:
+    """The entries of all units, and a look at whether somebody has replaced them.
+
+    Args:
+        shared: Tensors that every entry shows: the counters that the optimizer has once.
+    """
+
+    def __init__(self, shared: Mapping[str, Tensor]) -> None:
+        self._shared = dict(shared)
+        self._entries: dict[nn.Parameter, Entry] = {}
+
+    def show(self, buckets: Sequence[Bucket], state: MutableMapping[Any, Any]) -> None:
+        """Let the optimizer's state show the rows of some buckets.
+
+        Parameters of a unit but the first show the shared counters alone: torch expects every
+        parameter to have some state.
+        """
+        for bucket in buckets:
+            for unit, tensors in zip(bucket.units, bucket.unit_tensors(), strict=True):
+                for p in unit.params:
+                    own = tensors if p is unit.params[0] else {}
+                    state[p] = self._entries[p] = Entry(unit.label, own | self._shared)
+
+    def follow(
+        self,
+        buckets: Sequence[Bucket],
+        state: MutableMapping[Any, Any],
+        names: Mapping[nn.Parameter, str],
+    ) -> None:
+        """Move the state to where the parameters are, and adopt entries that were replaced.
+
+        Raises:
+            StructPrecondError: If parameters of a bucket are on several devices, or an entry has
+                other names or shapes.
+        """
+        self.show([bucket for bucket in buckets if bucket.follow_device(names)], state)
+        if list(map(id, state.values())) == list(map(id, self._entries.values())):
+            return
+        for p, entry in self._entries.items():
+            shown = state.get(p, {})
+            if shown is not entry:
+                entry.adopt(shown)
+                state[p] = entry

@@ -1,21 +1,76 @@
-"""Looking for gradients that no step can use, with one look at each device."""
+"""Excluding units whose gradients no step can use, with one host-device sync per device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import copy
+from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from structprecond.core.bucket import Bucket
+from structprecond.core.naming import enumerate_names
+from structprecond.core.step import Plan
+from structprecond.errors import GradientError
 
 
-def with_large_gradient(
-    buckets: Sequence[Bucket], live: Sequence[Sequence[bool]], grads: Sequence[Tensor]
-) -> list[nn.Parameter]:
+def exclude_unusable(
+    plans: Sequence[Plan], names: Mapping[nn.Parameter, str], refuse: bool
+) -> str | None:
+    """Exclude the units of a step that it would leave with infinities or NaN.
+
+    Args:
+        plans: The plans of all buckets, which excluded units no longer take part in.
+        names: The names of the parameters, for messages.
+        refuse: Whether to raise instead.
+
+    Returns:
+        A message about the first kind of gradient that was excluded; None if there is none.
+
+    Raises:
+        GradientError: If `refuse`; then nothing has been excluded or counted.
+    """
+    large = with_large_gradient(plans)
+    if not large:
+        return None
+    first = _exclude(plans, with_nonfinite_gradient(large), "not finite", names, refuse)
+    unstable = [p for plan in plans for p in _unstable(plan, large)]
+    second = _exclude(plans, unstable, "too large to compute with", names, refuse)
+    return first or second
+
+
+def _exclude(
+    plans: Sequence[Plan],
+    params: Sequence[nn.Parameter],
+    problem: str,
+    names: Mapping[nn.Parameter, str],
+    refuse: bool,
+) -> str | None:
+    """Exclude the units of some parameters, or raise; return the message."""
+    if not params:
+        return None
+    bad = {id(p) for p in params}
+    live = (p for plan in plans for p in plan.bucket.layout.live_params(plan.live))
+    labels = enumerate_names([names[p] for p in live if id(p) in bad])
+    message = f"The gradients of {labels} are {problem} at step {plans[0].global_step}"
+    if refuse:
+        raise GradientError(f"{message}; nothing was changed.")
+    for plan in plans:
+        plan.exclude(_live_with_any(plan, bad))
+    return (
+        f"{message}. Their parameters and state stay as they are for this step; further steps are "
+        "skipped without a warning and counted in optimizer.skipped."
+    )
+
+
+def _live_with_any(plan: Plan, params: set[int]) -> list[bool]:
+    """Return which live units have a parameter among some, given by their ids."""
+    return [
+        on and any(id(p) in params for p in unit.params)
+        for unit, on in zip(plan.bucket.units, plan.live, strict=True)
+    ]
+
+
+def with_large_gradient(plans: Sequence[Plan]) -> list[nn.Parameter]:
     """Return all parameters of live units whose gradients may be too large to compute with.
 
     The fourth power of such a norm, as in the norm of a Kronecker factor, overflows in the dtype of
@@ -23,26 +78,26 @@ def with_large_gradient(
     parameters in float16 cannot hold.
 
     Args:
-        buckets: The buckets.
-        live: For each, whether each unit takes part.
-        grads: The gradients of each, stacked; the norm of a row is much faster than those of the
-            hundreds of tensors that may be behind a stack.
+        plans: The plans; the norm of a row of their stacked gradients is much faster than those of
+            the hundreds of tensors that may be behind a stack.
     """
-    norms = [torch.linalg.vector_norm(grad.unsqueeze(-1).flatten(1), dim=1) for grad in grads]
+    stacks = (plan.grads for plan in plans)
+    norms = [torch.linalg.vector_norm(grad.unsqueeze(-1).flatten(1), dim=1) for grad in stacks]
     found: list[nn.Parameter] = []
-    for bucket, alive, sizes in zip(buckets, live, _to_lists(norms), strict=True):
+    for plan, sizes in zip(plans, _to_lists(norms), strict=True):
+        bucket = plan.bucket
         largest = torch.finfo(bucket.params[0].dtype).max
         limit = min(torch.finfo(bucket.dtype).max ** 0.25, largest)
         if all(size <= limit for size in sizes):
             continue
-        for unit, span, on in zip(bucket.units, bucket.spans, alive, strict=True):
+        for unit, span, on in zip(bucket.units, bucket.spans, plan.live, strict=True):
             if on and not all(size <= limit for size in sizes[span]):
                 found += unit.params
     return found
 
 
 def _to_lists(vectors: Sequence[Tensor]) -> list[list[float]]:
-    """Return the numbers of some vectors, with one look at each device for each dtype."""
+    """Return the numbers of some vectors, with one host-device sync per device and dtype."""
     lists: list[list[float]] = [[] for _ in vectors]
     for kind in {(v.device, v.dtype) for v in vectors}:
         own = [i for i, v in enumerate(vectors) if (v.device, v.dtype) == kind]
@@ -55,7 +110,7 @@ def _to_lists(vectors: Sequence[Tensor]) -> list[list[float]]:
 def with_nonfinite_gradient(params: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     """Return the parameters whose gradients hold an infinity or NaN.
 
-    Sums of squares are fast, but overflow on some finite gradients: those are looked at again.
+    Sums of squares are fast, but overflow on some finite gradients, which are checked again.
     """
     suspects = _without_finite_norm(params, 2)
     return suspects and _without_finite_norm(suspects, torch.inf)
@@ -72,34 +127,26 @@ def _without_finite_norm(params: Sequence[nn.Parameter], order: float) -> list[n
     return found
 
 
-def unstable_units(bucket: Bucket, live: Sequence[bool], grad: Tensor, *args: Any) -> list[bool]:
-    """Return which of the live units a step would leave with what is not finite.
+def _unstable(plan: Plan, large: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """Return the parameters of units with large gradients that a step would not leave finite.
 
     What a gradient does to state and parameters differs from strategy to strategy, and with the
-    state: no bound is right for all. So a copy makes the step, which costs as much as the step.
-    That is for large gradients alone, which are rare and the only ones that can do harm.
-
-    Args:
-        bucket: The bucket, which stays as it is.
-        live: Whether each unit takes part.
-        grad: The gradients, stacked, which stay as they are.
-        args: The other arguments of `Bucket.step`.
+    state: no bound is right for all. So a twin makes the step, which costs as much as the step.
+    Only large gradients need that, which are rare and the only ones that can do harm.
     """
-    twin = copy(bucket)
-    twin.state = bucket.state.map(torch.clone)
-    twin.steps, twin.failed = bucket.steps.clone(), bucket.failed.clone()
-    twin.begun, twin.overdue = bucket.begun.clone(), bucket.overdue.clone()
-    twin.lost = None if bucket.lost is None else bucket.lost.clone()
-    twin.layout = copy(bucket.layout)
-    twin.layout.params = [nn.Parameter(p.detach().clone()) for p in bucket.params]
-    twin.step(live, grad.clone(), *args)
-    state = [t.unsqueeze(-1).flatten(1) for t in twin.named_tensors().values()]
+    suspects = _live_with_any(plan, {id(p) for p in large})
+    if not any(suspects):
+        return []
+    trial = plan.trial(suspects)
+    trial.apply()
+    state = [t.unsqueeze(-1).flatten(1) for t in trial.bucket.named_tensors().values()]
     rows = torch.stack([t.isfinite().all(1).cpu() for t in state]).all(0)
-    params = {
-        id(original): bool(p.isfinite().all())
-        for p, original in zip(twin.params, bucket.params, strict=True)
-    }
+    pairs = zip(plan.bucket.params, trial.bucket.params, strict=True)
+    finite = {id(original): bool(p.isfinite().all()) for original, p in pairs}
+    units = zip(plan.bucket.units, plan.bucket.spans, suspects, strict=True)
     return [
-        on and not (bool(rows[span].all()) and all(params[id(p)] for p in unit.params))
-        for unit, span, on in zip(bucket.units, bucket.spans, live, strict=True)
+        p
+        for unit, span, suspected in units
+        if suspected and not (bool(rows[span].all()) and all(finite[id(p)] for p in unit.params))
+        for p in unit.params
     ]

@@ -1,4 +1,4 @@
-"""What is looked at before a step changes anything."""
+"""What a step checks before it changes anything."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structprecond.core.bucket import Bucket
+from structprecond.core.naming import enumerate_names
 from structprecond.core.routing import as_routing
 from structprecond.errors import GradientError, StructPrecondError
 
@@ -28,9 +29,11 @@ def check_tensors(bucket: Bucket, live: Sequence[bool], names: Mapping[nn.Parame
     """Check that parameters are those the bucket was made for, and that gradients fit them.
 
     Raises:
-        StructPrecondError: If a parameter has another shape, or no values.
+        StructPrecondError: If a parameter has another shape, or no values, or another dtype where
+            rounding depends on it.
         GradientError: If a gradient is sparse, complex, or of another shape.
     """
+    _check_dtypes(bucket, names)
     params = bucket.layout.live_params(live)
     # at once, since looking at hundreds of tensors one by one takes as long as updating them
     shapes = [p.shape for p in params]
@@ -59,4 +62,30 @@ def check_tensors(bucket: Bucket, live: Sequence[bool], names: Mapping[nn.Parame
             raise GradientError(
                 f"The gradient of {names[p]} is of {grad.dtype} and of shape {tuple(grad.shape)}; "
                 f"expected real numbers of shape {tuple(p.shape)}."
+            )
+
+
+def _check_dtypes(bucket: Bucket, names: Mapping[nn.Parameter, str]) -> None:
+    dtype = bucket.key.param_dtype
+    if bucket.rounding == "nearest" or {p.dtype for p in bucket.params} == {dtype}:
+        return
+    raise StructPrecondError(
+        f"Parameters were converted from {dtype} after the optimizer was made, with "
+        f"rounding={bucket.rounding!r}: {enumerate_names([names[p] for p in bucket.params])}. "
+        "Convert the model first, and then build the optimizer."
+    )
+
+
+def check_batch_size(
+    batch_size: int | None, buckets: Sequence[Bucket], live: Sequence[Sequence[bool]]
+) -> None:
+    """Raise `StructPrecondError` if a strategy needs the batch size, but it is unknown."""
+    if batch_size is not None:
+        return
+    for bucket, alive in zip(buckets, live, strict=True):
+        if bucket.strategy.needs_batch_size and any(alive):
+            raise StructPrecondError(
+                f"{type(bucket.strategy).__name__} needs the batch size, but no gradient flowed "
+                "back through a forward pass of the model in training mode. Pass batch_size= as an "
+                "integer, or assign one to optimizer.batch_size."
             )

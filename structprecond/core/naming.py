@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 _COMPILED = "_orig_mod"
+_MOST_NAMES = 5
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -25,6 +26,12 @@ def unwrap(model: nn.Module) -> nn.Module:
 def plain_name(name: str) -> str:
     """Return a parameter's name without what compiling parts of the model adds."""
     return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def enumerate_names(names: Sequence[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    rest = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 class BareParameters(nn.Module):

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
+from structprecond.core.strategy import Hyperparameter, Strategy, nonnegative
 from structprecond.errors import GroupError, HyperparameterError, StructPrecondError
 from structprecond.roles import ROLES, RoleName
-from structprecond.strategies.base import Hyperparameter, Strategy, nonnegative
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,11 @@ class Routing:
         classes: dict[str, type] = {}
         for strategy in self.strategies:
             _check_strategy(strategy)
-            known = classes.setdefault(strategy.name, type(strategy))
+            name = name_of(strategy)
+            known = classes.setdefault(name, type(strategy))
             if known is not type(strategy):
                 raise StructPrecondError(
-                    f"Two strategies are called {strategy.name!r}, {known} and {type(strategy)}: "
+                    f"Two strategies are called {name!r}, {known} and {type(strategy)}: "
                     "their hyperparameters would have the same names. Rename one of the classes."
                 )
 
@@ -79,7 +80,7 @@ class Routing:
 
     def prefix(self, strategy: Strategy[Any]) -> str:
         """Return what stands before the names of a strategy's hyperparameters."""
-        return "" if type(strategy) is type(self.main) else f"{strategy.name}_"
+        return "" if type(strategy) is type(self.main) else f"{name_of(strategy)}_"
 
     def route(self, names: Sequence[str], role: RoleName) -> Route:
         """Return the strategy of a unit, and the rule that decided.
@@ -123,9 +124,9 @@ class Routing:
         Raises:
             StructPrecondError: If there is no such strategy, or several.
         """
-        named = [strategy for strategy in self.strategies if strategy.name == name]
+        named = [strategy for strategy in self.strategies if name_of(strategy) == name]
         if len(named) != 1:
-            known = ", ".join(repr(strategy.name) for strategy in self.strategies)
+            known = ", ".join(repr(name_of(strategy)) for strategy in self.strategies)
             raise StructPrecondError(
                 f"A param group's strategy is {name!r}, which is not the name of one of the "
                 f"strategies here, {known}. Give a strategy object."
@@ -198,12 +199,18 @@ def as_routing(given: Routes) -> Routing:
     return Routing(given["default"], rules)
 
 
-def view(group: Mapping[str, Any], strategy: Strategy[Any], prefix: str) -> Mapping[str, Any]:
+def name_of(strategy: Strategy[Any]) -> str:
+    """Return the short name of a strategy's class: `adamw` for `AdamWStrategy`."""
+    return type(strategy).__name__.removesuffix("Strategy").lower()
+
+
+def hyperparameters_of(
+    strategy: Strategy[Any], group: Mapping[str, Any], prefix: str
+) -> dict[str, Any]:
     """Return a strategy's hyperparameters in a param group under their own names."""
-    if not prefix:
-        return group
-    own = {name: group[f"{prefix}{name}"] for name in strategy.hyperparameters if name != "lr"}
-    return own | {"lr": group["lr"] * group[f"{prefix}lr_scale"]}
+    hp = {name: group[f"{prefix}{name}"] for name in strategy.hyperparameters if name != "lr"}
+    hp["lr"] = group["lr"] * group[f"{prefix}lr_scale"] if prefix else group["lr"]
+    return hp
 
 
 def _check_strategy(strategy: Any) -> None:
@@ -212,19 +219,26 @@ def _check_strategy(strategy: Any) -> None:
             f"strategy takes an instance of Strategy, or a mapping from roles to such, got "
             f"{strategy!r}. Did you pass the class instead of an instance?"
         )
-    if strategy.decay != "inside" and "weight_decay" not in strategy.hyperparameters:
+
+
+def check_names(routing: Routing, given: Any) -> dict[str, Any]:
+    """Return given hyperparameters as a dict.
+
+    Raises:
+        StructPrecondError: If they are no mapping.
+        HyperparameterError: If there are names that are no hyperparameters.
+    """
+    try:
+        values = dict(given or {})
+    except (TypeError, ValueError):
         raise StructPrecondError(
-            f"{type(strategy).__name__} decays {strategy.decay} the update, but declares no "
-            "hyperparameter weight_decay. Declare it, or set decay = 'inside'."
-        )
-
-
-def check_names(routing: Routing, given: set[str]) -> None:
-    """Raise `HyperparameterError` if there are names that are no hyperparameters."""
+            f"hyperparameters is a dict from names to values, got {given!r}."
+        ) from None
     known = routing.hyperparameters
-    if unknown := given - set(known):
+    if unknown := set(values) - set(known):
         names = " and ".join(dict.fromkeys(type(s).__name__ for s in routing.strategies))
         raise HyperparameterError(
             f"Unknown hyperparameters {sorted(unknown)} of {names}. Known are "
             f"{', '.join(sorted(known))}."
         )
+    return values

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from structprecond.core.optimizer import Nonfinite, StructuredOptimizer
-from structprecond.core.rounding import Rounding
+from structprecond.core.optimizer import StructuredOptimizer
+from structprecond.core.options import CommonOptions, from_keywords
 from structprecond.core.state import State
-from structprecond.groups import PerParameter, PreconditionerGroup
-from structprecond.strategies.base import (
+from structprecond.core.strategy import (
     Hyperparameter,
     StepContext,
     Strategy,
     nonnegative,
+    pair_of_fractions,
 )
-from structprecond.strategies.moments import adam_direction, pair_of_fractions
+from structprecond.strategies.moments import adam_direction
 from structprecond.structures.spec import Structure
 
 
@@ -55,7 +56,6 @@ class AdamWStrategy(Strategy[AdamWState]):
         "eps": nonnegative(1e-8),
         "weight_decay": nonnegative(1e-2),
     }
-    decay: ClassVar[Literal["before", "after", "inside"]] = "before"
     structures = ()
 
     def init(
@@ -68,30 +68,19 @@ class AdamWStrategy(Strategy[AdamWState]):
         self, state: AdamWState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
     ) -> Tensor:
         """Update the moments and return the directions."""
-        return adam_direction(
-            state.exp_avg, state.exp_avg_sq, grad, hp["betas"], hp["eps"], ctx.steps
-        )
+        return adam_direction(state.exp_avg, state.exp_avg_sq, grad, hp["betas"], hp["eps"], ctx)
 
 
 class AdamW(StructuredOptimizer):
     """AdamW with the checkpoints, skipped steps and groups of this library.
 
-    The update rule stands at `AdamWStrategy`.
+    The update rule is documented at `AdamWStrategy`.
 
     Args:
-        model: The model, or parameters as torch optimizers take them.
-        params: The parameters to optimize, or group dicts. Default: all of the model's.
         lr: Learning rate. Default: 1e-3.
         betas: Decay of the first and the second moment. Default: (0.9, 0.999).
         eps: Added to the root of the second moment. Default: 1e-8.
         weight_decay: Decoupled weight decay. Default: 0.01.
-        combine_params: The grouping rules, most important first. Default: each parameter by itself.
-        nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
-            "skip".
-        rounding: How parameters of low precision are written back: rounded to the "nearest",
-            "stochastic", or "kahan", with what was lost carried over. Default: "nearest".
-        maximize: Whether to maximize. Default: False.
-        verbose_init: Whether to print what is treated how. Default: False.
 
     Raises:
         StructPrecondError: If an argument is wrong; the message says what to do.
@@ -112,20 +101,7 @@ class AdamW(StructuredOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        combine_params: Sequence[PreconditionerGroup] = (PerParameter(),),
-        nonfinite: Nonfinite = "skip",
-        rounding: Rounding = "nearest",
-        maximize: bool = False,
-        verbose_init: bool = False,
+        **options: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(
-            model,
-            params,
-            strategy=AdamWStrategy(),
-            hyperparameters={"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
-            combine_params=combine_params,
-            nonfinite=nonfinite,
-            rounding=rounding,
-            maximize=maximize,
-            verbose_init=verbose_init,
-        )
+        strategy, hp = from_keywords(AdamWStrategy, locals())
+        super().__init__(model, params, strategy=strategy, hyperparameters=hp, **options)

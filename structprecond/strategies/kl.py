@@ -10,35 +10,30 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
-from structprecond.core.rounding import Rounding
+from structprecond.checks import check_flags, check_positive
+from structprecond.core.optimizer import StructuredOptimizer
+from structprecond.core.options import FactorOptions, from_keywords
+from structprecond.core.refresh import refresh_rows
 from structprecond.core.state import ALL_ROWS, Rows, State
-from structprecond.groups import PerParameter, PreconditionerGroup
-from structprecond.strategies.base import (
+from structprecond.core.strategy import (
     Hyperparameter,
     StepContext,
-    check_flags,
-    check_positive,
     nonnegative,
-)
-from structprecond.strategies.moments import (
-    adam_direction,
-    factor_decay,
-    fraction_or_default,
     pair_of_fractions,
 )
+from structprecond.strategies.moments import adam_direction, factor_decay, fraction_or_default
 from structprecond.strategies.rotation import (
     RotatedFactors,
     RotatedStrategy,
     make_factors,
     overwrite,
-    refresh_rows,
     rotate,
     rotate_back,
 )
 from structprecond.structures.mode_product import matricize
-from structprecond.structures.spec import PerAxis, Structure, StructureSpec
+from structprecond.structures.spec import Structure
 
 
 @dataclass
@@ -119,7 +114,7 @@ class KLShampooStrategy(RotatedStrategy):
             None if s is None else like.new_full((like.shape[0], dim), self.init_factor)
             for s, dim in zip(structures, like.shape[1:], strict=True)
         )
-        needs_square = self._keeps_second_moment() or not self.skips_first(structures)
+        needs_square = self._keeps_second_moment() or not any(structures)
         return KLState(
             *make_factors(like, structures, dtypes),
             eigenvalues,
@@ -130,17 +125,14 @@ class KLShampooStrategy(RotatedStrategy):
     def _keeps_second_moment(self) -> bool:
         return False
 
-    def skips_first(self, structures: tuple[Structure, ...]) -> bool:
-        """Return whether there is a factor, which the first gradient only initializes."""
-        return any(structure is not None for structure in structures)
-
-    def begin(self, state: KLState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext) -> None:
+    def begin(self, state: KLState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext) -> bool:
         """Initialize the factors and their eigenbases from the first gradient."""
         for axis, factor in enumerate(state.factors):
             if factor is not None:
                 X = matricize(grad, axis) * _per_column(grad, axis)
                 factor.add_inner_(X, factor_decay(hp), 1 - factor_decay(hp))
         refresh_rows(self._find_bases, state, ALL_ROWS, ctx)
+        return any(values is not None for values in state.eigenvalues)
 
     def update(
         self, state: KLState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
@@ -210,7 +202,7 @@ class KLShampooStrategy(RotatedStrategy):
     def _adamw(state: KLState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext) -> Tensor:
         assert state.exp_avg_sq is not None
         direction = adam_direction(
-            state.exp_avg, state.exp_avg_sq, grad, hp["betas"], hp["eps"], ctx.steps
+            state.exp_avg, state.exp_avg_sq, grad, hp["betas"], hp["eps"], ctx
         )
         # AdamW decays before its update, the core after it
         undone: Tensor = direction / (1 - hp["lr"] * hp["weight_decay"])
@@ -239,7 +231,7 @@ class KLSOAPStrategy(KLShampooStrategy):
     ) -> Tensor:
         assert state.exp_avg_sq is not None
         return adam_direction(
-            state.exp_avg, state.exp_avg_sq, rotated, hp["betas"], hp["eps"], steps=None
+            state.exp_avg, state.exp_avg_sq, rotated, hp["betas"], hp["eps"], ctx=None
         )
 
 
@@ -264,11 +256,10 @@ def _along(vectors: Tensor, stack: Tensor, axis: int) -> Tensor:
 class KLShampoo(StructuredOptimizer):
     """KL-Shampoo (Lin et al. 2025, arXiv 2509.03378).
 
-    The update rule stands at `KLShampooStrategy`.
+    The update rule is documented at `KLShampooStrategy`. The structures `dense`, `diagonal`,
+    `block<k>diagonal` and `none` can be used.
 
     Args:
-        model: The model, or parameters as torch optimizers take them.
-        params: The parameters to optimize, or group dicts. Default: all of the model's.
         lr: Learning rate. Default: 1e-4.
         betas: Decay of the first and the second moment. Default: (0.9, 0.98).
         shampoo_beta: Decay of the factors; negative for `betas[1]`. Default: -1.
@@ -283,19 +274,6 @@ class KLShampoo(StructuredOptimizer):
         max_precond_dim: Axes longer than this get no factor. Default: 10000.
         precondition_1d: Whether parameters with one axis get a factor; without, they follow AdamW.
             Default: False.
-        structures: The structure of every factor: `dense`, `diagonal`, `block<k>diagonal` or
-            `none`, for all, or in a dict from the order of a tensor to a name or a tuple of names.
-            Default: `"dense"`.
-        preconditioner_dtypes: The dtype in which factors and bases are stored, given like
-            `structures`. Default: float32, or float64 for float64 parameters.
-        combine_params: The grouping rules, most important first. Default: each parameter by itself.
-        refresh: "synchronous" or "staggered", in turns. Default: "synchronous".
-        nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
-            "skip".
-        rounding: How parameters of low precision are written back: rounded to the "nearest",
-            "stochastic", or "kahan", with what was lost carried over. Default: "nearest".
-        maximize: Whether to maximize. Default: False.
-        verbose_init: Whether to print what is treated how. Default: False.
 
     Raises:
         StructPrecondError: If an argument is wrong; the message says what to do.
@@ -328,48 +306,16 @@ class KLShampoo(StructuredOptimizer):
         clamping: bool = True,
         max_precond_dim: int = 10000,
         precondition_1d: bool = False,
-        structures: StructureSpec = "dense",
-        preconditioner_dtypes: PerAxis[torch.dtype | None] = None,
-        combine_params: Sequence[PreconditionerGroup] = (PerParameter(),),
-        refresh: Refresh = "synchronous",
-        nonfinite: Nonfinite = "skip",
-        rounding: Rounding = "nearest",
-        maximize: bool = False,
-        verbose_init: bool = False,
+        **options: Unpack[FactorOptions],
     ) -> None:
-        super().__init__(
-            model,
-            params,
-            strategy=self.STRATEGY(
-                max_precond_dim=max_precond_dim,
-                precondition_1d=precondition_1d,
-                init_factor=init_factor,
-                clamping=clamping,
-            ),
-            hyperparameters={
-                "lr": lr,
-                "betas": betas,
-                "shampoo_beta": shampoo_beta,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "precondition_frequency": precondition_frequency,
-                "refresh_tolerance": refresh_tolerance,
-            },
-            structures=structures,
-            preconditioner_dtypes=preconditioner_dtypes,
-            combine_params=combine_params,
-            refresh=refresh,
-            nonfinite=nonfinite,
-            rounding=rounding,
-            maximize=maximize,
-            verbose_init=verbose_init,
-        )
+        strategy, hp = from_keywords(self.STRATEGY, locals())
+        super().__init__(model, params, strategy=strategy, hyperparameters=hp, **options)
 
 
 class KLSOAP(KLShampoo):
     """KL-SOAP (Lin et al. 2025, arXiv 2509.03378): Adam in the eigenbases of KL-Shampoo's factors.
 
-    Takes the arguments of `KLShampoo`. The update rule stands at `KLSOAPStrategy`.
+    Takes the arguments of `KLShampoo`. The update rule is documented at `KLSOAPStrategy`.
 
     Example:
         >>> optimizer = KLSOAP(nn.Linear(4, 3), lr=1e-3, precondition_frequency=5)

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from structprecond.core.optimizer import Nonfinite, StructuredOptimizer
-from structprecond.core.rounding import Rounding
+from structprecond.checks import check_flags
+from structprecond.core.optimizer import StructuredOptimizer
+from structprecond.core.options import CommonOptions, from_keywords
 from structprecond.core.state import State
-from structprecond.errors import HyperparameterError
-from structprecond.groups import PerParameter, PreconditionerGroup
-from structprecond.strategies.base import (
+from structprecond.core.strategy import (
     Hyperparameter,
     StepContext,
     Strategy,
-    check_flags,
     flag,
     fraction,
     nonnegative,
 )
+from structprecond.errors import HyperparameterError
 from structprecond.structures.spec import Structure
 
 _SMALLEST_RMS = 1e-3
@@ -78,7 +78,6 @@ class LARSStrategy(Strategy[LARSState]):
         "trust_coefficient": nonnegative(1e-3),
         "eps": nonnegative(1e-8),
     }
-    decay: ClassVar[Literal["before", "after", "inside"]] = "inside"
     structures = ()
 
     def init(
@@ -86,6 +85,10 @@ class LARSStrategy(Strategy[LARSState]):
     ) -> LARSState:
         """Return a zero buffer."""
         return LARSState(torch.zeros_like(like))
+
+    def decay_factors(self, hp: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor]:
+        """Leave all weight decay to `update`."""
+        return 1.0, 1.0
 
     def update(
         self, state: LARSState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
@@ -95,10 +98,12 @@ class LARSStrategy(Strategy[LARSState]):
         momentum = hp["momentum"]
         if momentum == 0:
             return direction
-        # the buffer of a first step is zero
-        weight = torch.where(ctx.steps == 0, 1.0, 1.0 - hp["dampening"])
-        weight = _per_row(weight.to(grad.device, grad.dtype), grad)
-        buffer = state.momentum_buffer.mul_(momentum).addcmul_(direction, weight)
+        # the buffer of a first step is zero, and its gradient is not damped
+        later, damped = ctx.reached(2), 1.0 - hp["dampening"]
+        weight = damped if later is True else 1.0
+        if isinstance(later, Tensor):
+            weight = torch.where(later, damped, 1.0).to(grad.dtype)
+        buffer = state.momentum_buffer.mul_(momentum).add_(direction * weight)
         return direction.add_(buffer, alpha=momentum) if hp["nesterov"] else buffer
 
     def _scale(self, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext) -> Tensor:
@@ -122,12 +127,10 @@ def _per_row(values: Tensor, stack: Tensor) -> Tensor:
 class LARS(StructuredOptimizer):
     """LARS, layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888).
 
-    The update rule stands at `LARSStrategy`.
+    The update rule is documented at `LARSStrategy`. Each unit has a trust ratio.
 
     Args:
-        model: The model, or parameters as torch optimizers take them.
-        params: The parameters to optimize, or group dicts. Default: all of the model's.
-        lr: Learning rate; has to be given.
+        lr: Learning rate; required.
         momentum: Decay of the moving sum. Default: 0.0.
         dampening: Dampening of the momentum. Default: 0.0.
         weight_decay: Weight decay, scaled like the gradient. Default: 0.0, which turns the scaling
@@ -137,14 +140,6 @@ class LARS(StructuredOptimizer):
         eps: Added to the denominator of the trust ratio. Default: 1e-8.
         always_scale: Whether to scale where the published rule does not: for zero weight decay,
             zero parameters and zero gradients. Default: False.
-        combine_params: The grouping rules, most important first; each unit has a trust ratio.
-            Default: each parameter by itself.
-        nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
-            "skip".
-        rounding: How parameters of low precision are written back: rounded to the "nearest",
-            "stochastic", or "kahan", with what was lost carried over. Default: "nearest".
-        maximize: Whether to maximize. Default: False.
-        verbose_init: Whether to print what is treated how. Default: False.
 
     Raises:
         StructPrecondError: If an argument is wrong; the message says what to do.
@@ -169,33 +164,12 @@ class LARS(StructuredOptimizer):
         trust_coefficient: float = 1e-3,
         eps: float = 1e-8,
         always_scale: bool = False,
-        combine_params: Sequence[PreconditionerGroup] = (PerParameter(),),
-        nonfinite: Nonfinite = "skip",
-        rounding: Rounding = "nearest",
-        maximize: bool = False,
-        verbose_init: bool = False,
+        **options: Unpack[CommonOptions],
     ) -> None:
+        strategy, hp = from_keywords(LARSStrategy, locals())
         if nesterov and (momentum == 0 or dampening != 0):
             raise HyperparameterError(
                 "nesterov=True needs a momentum above 0 and no dampening, got "
                 f"momentum={momentum!r} and dampening={dampening!r}."
             )
-        super().__init__(
-            model,
-            params,
-            strategy=LARSStrategy(always_scale=always_scale),
-            hyperparameters={
-                "lr": lr,
-                "momentum": momentum,
-                "dampening": dampening,
-                "weight_decay": weight_decay,
-                "nesterov": nesterov,
-                "trust_coefficient": trust_coefficient,
-                "eps": eps,
-            },
-            combine_params=combine_params,
-            nonfinite=nonfinite,
-            rounding=rounding,
-            maximize=maximize,
-            verbose_init=verbose_init,
-        )
+        super().__init__(model, params, strategy=strategy, hyperparameters=hp, **options)

@@ -1,4 +1,4 @@
-"""Moving averages and bias corrections that several strategies share."""
+"""Moving averages that several strategies share."""
 
 from __future__ import annotations
 
@@ -8,17 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structprecond.strategies.base import Hyperparameter
-
-
-def pair_of_fractions(default: tuple[float, float]) -> Hyperparameter:
-    """Return a hyperparameter for two numbers from 0 to below 1, such as Adam's betas."""
-
-    def check(value: Any) -> bool:
-        first, second = value
-        return bool(0 <= first < 1 and 0 <= second < 1)
-
-    return Hyperparameter(default, check, "a pair of numbers from 0 to below 1")
+from structprecond.core.strategy import Hyperparameter, StepContext
 
 
 def fraction_or_default(default: float) -> Hyperparameter:
@@ -32,36 +22,13 @@ def factor_decay(hp: Mapping[str, Any]) -> float:
     return beta
 
 
-def all_alike(steps: Tensor) -> bool:
-    """Return whether all rows are known to be at the same update."""
-    # recorded steps have other numbers when they are replayed
-    return not steps.is_floating_point() and bool((steps == steps[0]).all())
-
-
-def correction(beta: float, steps: Tensor, like: Tensor) -> float | Tensor:
-    r"""Return \(1 - \beta^t\) for the update t of each row.
-
-    Args:
-        beta: The decay of the moving average.
-        steps: The number of updates before this one, `(b,)`: t is one more.
-        like: The stack `(b, *dims)` that the result is to be multiplied with.
-
-    Returns:
-        A number if all rows are at the same update, else one number per row, `(b, 1, ...)`.
-    """
-    if all_alike(steps):
-        return float(1 - beta ** (int(steps[0]) + 1))
-    each = 1 - beta ** (steps + 1).double()
-    return each.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
-
-
 def adam_direction(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
     betas: tuple[float, float],
     eps: float,
-    steps: Tensor | None,
+    ctx: StepContext | None,
 ) -> Tensor:
     r"""Average in place and return Adam's direction, all by one call of torch's fused kernel.
 
@@ -75,21 +42,21 @@ def adam_direction(
         grad: The gradient g, alike.
         betas: Their decays.
         eps: Added to the root of the second moment.
-        steps: The number of updates of each row before this one, `(b,)`: t is one more. None for
-            \(m / (\sqrt v + \epsilon)\), without bias corrections.
+        ctx: Knows the update t of each row. None for \(m / (\sqrt v + \epsilon)\), without bias
+            corrections.
 
     Source: Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1.
     """
     direction = torch.zeros_like(exp_avg)
     stacks = [direction, grad.contiguous(), exp_avg, exp_avg_sq]
-    if steps is None or all_alike(steps):
-        # after infinitely many updates there is no bias
-        t = torch.inf if steps is None else float(steps[0] + 1)
-        times = torch.full((1,), t, dtype=torch.float32, device=grad.device)
-        lists = [[stack] for stack in stacks]
-    else:
-        times = (steps + 1).to(grad.device, torch.float32)
+    # after infinitely many updates there is no bias
+    t = torch.inf if ctx is None else ctx.t
+    if isinstance(t, Tensor):
+        times = t.to(grad.device, torch.float32)
         lists = [list(stack.unbind()) for stack in stacks]
+    else:
+        times = torch.full((1,), float(t), dtype=torch.float32, device=grad.device)
+        lists = [[stack] for stack in stacks]
     params, grads, exp_avgs, exp_avg_sqs = lists
     torch._fused_adam_(
         params,

@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from structprecond.core.optimizer import Nonfinite, StructuredOptimizer
-from structprecond.core.rounding import Rounding
-from structprecond.core.routing import Routing
-from structprecond.errors import HyperparameterError, StructPrecondError
-from structprecond.groups import PreconditionerGroup
+from structprecond.checks import check_choice, check_positive
+from structprecond.core.options import from_keywords
+from structprecond.core.strategy import Hyperparameter, fraction, nonnegative
 from structprecond.linalg.polar import (
     CoefficientType,
     MatmulPrecision,
     checked_coefficients,
     newton_schulz,
 )
-from structprecond.strategies.adamw import AdamWStrategy
-from structprecond.strategies.base import (
-    Hyperparameter,
-    Strategy,
-    check_choice,
-    check_positive,
-    fraction,
-    nonnegative,
-)
+from structprecond.strategies.auxiliary import AuxiliaryOptions, WithAdamW
 from structprecond.strategies.orthogonalized import (
-    NOT_MATRICES,
     MomentumState,
     OrthogonalizedMomentumStrategy,
     WeightDecayMethod,
@@ -158,56 +148,7 @@ class NorMuonStrategy(MuonStrategy):
         return polar.div_(norm.clamp_(min=tiny)).mul_(size)
 
 
-def auxiliary_routing(
-    matrices: Strategy[Any],
-    others: Strategy[Any],
-    routes: Mapping[str, str | Strategy[Any]] | None,
-) -> Routing:
-    """Send what is no hidden matrix to another strategy, with the user's rules on top.
-
-    Args:
-        matrices: The strategy for hidden matrices.
-        others: The strategy for embeddings, heads, norms, biases and the rest.
-        routes: From roles or name patterns to a strategy, or to the name of one of these two.
-
-    Raises:
-        StructPrecondError: If `routes` names another strategy.
-    """
-    if routes is not None and not isinstance(routes, Mapping):
-        raise StructPrecondError(
-            f"routes is a dict from roles or name patterns to strategies, got {routes!r}."
-        )
-    known = {strategy.name: strategy for strategy in (matrices, others)}
-    rules: dict[str, Strategy[Any]] = {}
-    for rule, chosen in (routes or {}).items():
-        if isinstance(chosen, str) and chosen not in known:
-            raise StructPrecondError(
-                f"routes sends {rule!r} to {chosen!r}. Give a strategy, or one of "
-                f"{', '.join(map(repr, known))}."
-            )
-        rules[rule] = known[chosen] if isinstance(chosen, str) else chosen
-    return Routing(matrices, rules, dict.fromkeys(NOT_MATRICES, others))
-
-
-def scale_to(lr: float | Tensor, own_lr: float | None) -> float:
-    """Return the factor from a param group's lr to the one that an auxiliary strategy has.
-
-    Raises:
-        HyperparameterError: If one is no learning rate, or lr is zero, so that there is no factor.
-    """
-    if own_lr is None:
-        return 1.0
-    for name, value in (("lr", lr), ("adamw_lr", own_lr)):
-        nonnegative(None).validate(name, value)
-    if float(lr) == 0:
-        raise HyperparameterError(
-            f"adamw_lr={own_lr!r} is kept as a factor to lr, which cannot be with lr=0. Start with "
-            "an lr above 0, and let the schedule lower it."
-        )
-    return own_lr / float(lr)
-
-
-class Muon(StructuredOptimizer):
+class Muon(WithAdamW):
     """Muon for hidden matrices, and AdamW for the rest (Jordan et al. 2024).
 
     What is a hidden matrix is inferred from the model's modules (see `infer_roles`): matrices,
@@ -216,12 +157,12 @@ class Muon(StructuredOptimizer):
     `print(describe(optimizer))` shows what went where. The roles of bare parameters follow from
     their shapes alone, which cannot tell an embedding from a matrix: pass the model.
 
-    The update rule stands at `MuonStrategy`.
+    The update rule is documented at `MuonStrategy`. A param group with `"strategy": "muon"` or
+    `"adamw"` goes there as a whole. To orthogonalize the blocks of a fused projection one by one,
+    pass `combine_params=(SplitHeads("*.qkv.weight", 3), StackExperts(), Matricize())`, of which the
+    last two are the default: experts as stacks, everything else as matrices.
 
     Args:
-        model: The model, or parameters as torch optimizers take them.
-        params: The parameters to optimize, or group dicts; a group with `"strategy": "muon"` or
-            `"adamw"` goes there as a whole. Default: all of the model's.
         lr: Learning rate. Default: 3e-4.
         momentum: Decay of the momentum. Default: 0.95.
         weight_decay: Weight decay of what goes to Muon. Default: 0.01.
@@ -232,37 +173,20 @@ class Muon(StructuredOptimizer):
         coefficient_type: The coefficients of the Newton-Schulz iteration: "simple", "quintic",
             "polar_express", "cans", "aol", "cubic5", or one triple per step. Default: "quintic".
         num_ns_steps: The number of its steps. Default: 5.
-        scale_mode: "spectral", "shape_scaling" or "unit_rms_norm". Default: "spectral".
+        scale_mode: "spectral", "shape_scaling", "unit_rms_norm", or "match_rms_adamw" for updates
+            as large as AdamW's, so that its learning rate carries over. Default: "spectral".
         extra_scale_factor: A factor to all updates of Muon. Default: 1.0.
-        match_rms: "adamw" for updates as large as AdamW's, so that its learning rate carries over;
-            stands in place of `scale_mode`. Default: None.
         before_weight_update: Called with stacked parameters and updates; returns the updates.
             Default: None.
         after_weight_update: Called with stacked parameters; returns their new values. Default:
             None.
-        routes: From roles or patterns of parameter names to "muon", "adamw" or another strategy:
-            `{"head": "muon", "*.router.weight": "adamw"}`. Default: None.
-        adamw_lr: AdamW's learning rate, kept as a factor to `lr` (`adamw_lr_scale` in the param
-            groups), so that schedules apply to both. Default: `lr`.
-        adamw_betas: AdamW's decay of the moments. Default: (0.9, 0.95).
-        adamw_eps: AdamW's epsilon. Default: 1e-8.
-        adamw_weight_decay: AdamW's weight decay. Default: 0.01.
-        combine_params: The grouping rules, most important first; `SplitHeads("*.qkv.weight", 3)`
-            orthogonalizes the blocks of a fused projection one by one; append the default,
-            `StackExperts(), Matricize()`: experts as stacks, everything else as matrices.
-        nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
-            "skip".
-        rounding: How parameters of low precision are written back: rounded to the "nearest",
-            "stochastic", or "kahan", with what was lost carried over. Default: "nearest".
-        maximize: Whether to maximize. Default: False.
-        verbose_init: Whether to print what is treated how. Default: False.
 
     Raises:
         StructPrecondError: If an argument is wrong; the message says what to do.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 8), nn.Linear(8, 9))
-        >>> optimizer = Muon(model, lr=1e-2, match_rms="adamw")
+        >>> optimizer = Muon(model, lr=1e-2, scale_mode="match_rms_adamw")
         >>> print(describe(optimizer))
         group  parameters  strategy       route      rule            shape  rows  structures  state
         -------------------------------------------------------------------------------------------
@@ -290,68 +214,21 @@ class Muon(StructuredOptimizer):
         num_ns_steps: int = 5,
         scale_mode: ScaleMode = "spectral",
         extra_scale_factor: float = 1.0,
-        match_rms: Literal["adamw"] | None = None,
         before_weight_update: Callable[[Tensor, Tensor], Tensor] | None = None,
         after_weight_update: Callable[[Tensor], Tensor] | None = None,
-        routes: Mapping[str, str | Strategy[Any]] | None = None,
-        adamw_lr: float | None = None,
-        adamw_betas: tuple[float, float] = (0.9, 0.95),
-        adamw_eps: float = 1e-8,
-        adamw_weight_decay: float = 0.01,
-        combine_params: Sequence[PreconditionerGroup] | None = None,
-        nonfinite: Nonfinite = "skip",
-        rounding: Rounding = "nearest",
-        maximize: bool = False,
-        verbose_init: bool = False,
+        **options: Unpack[AuxiliaryOptions],
     ) -> None:
-        strategy = MuonStrategy(
-            nesterov=nesterov,
-            weight_decay_method=weight_decay_method,
-            before_weight_update=before_weight_update,
-            after_weight_update=after_weight_update,
-            coefficient_type=coefficient_type,
-            num_ns_steps=num_ns_steps,
-            scale_mode=scale_mode,
-            extra_scale_factor=extra_scale_factor,
-            fp32_matmul_prec=fp32_matmul_prec,
-        )
-        if match_rms is not None:
-            if match_rms != "adamw" or scale_mode != "spectral":
-                raise StructPrecondError(
-                    "match_rms is None or 'adamw' and stands in place of scale_mode, got "
-                    f"match_rms={match_rms!r} and scale_mode={scale_mode!r}."
-                )
-            strategy = replace(strategy, scale_mode="match_rms_adamw")
-        super().__init__(
-            model,
-            params,
-            strategy=auxiliary_routing(strategy, AdamWStrategy(), routes),
-            hyperparameters={
-                "lr": lr,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "adamw_lr_scale": scale_to(lr, adamw_lr),
-                "adamw_betas": adamw_betas,
-                "adamw_eps": adamw_eps,
-                "adamw_weight_decay": adamw_weight_decay,
-            },
-            combine_params=combine_params,
-            nonfinite=nonfinite,
-            rounding=rounding,
-            maximize=maximize,
-            verbose_init=verbose_init,
-        )
+        strategy, hp = from_keywords(MuonStrategy, locals())
+        super().__init__(model, params, strategy=strategy, hyperparameters=hp, **options)
 
 
-class NorMuon(StructuredOptimizer):
+class NorMuon(WithAdamW):
     """NorMuon for hidden matrices, and AdamW for the rest (Li et al. 2025, arXiv 2510.05491).
 
-    The update rule stands at `NorMuonStrategy`; what goes where is as in `Muon`. Its updates are as
-    large as AdamW's, so one learning rate suits both.
+    The update rule is documented at `NorMuonStrategy`; parameters are routed as in `Muon`. Its
+    updates are as large as AdamW's, so one learning rate suits both.
 
     Args:
-        model: The model, or parameters as torch optimizers take them.
-        params: The parameters to optimize, or group dicts. Default: all of the model's.
         lr: Learning rate. Default: 1e-3.
         momentum: Decay of the momentum. Default: 0.95.
         beta2: Decay of the second moment of the rows. Default: 0.95.
@@ -361,19 +238,6 @@ class NorMuon(StructuredOptimizer):
         fp32_matmul_prec: As in `Muon`. Default: "medium".
         coefficient_type: As in `Muon`. Default: "quintic".
         num_ns_steps: As in `Muon`. Default: 5.
-        routes: From roles or patterns of parameter names to "normuon", "adamw" or another strategy.
-            Default: None.
-        adamw_lr: AdamW's learning rate, kept as a factor to `lr`. Default: `lr`.
-        adamw_betas: AdamW's decay of the moments. Default: (0.9, 0.95).
-        adamw_eps: AdamW's epsilon. Default: 1e-8.
-        adamw_weight_decay: AdamW's weight decay. Default: 0.01.
-        combine_params: The grouping rules, most important first. Default: as in `Muon`.
-        nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
-            "skip".
-        rounding: How parameters of low precision are written back: rounded to the "nearest",
-            "stochastic", or "kahan", with what was lost carried over. Default: "nearest".
-        maximize: Whether to maximize. Default: False.
-        verbose_init: Whether to print what is treated how. Default: False.
 
     Raises:
         StructPrecondError: If an argument is wrong; the message says what to do.
@@ -399,41 +263,7 @@ class NorMuon(StructuredOptimizer):
         fp32_matmul_prec: MatmulPrecision = "medium",
         coefficient_type: CoefficientType = "quintic",
         num_ns_steps: int = 5,
-        routes: Mapping[str, str | Strategy[Any]] | None = None,
-        adamw_lr: float | None = None,
-        adamw_betas: tuple[float, float] = (0.9, 0.95),
-        adamw_eps: float = 1e-8,
-        adamw_weight_decay: float = 0.01,
-        combine_params: Sequence[PreconditionerGroup] | None = None,
-        nonfinite: Nonfinite = "skip",
-        rounding: Rounding = "nearest",
-        maximize: bool = False,
-        verbose_init: bool = False,
+        **options: Unpack[AuxiliaryOptions],
     ) -> None:
-        strategy = NorMuonStrategy(
-            nesterov=nesterov,
-            coefficient_type=coefficient_type,
-            num_ns_steps=num_ns_steps,
-            fp32_matmul_prec=fp32_matmul_prec,
-        )
-        super().__init__(
-            model,
-            params,
-            strategy=auxiliary_routing(strategy, AdamWStrategy(), routes),
-            hyperparameters={
-                "lr": lr,
-                "momentum": momentum,
-                "beta2": beta2,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "adamw_lr_scale": scale_to(lr, adamw_lr),
-                "adamw_betas": adamw_betas,
-                "adamw_eps": adamw_eps,
-                "adamw_weight_decay": adamw_weight_decay,
-            },
-            combine_params=combine_params,
-            nonfinite=nonfinite,
-            rounding=rounding,
-            maximize=maximize,
-            verbose_init=verbose_init,
-        )
+        strategy, hp = from_keywords(NorMuonStrategy, locals())
+        super().__init__(model, params, strategy=strategy, hyperparameters=hp, **options)

@@ -10,19 +10,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from structprecond.checks import check_choice, check_flags
 from structprecond.core.state import State
-from structprecond.errors import StructPrecondError
-from structprecond.groups import Matricize, PreconditionerGroup, StackExperts
-from structprecond.roles import RoleName
-from structprecond.strategies.base import (
+from structprecond.core.strategy import (
     Hyperparameter,
     StepContext,
     Strategy,
-    check_choice,
-    check_flags,
     fraction,
     nonnegative,
 )
+from structprecond.errors import StructPrecondError
+from structprecond.groups import Matricize, PreconditionerGroup, StackExperts
+from structprecond.roles import RoleName
 from structprecond.structures.spec import Structure
 
 WeightDecayMethod = Literal["decoupled", "independent", "l2", "palm"]
@@ -92,7 +91,6 @@ class OrthogonalizedMomentumStrategy(Strategy[Any]):
         "momentum": fraction(0.95),
         "weight_decay": nonnegative(0.01),
     }
-    decay: ClassVar[Literal["before", "after", "inside"]] = "before"
     structures = ()
     combine_params: ClassVar[tuple[PreconditionerGroup, ...]] = (StackExperts(), Matricize())
 
@@ -115,12 +113,13 @@ class OrthogonalizedMomentumStrategy(Strategy[Any]):
         """Return a zero momentum."""
         return MomentumState(torch.zeros_like(like))
 
-    def decay_factor(self, hp: Mapping[str, Any]) -> float | Tensor:
-        """Return what the core multiplies the parameters by to decay them."""
+    def decay_factors(self, hp: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor]:
+        """Return the factor of weight decay, which comes before the update."""
         lr, decay = hp["lr"], hp["weight_decay"]
+        if decay == 0:
+            return 1.0, 1.0
         rates = {"decoupled": lr * decay, "independent": decay, "palm": lr * lr * decay, "l2": 0}
-        factor: float | Tensor = 1 - rates[self.weight_decay_method]
-        return factor
+        return 1 - rates[self.weight_decay_method], 1.0
 
     def update(self, state: Any, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext) -> Tensor:
         """Update the momentum and return the directions."""

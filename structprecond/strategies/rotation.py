@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from structprecond.core.state import Rows, rows_of, select
-from structprecond.errors import DecompositionError
-from structprecond.strategies.base import (
+from structprecond.checks import check_flags, check_positive
+from structprecond.core.refresh import refresh_rows
+from structprecond.core.state import Rows
+from structprecond.core.strategy import (
     Hyperparameter,
     StepContext,
     Strategy,
-    check_flags,
-    check_positive,
+    decoupled_decay,
     interval,
     nonnegative,
 )
@@ -41,15 +41,21 @@ class FactoredStrategy(Strategy[Any]):
 
     max_precond_dim: int = 10000
     precondition_1d: bool = False
-    decay: ClassVar[Literal["before", "after", "inside"]] = "after"
     refresh_interval = "precondition_frequency"
-    refresh_phase = 1
     structures = (BlockwiseMatrix, DiagonalMatrix)
 
     def __post_init__(self) -> None:
         """Check the static configuration."""
         check_positive(max_precond_dim=self.max_precond_dim)
         check_flags(precondition_1d=self.precondition_1d)
+
+    def due(self, steps: Tensor, phase_offsets: Tensor, every: int) -> Tensor:
+        """Return which rows to refresh: after update t = 1, 2, ... that the interval divides."""
+        return super().due(steps + 1, phase_offsets, every)
+
+    def decay_factors(self, hp: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor]:
+        """Return the factor of decoupled weight decay, which comes after the update."""
+        return 1.0, decoupled_decay(hp)
 
     def adapt_structures(
         self, structures: tuple[Structure, ...], dims: Sequence[int], order: int, units: str
@@ -100,33 +106,8 @@ class RotatedStrategy(FactoredStrategy):
             ratios = torch.stack([S[due].off_diagonal_ratio(Q[due]) for S, Q in axes]).amax(0)
             # a ratio that is NaN is not good enough
             stale = ~(ratios <= hp["refresh_tolerance"]).cpu()
-            due = torch.arange(len(ctx.steps), device="cpu")[due][stale]
+            due = torch.arange(len(ctx.failed), device="cpu")[due][stale]
         refresh_rows(self._refresh, state, due, ctx)
-
-
-def refresh_rows(
-    refresh: Callable[[Any, Rows], None], state: Any, rows: Rows, ctx: StepContext
-) -> None:
-    """Refresh rows of a state; those with a matrix that cannot be decomposed stay as they are.
-
-    Args:
-        refresh: Is given the state of some rows, and which rows these are, and refreshes them all.
-            Writes nothing before everything is decomposed, so that it fails without a trace.
-        state: The state of all rows.
-        rows: The rows to refresh.
-        ctx: Notes down which rows failed.
-    """
-    remaining = torch.zeros_like(ctx.failed)
-    remaining[rows] = True
-    while (chosen := select(remaining)) is not None:
-        try:
-            with rows_of(state, chosen) as part:
-                refresh(part, chosen)
-            return
-        except DecompositionError as error:
-            failed = remaining.nonzero().squeeze(1)[error.rows]
-            remaining[failed] = False
-            ctx.failed[failed] = True
 
 
 def overwrite(

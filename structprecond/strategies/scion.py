@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from structprecond.core.optimizer import Nonfinite, StructuredOptimizer
-from structprecond.core.rounding import Rounding
+from structprecond.checks import check_choice, check_positive
+from structprecond.core.optimizer import StructuredOptimizer
+from structprecond.core.options import CommonOptions, from_keywords
 from structprecond.core.routing import Routing
-from structprecond.groups import PreconditionerGroup
+from structprecond.core.strategy import Hyperparameter, Strategy, fraction, nonnegative
 from structprecond.linalg.polar import (
     CoefficientType,
     MatmulPrecision,
     checked_coefficients,
     newton_schulz,
 )
-from structprecond.strategies.base import (
-    Hyperparameter,
-    check_choice,
-    check_positive,
-    fraction,
-    nonnegative,
-)
-from structprecond.strategies.orthogonalized import OrthogonalizedMomentumStrategy
+from structprecond.roles import RoleName
+from structprecond.strategies.orthogonalized import NOT_MATRICES, OrthogonalizedMomentumStrategy
 
 Norm = Literal["spectral", "sign", "row", "rms"]
 
@@ -114,12 +110,10 @@ class Scion(StructuredOptimizer):
     """Scion: steps of unit length in the norm that suits each layer (Pethick et al. 2025).
 
     Hidden matrices get the spectral norm, heads the sign, embeddings unit rows, and vectors a unit
-    root mean square, by the roles that `infer_roles` finds. The update rule stands at
-    `ScionStrategy`.
+    root mean square, by the roles that `infer_roles` finds. The update rule is
+    documented at `ScionStrategy`.
 
     Args:
-        model: The model, or parameters as torch optimizers take them.
-        params: The parameters to optimize, or group dicts. Default: all of the model's.
         lr: Learning rate. Default: 3.6e-4.
         momentum: Decay of the momentum. Default: 0.9.
         weight_decay: Decoupled weight decay; 1.0 keeps parameters within the radius. Default: 0.0.
@@ -128,13 +122,6 @@ class Scion(StructuredOptimizer):
         coefficient_type: As in `Muon`. Default: "quintic".
         num_ns_steps: As in `Muon`. Default: 5.
         fp32_matmul_prec: As in `Muon`. Default: "medium".
-        combine_params: The grouping rules, most important first. Default: as in `Muon`.
-        nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
-            "skip".
-        rounding: How parameters of low precision are written back: rounded to the "nearest",
-            "stochastic", or "kahan", with what was lost carried over. Default: "nearest".
-        maximize: Whether to maximize. Default: False.
-        verbose_init: Whether to print what is treated how. Default: False.
 
     Raises:
         StructPrecondError: If an argument is wrong; the message says what to do.
@@ -159,38 +146,17 @@ class Scion(StructuredOptimizer):
         coefficient_type: CoefficientType = "quintic",
         num_ns_steps: int = 5,
         fp32_matmul_prec: MatmulPrecision = "medium",
-        combine_params: Sequence[PreconditionerGroup] | None = None,
-        nonfinite: Nonfinite = "skip",
-        rounding: Rounding = "nearest",
-        maximize: bool = False,
-        verbose_init: bool = False,
+        **options: Unpack[CommonOptions],
     ) -> None:
+        spectral, hp = from_keywords(ScionStrategy, locals())
         vectors = ScionStrategy(norm="rms", radius=radius)
-        spectral = ScionStrategy(
-            norm="spectral",
-            radius=radius,
-            coefficient_type=coefficient_type,
-            num_ns_steps=num_ns_steps,
-            fp32_matmul_prec=fp32_matmul_prec,
-        )
-        routing = Routing(
-            spectral,
-            roles={
-                "embedding": ScionStrategy(norm="row", radius=radius),
-                "head": ScionStrategy(norm="sign", radius=head_radius),
-                "norm": vectors,
-                "bias": vectors,
-                "other": vectors,
-            },
-        )
+        roles: dict[RoleName, Strategy[Any]] = dict.fromkeys(NOT_MATRICES, vectors)
+        roles["embedding"] = ScionStrategy(norm="row", radius=radius)
+        roles["head"] = ScionStrategy(norm="sign", radius=head_radius)
         super().__init__(
             model,
             params,
-            strategy=routing,
-            hyperparameters={"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
-            combine_params=combine_params,
-            nonfinite=nonfinite,
-            rounding=rounding,
-            maximize=maximize,
-            verbose_init=verbose_init,
+            strategy=Routing(spectral, roles=roles),
+            hyperparameters=hp,
+            **options,
         )

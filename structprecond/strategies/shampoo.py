@@ -8,28 +8,29 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
-from structprecond.core.rounding import Rounding
+from structprecond.checks import check_choice, check_count, check_positive
+from structprecond.core.optimizer import StructuredOptimizer
+from structprecond.core.options import FactorOptions, from_keywords
+from structprecond.core.refresh import refresh_rows
 from structprecond.core.state import Rows, State
-from structprecond.errors import StructPrecondError, StructureError
-from structprecond.groups import PerParameter, PreconditionerGroup
-from structprecond.linalg import RootMethod, has_inverse_root
-from structprecond.strategies.base import (
+from structprecond.core.strategy import (
     Hyperparameter,
     StepContext,
-    check_positive,
     interval,
     nonnegative,
+    pair_of_fractions,
 )
-from structprecond.strategies.moments import correction, pair_of_fractions
-from structprecond.strategies.rotation import FactoredStrategy, overwrite, refresh_rows
+from structprecond.errors import StructureError
+from structprecond.linalg import RootMethod, has_inverse_root
+from structprecond.strategies.rotation import FactoredStrategy, overwrite
 from structprecond.structures import DiagonalMatrix, StructuredMatrix
 from structprecond.structures.blockwise import BlockwiseMatrix
 from structprecond.structures.mode_product import average_inner_, multiply_axes
-from structprecond.structures.spec import PerAxis, Structure, StructureSpec
+from structprecond.structures.spec import Structure
 
-Grafting = Literal["adam", "rmsprop", "sgd"] | None
+Grafting = Literal["adam", "rmsprop", "sgd", None]
 Roots = tuple[BlockwiseMatrix | DiagonalMatrix | None, ...]
 
 
@@ -98,26 +99,15 @@ class ShampooStrategy(FactoredStrategy):
         ),
         "grafting_eps": nonnegative(1e-8),
     }
-    decay = "inside"
 
     def __post_init__(self) -> None:
         """Check the static configuration."""
         super().__post_init__()
-        if self.grafting not in ("adam", "rmsprop", "sgd", None):
-            raise StructPrecondError(
-                f"grafting must be 'adam', 'rmsprop', 'sgd' or None, got {self.grafting!r}."
-            )
-        if self.root not in ("eigh", "coupled_newton", "newton_db"):
-            raise StructPrecondError(
-                f"root must be 'eigh', 'coupled_newton' or 'newton_db', got {self.root!r}."
-            )
+        check_choice("grafting", self.grafting, Grafting)
+        check_choice("root", self.root, RootMethod)
+        check_count(start_preconditioning_step=self.start_preconditioning_step)
         if self.exponent is not None:
             check_positive(exponent=self.exponent)
-        start = self.start_preconditioning_step
-        if isinstance(start, bool) or not isinstance(start, int) or start < 1:
-            raise StructPrecondError(
-                f"start_preconditioning_step must be an integer of at least 1, got {start!r}."
-            )
 
     def adapt_structures(
         self, structures: tuple[Structure, ...], dims: Sequence[int], order: int, units: str
@@ -147,10 +137,14 @@ class ShampooStrategy(FactoredStrategy):
             torch.zeros_like(like) if self.grafting in ("adam", "rmsprop") else None,
         )
 
-    def due(self, steps: Tensor, turns: Tensor, every: int) -> Tensor:
+    def due(self, steps: Tensor, phase_offsets: Tensor, every: int) -> Tensor:
         """Return which rows are at their first preconditioned step, or at a multiple after it."""
         t, start = steps + 1, self.start_preconditioning_step
-        return (t == start) | ((t > start) & ((t + turns) % every == 0))
+        return (t == start) | ((t > start) & super().due(steps, phase_offsets, every))
+
+    def decay_factors(self, hp: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor]:
+        """Leave all weight decay to `update`."""
+        return 1.0, 1.0
 
     def update(
         self, state: ShampooState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
@@ -161,19 +155,20 @@ class ShampooStrategy(FactoredStrategy):
         if ctx.due is not None:
 
             def refresh(part: ShampooState, rows: Rows) -> None:
-                self._refresh(part, hp, correction(betas[1], ctx.steps[rows], part.exp_avg))
+                self._refresh(part, hp, ctx.bias_correction(betas[1], rows))
 
             refresh_rows(refresh, state, ctx.due, ctx)
         state.exp_avg.lerp_(grad, 1 - betas[0])
-        mean = state.exp_avg / correction(betas[0], ctx.steps, grad)
-        grafted = self._graft(state, mean, grad, hp, ctx.steps)
+        mean = state.exp_avg / ctx.bias_correction(betas[0])
+        grafted = self._graft(state, mean, grad, hp, ctx)
         direction = multiply_axes(mean, state.inverse_roots, "matmat")
         if self.grafting is not None:
             direction = direction * (_norms(grafted) / (_norms(direction) + 1e-16))
-        started = ctx.steps + 1 >= self.start_preconditioning_step
-        if ctx.steps.is_floating_point() or not bool(started.all()):
-            mask = started.to(grad.device).reshape(-1, *[1] * (grad.ndim - 1))
-            direction = torch.where(mask, direction, grafted)
+        started = ctx.reached(self.start_preconditioning_step)
+        if isinstance(started, bool):
+            direction = direction if started else grafted
+        else:
+            direction = torch.where(started, direction, grafted)
         if hp["weight_decay"]:
             direction = direction.add(ctx.params(), alpha=hp["weight_decay"])
         return direction
@@ -196,14 +191,14 @@ class ShampooStrategy(FactoredStrategy):
         mean: Tensor,
         grad: Tensor,
         hp: Mapping[str, Any],
-        steps: Tensor,
+        ctx: StepContext,
     ) -> Tensor:
         """Return the direction of the grafting method."""
         if state.grafting_sq is None:
             return mean
         beta2 = hp["betas"][1] if hp["grafting_beta2"] is None else hp["grafting_beta2"]
         state.grafting_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        unbias = correction(beta2, steps, grad) if self.grafting == "adam" else 1.0
+        unbias = ctx.bias_correction(beta2) if self.grafting == "adam" else 1.0
         return mean / (state.grafting_sq / unbias).sqrt_().add_(hp["grafting_eps"])
 
 
@@ -230,11 +225,10 @@ def _make(
 class Shampoo(StructuredOptimizer):
     """Shampoo with grafting (Gupta et al. 2018, arXiv 1802.09568).
 
-    The update rule stands at `ShampooStrategy`.
+    The update rule is documented at `ShampooStrategy`. The structures `dense`, `diagonal`,
+    `block<k>diagonal` and `none` can be used.
 
     Args:
-        model: The model, or parameters as torch optimizers take them.
-        params: The parameters to optimize, or group dicts. Default: all of the model's.
         lr: Learning rate. Default: 1e-2.
         betas: Decay of the first moment and of the factors. Default: (0.9, 0.99).
         eps: Damping of the factors. Default: 1e-12.
@@ -251,19 +245,6 @@ class Shampoo(StructuredOptimizer):
         max_precond_dim: Axes longer than this get no factor. Default: 10000.
         root: How inverse roots are computed: "eigh", "coupled_newton" or "newton_db". Default:
             "eigh".
-        structures: The structure of every factor: `dense`, `diagonal`, `block<k>diagonal` or
-            `none`, for all, or in a dict from the order of a tensor to a name or a tuple of names.
-            Default: `"dense"`.
-        preconditioner_dtypes: The dtype in which factors and roots are stored, given like
-            `structures`. Default: float32, or float64 for float64 parameters.
-        combine_params: The grouping rules, most important first. Default: each parameter by itself.
-        refresh: "synchronous" or "staggered", in turns. Default: "synchronous".
-        nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
-            "skip".
-        rounding: How parameters of low precision are written back: rounded to the "nearest",
-            "stochastic", or "kahan", with what was lost carried over. Default: "nearest".
-        maximize: Whether to maximize. Default: False.
-        verbose_init: Whether to print what is treated how. Default: False.
 
     Raises:
         StructPrecondError: If an argument is wrong; the message says what to do.
@@ -293,40 +274,7 @@ class Shampoo(StructuredOptimizer):
         exponent: float | None = None,
         max_precond_dim: int = 10000,
         root: RootMethod = "eigh",
-        structures: StructureSpec = "dense",
-        preconditioner_dtypes: PerAxis[torch.dtype | None] = None,
-        combine_params: Sequence[PreconditionerGroup] = (PerParameter(),),
-        refresh: Refresh = "synchronous",
-        nonfinite: Nonfinite = "skip",
-        rounding: Rounding = "nearest",
-        maximize: bool = False,
-        verbose_init: bool = False,
+        **options: Unpack[FactorOptions],
     ) -> None:
-        super().__init__(
-            model,
-            params,
-            strategy=ShampooStrategy(
-                max_precond_dim=max_precond_dim,
-                start_preconditioning_step=start_preconditioning_step,
-                grafting=grafting,
-                exponent=exponent,
-                root=root,
-            ),
-            hyperparameters={
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "precondition_frequency": precondition_frequency,
-                "grafting_beta2": grafting_beta2,
-                "grafting_eps": grafting_eps,
-            },
-            structures=structures,
-            preconditioner_dtypes=preconditioner_dtypes,
-            combine_params=combine_params,
-            refresh=refresh,
-            nonfinite=nonfinite,
-            rounding=rounding,
-            maximize=maximize,
-            verbose_init=verbose_init,
-        )
+        strategy, hp = from_keywords(ShampooStrategy, locals())
+        super().__init__(model, params, strategy=strategy, hyperparameters=hp, **options)

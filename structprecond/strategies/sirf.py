@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from structprecond.core.batch_size import GetBatchSize, get_batch_size
-from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
-from structprecond.core.rounding import Rounding
+from structprecond.core.optimizer import StructuredOptimizer
+from structprecond.core.options import FactorOptions, from_keywords
 from structprecond.core.state import State, rows_of
-from structprecond.groups import PerParameter, PreconditionerGroup
-from structprecond.strategies.base import (
+from structprecond.core.strategy import (
     Hyperparameter,
     StepContext,
     Strategy,
@@ -25,7 +25,7 @@ from structprecond.strategies.base import (
 )
 from structprecond.structures import SUPPORTED_STRUCTURES, StructuredMatrix
 from structprecond.structures.mode_product import matricize, multiply_axes
-from structprecond.structures.spec import PerAxis, Structure, StructureSpec
+from structprecond.structures.spec import Structure
 
 Factors = tuple[StructuredMatrix | None, ...]
 
@@ -77,10 +77,8 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
         "kappa": nonnegative(0.0),
         "T": interval(1),
     }
-    decay = "inside"
     refresh_interval = "T"
     needs_batch_size = True
-    refresh_waits = False
 
     def init(
         self, like: Tensor, structures: tuple[Structure, ...], dtypes: tuple[torch.dtype, ...]
@@ -95,6 +93,10 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
             for make in ("eye", "zeros")
         )
         return SIRFShampooState(eyes, zeros, torch.zeros_like(like))
+
+    def decay_factors(self, hp: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor]:
+        """Leave all weight decay to `update`."""
+        return 1.0, 1.0
 
     def update(
         self, state: SIRFShampooState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
@@ -149,12 +151,10 @@ def _as(dtype: torch.dtype, factors: Factors) -> Factors:
 class SIRFShampoo(StructuredOptimizer):
     """Structured, inverse-free and root-free Shampoo (Lin et al. 2024, arXiv 2402.03496).
 
-    Assumes that the loss is a mean over the samples of a batch. The update rule stands at
-    `SIRFShampooStrategy`.
+    Assumes that the loss is a mean over the samples of a batch. The update rule is documented at
+    `SIRFShampooStrategy`. All structures can be used.
 
     Args:
-        model: The model, or parameters as torch optimizers take them.
-        params: The parameters to optimize, or group dicts. Default: all of the model's.
         lr: Learning rate. Default: 1e-3.
         beta2: Learning rate of the Kronecker factors. Default: 0.01.
         alpha1: Momentum of the update, from 0 to below 1. Default: 0.9.
@@ -166,19 +166,6 @@ class SIRFShampoo(StructuredOptimizer):
             size of dimension 0 of the first tensor among the inputs.
         T: The factors are updated every T steps, or when a callable of the global step says so.
             Default: 1.
-        structures: The structure of every factor: a name of `SUPPORTED_STRUCTURES` for all, or a
-            dict from the order of a tensor to a name or a tuple of names, e.g.
-            `{1: "diagonal", 2: ("dense", "block64diagonal")}`. Default: `"dense"`.
-        preconditioner_dtypes: The dtype in which factors are stored, given like `structures`.
-            Default: float32, or float64 for float64 parameters.
-        combine_params: The grouping rules, most important first. Default: each parameter by itself.
-        refresh: "synchronous" or "staggered", in turns. Default: "synchronous".
-        nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
-            "skip".
-        rounding: How parameters of low precision are written back: rounded to the "nearest",
-            "stochastic", or "kahan", with what was lost carried over. Default: "nearest".
-        maximize: Whether to maximize. Default: False.
-        verbose_init: Whether to print what is treated how. Default: False.
 
     Raises:
         StructPrecondError: If an argument is wrong; the message says what to do.
@@ -209,45 +196,24 @@ class SIRFShampoo(StructuredOptimizer):
         kappa: float = 0.0,
         batch_size: int | GetBatchSize = get_batch_size,
         T: int | Callable[[int], bool] = 1,
-        structures: StructureSpec = "dense",
-        preconditioner_dtypes: PerAxis[torch.dtype | None] = None,
-        combine_params: Sequence[PreconditionerGroup] = (PerParameter(),),
-        refresh: Refresh = "synchronous",
-        nonfinite: Nonfinite = "skip",
-        rounding: Rounding = "nearest",
-        maximize: bool = False,
-        verbose_init: bool = False,
+        **options: Unpack[FactorOptions],
     ) -> None:
+        strategy, hp = from_keywords(SIRFShampooStrategy, locals())
         super().__init__(
             model,
             params,
-            strategy=SIRFShampooStrategy(),
-            hyperparameters={
-                "lr": lr,
-                "beta2": beta2,
-                "alpha1": alpha1,
-                "alpha2": alpha2,
-                "lam": lam,
-                "kappa": kappa,
-                "T": T,
-            },
-            structures=structures,
-            preconditioner_dtypes=preconditioner_dtypes,
-            combine_params=combine_params,
+            strategy=strategy,
+            hyperparameters=hp,
             batch_size=batch_size,
-            refresh=refresh,
-            nonfinite=nonfinite,
-            rounding=rounding,
-            maximize=maximize,
-            verbose_init=verbose_init,
+            **options,
         )
 
     @property
     def preconditioner(self) -> list[Factors]:
         """The Kronecker factors of every unit, as views."""
-        return self._per_unit(lambda state: state.preconditioner)
+        return [m for bucket in self.buckets for m in bucket.per_unit("preconditioner")]
 
     @property
     def preconditioner_momenta(self) -> list[Factors]:
         """The momenta of the Kronecker factors of every unit, as views."""
-        return self._per_unit(lambda state: state.preconditioner_momenta)
+        return [m for bucket in self.buckets for m in bucket.per_unit("preconditioner_momenta")]

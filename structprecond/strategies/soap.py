@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from structprecond.core.optimizer import Nonfinite, Refresh, StructuredOptimizer
-from structprecond.core.rounding import Rounding
+from structprecond.checks import check_choice, check_flags, check_positive
+from structprecond.core.optimizer import StructuredOptimizer
+from structprecond.core.options import FactorOptions, from_keywords
+from structprecond.core.refresh import refresh_rows
 from structprecond.core.state import ALL_ROWS, Rows, State
-from structprecond.errors import StructPrecondError
-from structprecond.groups import MergeDims, PerParameter, PreconditionerGroup
-from structprecond.groups.merge import DataFormat
-from structprecond.linalg.product import matmul
-from structprecond.strategies.base import (
+from structprecond.core.strategy import (
     Hyperparameter,
     StepContext,
-    check_choice,
-    check_flags,
-    check_positive,
     nonnegative,
-)
-from structprecond.strategies.moments import (
-    adam_direction,
-    correction,
-    factor_decay,
-    fraction_or_default,
     pair_of_fractions,
 )
+from structprecond.errors import StructPrecondError
+from structprecond.groups import MergeDims
+from structprecond.groups.merge import DataFormat
+from structprecond.linalg.product import matmul
+from structprecond.strategies.moments import adam_direction, factor_decay, fraction_or_default
 from structprecond.strategies.rotation import (
     RotatedFactors,
     RotatedStrategy,
     make_factors,
     overwrite,
-    refresh_rows,
     rotate,
     rotate_back,
 )
 from structprecond.structures.mode_product import average_inner_, multiply_axes
-from structprecond.structures.spec import PerAxis, Structure, StructureSpec
+from structprecond.structures.spec import Structure
 
 
 @dataclass
@@ -132,16 +126,13 @@ class SOAPStrategy(RotatedStrategy):
             *make_factors(like, structures, dtypes), torch.zeros_like(like), torch.zeros_like(like)
         )
 
-    def skips_first(self, structures: tuple[Structure, ...]) -> bool:
-        """Return whether a row's first gradient only initializes its state."""
-        return self.skip_first
-
     def begin(
         self, state: SOAPState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
-    ) -> None:
+    ) -> bool:
         """Initialize the factors and their eigenbases from the first gradient."""
         average_inner_(state.factors, grad, factor_decay(hp))
         refresh_rows(self._find_bases, state, ALL_ROWS, ctx)
+        return self.skip_first
 
     def update(
         self, state: SOAPState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
@@ -150,11 +141,11 @@ class SOAPStrategy(RotatedStrategy):
         betas = hp["betas"]
         rotated = rotate(grad, state.bases)
         if self.clip_rms is not None:
-            scale = self._clip(rotated, state.exp_avg_sq, betas[1], ctx.steps)
+            scale = self._clip(rotated, state.exp_avg_sq, betas[1], ctx)
             rotated = rotated * scale
             grad = grad * scale
         direction = rotate_back(
-            adam_direction(state.exp_avg, state.exp_avg_sq, rotated, betas, hp["eps"], steps=None),
+            adam_direction(state.exp_avg, state.exp_avg_sq, rotated, betas, hp["eps"], ctx=None),
             state.bases,
         )
         # without a skipped step the first gradient counts twice: no matter for an eigenbasis
@@ -163,22 +154,24 @@ class SOAPStrategy(RotatedStrategy):
             rms = direction.flatten(1).square().mean(1).sqrt_().add_(1e-30)
             direction.div_(rms.reshape(-1, *[1] * (direction.ndim - 1)))
         if self.correct_bias:
-            first, second = (correction(beta, ctx.steps, grad) for beta in betas)
+            first, second = (ctx.bias_correction(beta) for beta in betas)
             direction.mul_(second**0.5 / first)
         self._refresh_stale(state, hp, ctx)
         return direction
 
-    def _clip(self, rotated: Tensor, exp_avg_sq: Tensor, beta2: float, steps: Tensor) -> Tensor:
+    def _clip(self, rotated: Tensor, exp_avg_sq: Tensor, beta2: float, ctx: StepContext) -> Tensor:
         """Return the factors `(b, 1, ...)` that bring gradients down to the largest allowed rms."""
         assert self.clip_rms is not None
-        # before the first update there is nothing to compare with
-        seen = (steps > 0).to(rotated.device)
-        unbiased = exp_avg_sq / correction(beta2, (steps - 1).clamp(min=0), rotated)
+        unbiased = exp_avg_sq / ctx.bias_correction(beta2, ago=1)
         # entries without a second moment, such as rows of unseen words, say nothing about outliers
         ratios = torch.where(unbiased > 0, rotated.square() / unbiased, 0.0)
         rms = ratios.flatten(1).mean(1).sqrt_().nan_to_num_(posinf=torch.finfo(ratios.dtype).max)
-        scale = torch.where(seen, (self.clip_rms / rms).clamp(max=1.0), 1.0)
-        return scale.reshape(-1, *[1] * (rotated.ndim - 1))
+        scale = (self.clip_rms / rms).clamp(max=1.0).reshape(-1, *[1] * (rotated.ndim - 1))
+        # before the first update there is nothing to compare with
+        seen = ctx.reached(2)
+        if isinstance(seen, bool):
+            return scale if seen else torch.ones_like(scale)
+        return torch.where(seen, scale, 1.0)
 
     def _refresh(self, state: SOAPState, rows: Rows) -> None:
         """Refresh the eigenbases, and bring the moments into the new ones."""
@@ -221,11 +214,11 @@ def _permute(tensor: Tensor, order: Tensor, axis: int) -> Tensor:
 class SOAP(StructuredOptimizer):
     """SOAP: Adam in the eigenbasis of Shampoo's factors (Vyas et al. 2024, arXiv 2409.11321).
 
-    The update rule stands at `SOAPStrategy`.
+    The update rule is documented at `SOAPStrategy`. The structures `dense`, `diagonal`,
+    `block<k>diagonal` and `none` can be used: `{2: ("dense", "none"), ...}` is one-sided SOAP,
+    `"diagonal"` is Adam.
 
     Args:
-        model: The model, or parameters as torch optimizers take them.
-        params: The parameters to optimize, or group dicts. Default: all of the model's.
         lr: Learning rate. Default: 3e-3.
         betas: Decay of the first and the second moment. Default: (0.95, 0.95).
         shampoo_beta: Decay of the factors; negative for `betas[1]`. Default: -1.
@@ -248,20 +241,6 @@ class SOAP(StructuredOptimizer):
         transport: Whether the second moment follows a change of basis. Default: False.
         clip_rms: The largest root mean square of a gradient over its second moment, for runs with
             outliers; None for no limit. Default: None.
-        structures: The structure of every factor: `dense`, `diagonal`, `block<k>diagonal` or
-            `none`, for all, or in a dict from the order of a tensor to a name or a tuple of names.
-            `{2: ("dense", "none"), ...}` is one-sided SOAP, `"diagonal"` is Adam. Default:
-            `"dense"`.
-        preconditioner_dtypes: The dtype in which factors and bases are stored, given like
-            `structures`. Default: float32, or float64 for float64 parameters.
-        combine_params: The grouping rules, most important first. Default: each parameter by itself.
-        refresh: "synchronous" or "staggered", in turns. Default: "synchronous".
-        nonfinite: "skip" a unit whose gradient is not finite, "raise", or "ignore". Default:
-            "skip".
-        rounding: How parameters of low precision are written back: rounded to the "nearest",
-            "stochastic", or "kahan", with what was lost carried over. Default: "nearest".
-        maximize: Whether to maximize. Default: False.
-        verbose_init: Whether to print what is treated how. Default: False.
 
     Raises:
         StructPrecondError: If an argument is wrong; the message says what to do.
@@ -297,49 +276,15 @@ class SOAP(StructuredOptimizer):
         skip_first: bool = True,
         transport: bool = False,
         clip_rms: float | None = None,
-        structures: StructureSpec = "dense",
-        preconditioner_dtypes: PerAxis[torch.dtype | None] = None,
-        combine_params: Sequence[PreconditionerGroup] | None = None,
-        refresh: Refresh = "synchronous",
-        nonfinite: Nonfinite = "skip",
-        rounding: Rounding = "nearest",
-        maximize: bool = False,
-        verbose_init: bool = False,
+        **options: Unpack[FactorOptions],
     ) -> None:
+        strategy, hp = from_keywords(SOAPStrategy, locals())
         check_choice("data_format", data_format, DataFormat)
-        if merge_dims and combine_params is not None:
-            raise StructPrecondError(
-                "merge_dims=True is short for combine_params=(MergeDims(...),), but "
-                "combine_params is given too. Put MergeDims into combine_params."
-            )
-        rule = MergeDims(max_precond_dim, data_format) if merge_dims else PerParameter()
-        super().__init__(
-            model,
-            params,
-            strategy=SOAPStrategy(
-                max_precond_dim=max_precond_dim,
-                precondition_1d=precondition_1d,
-                normalize_grads=normalize_grads,
-                correct_bias=correct_bias,
-                skip_first=skip_first,
-                transport=transport,
-                clip_rms=clip_rms,
-            ),
-            hyperparameters={
-                "lr": lr,
-                "betas": betas,
-                "shampoo_beta": shampoo_beta,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "precondition_frequency": precondition_frequency,
-                "refresh_tolerance": refresh_tolerance,
-            },
-            structures=structures,
-            preconditioner_dtypes=preconditioner_dtypes,
-            combine_params=(rule,) if combine_params is None else combine_params,
-            refresh=refresh,
-            nonfinite=nonfinite,
-            rounding=rounding,
-            maximize=maximize,
-            verbose_init=verbose_init,
-        )
+        if merge_dims:
+            if options.get("combine_params") is not None:
+                raise StructPrecondError(
+                    "merge_dims=True is short for combine_params=(MergeDims(...),), but "
+                    "combine_params is given too. Put MergeDims into combine_params."
+                )
+            options["combine_params"] = (MergeDims(max_precond_dim, data_format),)
+        super().__init__(model, params, strategy=strategy, hyperparameters=hp, **options)

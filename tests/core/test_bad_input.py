@@ -447,7 +447,7 @@ ARGUMENTS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     ),
     "data format": (
         lambda m: SOAP(m, merge_dims=True, data_format="foo"),  # type: ignore[arg-type]
-        "data_format must be one of 'channels_first', 'channels_last', got 'foo'",
+        "data_format must be 'channels_first' or 'channels_last', got 'foo'",
     ),
     "size of merged axes": (
         lambda m: SOAP(m, merge_dims=True, max_precond_dim=0),
@@ -475,8 +475,8 @@ ARGUMENTS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
         "weight_decay_method.*'l1'",
     ),
     "two scales": (
-        lambda m: Muon(m, match_rms="adamw", scale_mode="unit_rms_norm"),
-        "match_rms='adamw' and scale_mode='unit_rms_norm'",
+        lambda m: Muon(m, scale_mode="match_rms"),  # type: ignore[arg-type]
+        "scale_mode must be 'spectral', .* or 'match_rms_adamw', got 'match_rms'",
     ),
     "factor to no lr": (
         lambda m: Muon(m, lr=0.0, adamw_lr=0.1),

@@ -226,7 +226,7 @@ def test_model_converted_after_construction_goes_on_with_its_state(
         assert p.dtype == dtype
         assert p.isfinite().all()
         assert not torch.equal(p, old)
-    assert {int(s) for b in optimizer.buckets for s in b.steps} <= {7, 8}
+    assert {int(s) for b in optimizer.buckets for s in b.counters.step} <= {7, 8}
 
 
 @every_strategy

@@ -32,6 +32,7 @@ from structprecond import (
     StructuredOptimizer,
 )
 from structprecond.core.bucket import Bucket
+from structprecond.core.step import Plan
 from structprecond.linalg import eigh, matrix_inverse_root, orthogonal_iteration
 from structprecond.linalg import roots as roots_module
 from tests.helpers import same_bits, set_grads, snapshot
@@ -491,22 +492,23 @@ def test_stacks_of_gradients_are_freed_as_soon_as_they_were_used(
 ) -> None:
     stacks: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
-    gather, step = Bucket.gather, Bucket.step
+    gather, apply = Bucket.gather_grads, Plan.apply
 
     def watched_gather(bucket: Bucket, live: Any) -> Tensor:
         stack = gather(bucket, live)
         stacks.append(weakref.ref(stack))
         return stack
 
-    def watched_step(bucket: Bucket, *args: Any) -> None:
-        step(bucket, *args)
+    def watched_apply(plan: Plan) -> list[str]:
+        failed = apply(plan)
         alive.append(sum(stack() is not None for stack in stacks))
+        return failed
 
     params = [nn.Parameter(torch.randn(n, 2)) for n in (2, 3, 4)]
     optimizer = AdamW(params)
     set_grads(params, 0)
-    monkeypatch.setattr(Bucket, "gather", watched_gather)
-    monkeypatch.setattr(Bucket, "step", watched_step)
+    monkeypatch.setattr(Bucket, "gather_grads", watched_gather)
+    monkeypatch.setattr(Plan, "apply", watched_apply)
     optimizer.step()
     assert alive == [3, 2, 1]
     assert [stack() for stack in stacks] == [None] * 3

@@ -26,7 +26,7 @@ from structprecond import (
     StructPrecondError,
     StructuredOptimizer,
 )
-from structprecond.strategies.base import nonnegative
+from structprecond.core.strategy import nonnegative
 from tests.core.test_bad_input import _net
 from tests.helpers import mlp, same_bits, set_grads, values
 

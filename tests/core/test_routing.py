@@ -41,6 +41,7 @@ from structprecond import (
     describe,
     roles,
 )
+from structprecond.core.routing import name_of
 
 
 class _Net(nn.Module):
@@ -90,7 +91,7 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> 
 
 def _routes(optimizer: StructuredOptimizer) -> dict[str, tuple[str, str]]:
     return {
-        unit.label: (bucket.strategy.name, rule)
+        unit.label: (name_of(bucket.strategy), rule)
         for bucket in optimizer.buckets
         for unit, rule in zip(bucket.units, bucket.rules, strict=True)
     }
@@ -193,7 +194,7 @@ def test_schedulers_see_one_lr_per_group_as_given() -> None:
     _train(model, optimizer, range(1))
     schedule.step()
     assert schedule.get_last_lr() == [0.15, 0.005, 0.05]
-    halves = {b.strategy.name: b.hyperparameters["lr"] for b in optimizer.buckets}
+    halves = {name_of(b.strategy): b.hyperparameters["lr"] for b in optimizer.buckets}
     assert halves["muon"] == 0.0025
 
 
@@ -402,7 +403,7 @@ def test_groups_name_a_strategy_of_the_optimizer_and_share_its_settings() -> Non
             {"params": model.hidden.parameters(), "strategy": "adamw", "adamw_eps": 1e-3},
             {"params": [*model.embedding.parameters(), *model.head.parameters()]},
         ],
-        match_rms="adamw",
+        scale_mode="match_rms_adamw",
         adamw_betas=(0.5, 0.6),
         adamw_lr=0.1,
         lr=0.2,
@@ -412,7 +413,7 @@ def test_groups_name_a_strategy_of_the_optimizer_and_share_its_settings() -> Non
     assert {routes[f"hidden.{name}"][0] for name in ("weight", "bias")} == {"adamw"}
     assert routes["head.weight"] == ("adamw", "head")
     for bucket in optimizer.buckets:
-        if bucket.strategy.name == "muon":
+        if name_of(bucket.strategy) == "muon":
             assert bucket.strategy.scale_mode == "match_rms_adamw"  # type: ignore[attr-defined]
         else:
             assert bucket.hyperparameters["betas"] == (0.5, 0.6)
@@ -519,7 +520,7 @@ def test_describe_takes_a_sam_and_shows_routes_of_one_class() -> None:
     shown = str(describe(SAM(None, Scion(_net()))))
     assert "route" in shown.splitlines()[0]
     with pytest.raises(StructPrecondError, match="describe takes an optimizer of this library"):
-        describe(torch.optim.SGD(_net().parameters(), lr=0.1))  # type: ignore[arg-type]
+        describe(torch.optim.SGD(_net().parameters(), lr=0.1))
 
 
 def test_tied_heads_are_not_for_muon() -> None:

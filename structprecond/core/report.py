@@ -1,13 +1,14 @@
-"""What an optimizer treats how: `describe`."""
+"""How an optimizer treats each parameter: `describe`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from structprecond.core.checkpoint import describe_object
-from structprecond.core.optimizer import StructuredOptimizer
+from torch.optim import Optimizer
+
+from structprecond.core.bucket import Bucket
+from structprecond.core.plain import describe_object
 from structprecond.errors import StructPrecondError
-from structprecond.sam import SAM
 from structprecond.tables import lay_out
 
 
@@ -44,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Description:
-    """What an optimizer treats how; print it for a table.
+    """How an optimizer treats each parameter; print it for a table.
 
     Args:
         rows: One entry per stack.
@@ -93,11 +94,11 @@ class Description:
         return "\n".join([*lines, lines[1], total])
 
 
-def describe(optimizer: StructuredOptimizer | SAM) -> Description:
+def describe(optimizer: Optimizer) -> Description:
     """Describe how an optimizer treats the parameters: stacks, structures and state bytes.
 
     Args:
-        optimizer: The optimizer, or a SAM around one.
+        optimizer: An optimizer of this library, or a SAM around one.
 
     Returns:
         The description; `print` shows it as a table.
@@ -116,9 +117,9 @@ def describe(optimizer: StructuredOptimizer | SAM) -> Description:
         ------------------------------------------------------------------
         SIRFShampooStrategy: state 220 B = 6.88 x parameters (32 B)
     """
-    if isinstance(optimizer, SAM):
-        optimizer = optimizer.base_optimizer  # type: ignore[assignment]
-    if not isinstance(optimizer, StructuredOptimizer):
+    optimizer = getattr(optimizer, "base_optimizer", optimizer)
+    buckets: list[Bucket] | None = getattr(optimizer, "buckets", None)
+    if buckets is None:
         raise StructPrecondError(
             f"describe takes an optimizer of this library, got a {type(optimizer).__name__}."
         )
@@ -137,7 +138,7 @@ def describe(optimizer: StructuredOptimizer | SAM) -> Description:
             state_bytes=sum(t.numel() * t.element_size() for t in bucket.named_tensors().values()),
             live=any(p.requires_grad for p in bucket.params),
         )
-        for bucket in optimizer.buckets
+        for bucket in buckets
     ]
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     return Description(tuple(rows), sum(p.numel() * p.element_size() for p in parameters))

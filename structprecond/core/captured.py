@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from structprecond.core.bucket import Inputs
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.state import ALL_ROWS
+from structprecond.core.step import Plan, Recorded
 from structprecond.errors import StructPrecondError
-from structprecond.strategies.moments import all_alike
+from structprecond.linalg.precision import fast_float32
 
 
 class CapturedStep:
@@ -21,12 +21,12 @@ class CapturedStep:
     basis or root is refreshed (SIRF-Shampoo's refreshes, which are products alone, are recorded as
     well), no unit is at its first step, and the interval of refreshes is a number. Steps of another
     kind run as usual, in between. A step is recorded again, which takes longer than a plain step,
-    when gradients stand elsewhere, or when the batch size or a hyperparameter other than `lr` has
-    changed. `lr` and the number of the step are inputs of the graph.
+    when gradients have moved in memory, or when the batch size or a hyperparameter other than
+    `lr` has changed. `lr` and the number of the step are inputs of the graph.
 
-    Gradients have to stay where they are: call `optimizer.zero_grad(set_to_none=False)`. Whether
-    they are finite is not asked, since the answer would stall the device: clip them before. Hooks
-    of the optimizer run when a step is recorded, not when it is replayed. Not yet run on a GPU.
+    Gradients have to stay where they are: call `optimizer.zero_grad(set_to_none=False)`. They are
+    not checked for infinities, which would need a host-device sync: clip them before. Hooks of the
+    optimizer run around the steps that run as usual, not around others. Not yet run on a GPU.
 
     Args:
         optimizer: The optimizer, made with `nonfinite="ignore"`, of parameters on one CUDA device.
@@ -59,7 +59,7 @@ class CapturedStep:
             )
         self.optimizer = optimizer
         self.replays = 0
-        self._inputs: list[Inputs] = []
+        self._inputs: list[Recorded] = []
         # one graph for steps with a refresh, and one for those without
         self._graphs: dict[tuple[bool, ...], tuple[Any, Callable[[], None]]] = {}
 
@@ -69,97 +69,89 @@ class CapturedStep:
         Raises:
             StructPrecondError: As `optimizer.step()`, or if parameters are not on one CUDA device.
         """
-        optimizer = self.optimizer
-        live = optimizer._checked_live()
-        due = self._due(live)
-        kind = None if due is None else self._kind()
-        if due is None or kind is None:
-            optimizer.step()
+        # a callable interval is asked in every step, which no graph can do
+        if any(callable(bucket.interval) for bucket in self.optimizer.buckets):
+            self.optimizer.step()
             return
-        self._write_inputs()
+        plans = self.optimizer.plan()
+        due = self._due(plans)
+        kind = None if due is None else self._kind(plans)
+        if due is None or kind is None:
+            self.optimizer.step()
+            return
+        self._write_inputs(plans)
         known, replay = self._graphs.get(due, (None, None))
         if replay is None or known != kind:
             self._graphs.pop(due, None)
-            replay = self._record_step()
+            replay = _record(plans)
             self._graphs[due] = kind, replay
-        for bucket in optimizer.buckets:
-            bucket.count(ALL_ROWS)
-        optimizer._count_step(optimizer.batch_size)
+        for plan in plans:
+            plan.count(ALL_ROWS)
+        self.optimizer.count_step()
         replay()
         self.replays += 1
 
-    def _due(self, live: Sequence[Sequence[bool]]) -> tuple[bool, ...] | None:
+    def _due(self, plans: Sequence[Plan]) -> tuple[bool, ...] | None:
         """Return which buckets are refreshed; None if something has to be decided on the way."""
-        optimizer = self.optimizer
-        if any(callable(bucket.interval) for bucket in optimizer.buckets):
-            return None
-        intervals = optimizer._refresh_intervals()
         answers = []
-        for bucket, alive in zip(optimizer.buckets, live, strict=True):
-            if not all(alive) or not bool(bucket.begun.all()) or bool(bucket.overdue.any()):
+        for plan in plans:
+            bucket, counters = plan.bucket, plan.bucket.counters
+            ready = all(plan.live) and bool(counters.initialized.all())
+            if not ready or bool(counters.overdue.any()):
                 return None
-            due = bucket.due(bucket.layout.live_rows(alive), intervals[id(bucket)])
-            if bool(due.any()) and (bucket.strategy.refresh_waits or not bool(due.all())):
+            due = plan.due()
+            # a bucket that has not been refreshed yet may decompose matrices
+            waits = bucket.refresh_decomposes is not False or not bool(due.all())
+            if bool(due.any()) and waits:
                 return None
             answers.append(bool(due.any()))
         return tuple(answers)
 
-    def _kind(self) -> Any:
+    def _kind(self, plans: Sequence[Plan]) -> Any:
         """Return all else that a recorded step depends on but its inputs; None if unknown."""
         places, values = [], []
-        for bucket in self.optimizer.buckets:
+        for plan in plans:
+            bucket = plan.bucket
             grads = [p.grad for p in bucket.params if p.grad is not None]
             tensors = [*bucket.params, *grads, *bucket.state.named_tensors().values()]
             places += [(t.data_ptr(), t.stride(), t.dtype, t.device) for t in tensors]
-            hp = bucket.hyperparameters
-            for name in bucket.strategy.hyperparameters:
-                value = hp[name]
+            for name, value in bucket.hyperparameters.items():
                 if isinstance(value, torch.Tensor) and name != "lr":
                     if value.device.type != "cpu":
                         return None
                     value = value.tolist()
                 values.append(None if name == "lr" else value)
-        strategies = [bucket.strategy for bucket in self.optimizer.buckets]
+        strategies = [plan.bucket.strategy for plan in plans]
         return places, values, strategies, self.optimizer.batch_size, self.optimizer.maximize
 
-    def _write_inputs(self) -> None:
+    def _write_inputs(self, plans: Sequence[Plan]) -> None:
         """Write what differs from replay to replay where the graphs read it."""
-        buckets = self.optimizer.buckets
-        if [inputs.lr.device for inputs in self._inputs] != [bucket.device for bucket in buckets]:
+        if [r.lr.device for r in self._inputs] != [plan.bucket.device for plan in plans]:
             self._graphs.clear()
             self._inputs = [
-                Inputs(
-                    torch.empty(bucket.rows, dtype=torch.float64, device=bucket.device),
-                    torch.empty((), dtype=bucket.dtype, device=bucket.device),
+                Recorded(
+                    torch.empty(p.bucket.rows, dtype=torch.float64, device=p.bucket.device),
+                    torch.empty((), dtype=p.bucket.dtype, device=p.bucket.device),
                 )
-                for bucket in buckets
+                for p in plans
             ]
-        for bucket, inputs in zip(buckets, self._inputs, strict=True):
-            lr = bucket.hyperparameters["lr"]
+        for plan, recorded in zip(plans, self._inputs, strict=True):
+            plan.recorded = recorded
+            lr, t = plan.bucket.hyperparameters["lr"], plan.bucket.counters.step + 1
             # numbers are arguments of kernels; copies from the host would wait for the device
             if isinstance(lr, torch.Tensor):
-                inputs.lr.copy_(lr)
+                recorded.lr.copy_(lr)
             else:
-                inputs.lr.fill_(lr)
-            if all_alike(bucket.steps):
-                inputs.steps.fill_(int(bucket.steps[0]))
+                recorded.lr.fill_(lr)
+            if bool((t == t[0]).all()):
+                recorded.t.fill_(int(t[0]))
             else:
-                inputs.steps.copy_(bucket.steps)
-
-    def _record_step(self) -> Callable[[], None]:
-        """Record a step, which changes nothing."""
-        for bucket, inputs in zip(self.optimizer.buckets, self._inputs, strict=True):
-            bucket.inputs = inputs
-        try:
-            return _record(self.optimizer)
-        finally:
-            for bucket in self.optimizer.buckets:
-                bucket.inputs = None
+                recorded.t.copy_(t)
 
 
-def _record(optimizer: StructuredOptimizer) -> Callable[[], None]:
-    """Record a step as a graph; return what replays it."""
-    devices = {bucket.device for bucket in optimizer.buckets}
+def _record(plans: Sequence[Plan]) -> Callable[[], None]:
+    """Record a step, which changes nothing, as a graph; return what replays it."""
+    devices = {plan.bucket.device for plan in plans}
     if len(devices) != 1 or next(iter(devices)).type != "cuda":
         raise StructPrecondError(
             f"CUDA graphs are recorded on one CUDA device, but parameters are on "
@@ -167,5 +159,13 @@ def _record(optimizer: StructuredOptimizer) -> Callable[[], None]:
         )
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(devices.pop()), torch.cuda.graph(graph):
-        optimizer.step()
+        apply_all(plans)
     return graph.replay
+
+
+@torch.no_grad()
+@fast_float32()
+def apply_all(plans: Sequence[Plan]) -> None:
+    """Apply the plans of all buckets."""
+    for plan in plans:
+        plan.apply()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from numbers import Real
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from structprecond.batch_norm import freeze_batch_norm
 from structprecond.core.finite import with_nonfinite_gradient
 from structprecond.core.optimizer import StructuredOptimizer
-from structprecond.core.perturbation import Part, total_norm
+from structprecond.core.warn import warn
 from structprecond.errors import GradientError, HyperparameterError, StructPrecondError
+from structprecond.sharpness.batch_norm import freeze_batch_norm
+from structprecond.sharpness.perturbation import Part, total_norm
 
 _TINY = 1e-12
 _SETTINGS = ("rho", "adaptive")
@@ -351,11 +351,10 @@ class SAM(Optimizer):
         if self._warned:
             return
         self._warned = True
-        warnings.warn(
+        warn(
             f"SAM skipped a step, because a gradient of the {'first' if self._failed else 'second'}"
             " pass was not finite. Parameters and state stay as they are for this step; further "
-            "steps are skipped without a warning and counted in sam.skipped.",
-            stacklevel=6,
+            "steps are skipped without a warning and counted in sam.skipped."
         )
 
     def _parts(self) -> list[Part]:

@@ -1,0 +1,64 @@
+"""What the core keeps for each row of a stack, whatever the strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from structprecond.core.state import State
+from structprecond.core.units import Unit
+
+
+@dataclass
+class Counters(State):
+    """Counters and flags of rows, all `(b,)` on the CPU.
+
+    Args:
+        step: The number of updates that each row has had, int64.
+        skipped: How often each row was skipped, because its gradient was not finite or would have
+            made its state or parameters so, int64.
+        failed: How often each row kept an old basis or root because a decomposition failed, int64.
+        initialized: Whether the strategy has seen the first gradient of each row, bool.
+        overdue: Whether each row missed a refresh because it was not live, bool.
+        phase_offset: How many steps earlier than at its own multiples of the interval each row is
+            refreshed, int64; see `refresh.stagger`.
+        seed: The seed of each row's random numbers, int64.
+    """
+
+    step: Tensor
+    skipped: Tensor
+    failed: Tensor
+    initialized: Tensor
+    overdue: Tensor
+    phase_offset: Tensor
+    seed: Tensor
+
+    @classmethod
+    def of(cls, units: Sequence[Unit]) -> Self:
+        """Return the counters of the rows of some units at the start."""
+        # by name, so that random numbers do not depend on the order of the rows
+        seeds = [_seed(unit.label, row) for unit in units for row in range(unit.rows)]
+
+        def zeros(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(len(seeds), dtype=dtype, device="cpu")
+
+        return cls(
+            step=zeros(torch.int64),
+            skipped=zeros(torch.int64),
+            failed=zeros(torch.int64),
+            initialized=zeros(torch.bool),
+            overdue=zeros(torch.bool),
+            phase_offset=zeros(torch.int64),
+            seed=torch.tensor(seeds, dtype=torch.int64, device="cpu"),
+        )
+
+
+def _seed(label: str, row: int) -> int:
+    """Return a seed that depends on torch's seed, the unit and the number of its row."""
+    text = f"{torch.initial_seed()}/{label}/{row}"
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,142 @@
+"""Keywords that all optimizers share, written once and shown in full by each of them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Literal, TypedDict, TypeVar, get_args, get_origin
+
+import torch
+from typing_extensions import Unpack
+
+from structprecond.core.rounding import Rounding
+from structprecond.core.strategy import Strategy
+from structprecond.groups import PreconditionerGroup
+from structprecond.structures.spec import PerAxis, StructureSpec
+
+Nonfinite = Literal["skip", "raise", "ignore"]
+Refresh = Literal["synchronous", "staggered"]
+_T = TypeVar("_T", bound=Strategy[Any])
+
+
+class CommonOptions(TypedDict, total=False):
+    """The keywords of every optimizer; `StructuredOptimizer` has their defaults.
+
+    Args:
+        combine_params: The grouping rules, most important first. Default: None, what suits the
+            strategy, which is each parameter by itself for most.
+        nonfinite: What to do with a unit whose gradient is not finite, or is so large that state
+            or parameters would no longer be: "skip" it (it stays as it is, and is counted),
+            "raise" before anything is changed, or "ignore" the check. Default: "skip".
+        rounding: How parameters in bfloat16 or float16 are written back, after updates in float32:
+            rounded to the "nearest", where updates below the last digit get lost; "stochastic", up
+            or down at random, so that they count on average; or "kahan", where what rounding took
+            is kept in the state, in the parameter's dtype, and added to the next update.
+            Default: "nearest".
+        maximize: Whether to maximize. Default: False.
+        verbose_init: Whether to print how each parameter is treated. Default: False.
+    """
+
+    combine_params: Sequence[PreconditionerGroup] | None
+    nonfinite: Nonfinite
+    rounding: Rounding
+    maximize: bool
+    verbose_init: bool
+
+
+class FactorOptions(CommonOptions, total=False):
+    """The keywords of optimizers with Kronecker factors.
+
+    Args:
+        structures: The structure of every Kronecker factor: a name of `SUPPORTED_STRUCTURES` for
+            all, or a dict from the order of a tensor to a name or to one name per axis, as in
+            `{1: "diagonal", 2: ("dense", "block64diagonal")}`. A strategy refuses what it cannot
+            use, and says what it can. Default: `"dense"`.
+        preconditioner_dtypes: The dtype in which Kronecker factors are stored, given like
+            `structures`. Default: None, the dtype of the computation, which is float32, or float64
+            for float64 parameters.
+        refresh: When rows with the same interval are refreshed: all in the same step
+            ("synchronous", as published), or spread over the steps of the interval ("staggered"),
+            each still once per interval. Default: "synchronous".
+    """
+
+    structures: StructureSpec
+    preconditioner_dtypes: PerAxis[torch.dtype | None]
+    refresh: Refresh
+
+
+def from_keywords(strategy: type[_T], given: Mapping[str, Any]) -> tuple[_T, dict[str, Any]]:
+    """Split the keywords of a facade into a strategy and its hyperparameters, both by name.
+
+    Args:
+        strategy: The class of the strategy.
+        given: The keywords by name; others, such as `self`, are ignored.
+
+    Example:
+        >>> strategy, hp = from_keywords(AdamWStrategy, {"lr": 0.1, "self": None})
+        >>> strategy, hp
+        (AdamWStrategy(), {'lr': 0.1})
+    """
+    static = {f.name: given[f.name] for f in fields(strategy) if f.name in given}
+    return strategy(**static), {n: given[n] for n in strategy.hyperparameters if n in given}
+
+
+def show_options(cls: type, base: type) -> None:
+    """Let signature and docstring of a class show the keywords that it passes on to its base.
+
+    The constructor of the class ends in `**options: Unpack[Keywords]`, with `Keywords` a
+    `TypedDict`. Types, defaults and docs of the keywords are those of the base.
+
+    Args:
+        cls: The class, whose docstring and the signature of whose constructor are completed.
+        base: The class that takes the keywords.
+    """
+    if "__init__" not in cls.__dict__:
+        return
+    passed: list[str] = []
+    signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+    *own, last = signature.parameters.values()
+    if last.kind is inspect.Parameter.VAR_KEYWORD:
+        names = vars(sys.modules[cls.__module__])
+        kind = eval(last.annotation, names) if isinstance(last.annotation, str) else last.annotation
+        if get_origin(kind) is Unpack:
+            known = get_args(kind)[0].__annotations__
+            inherited = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+            passed = [name for name in inherited if name in known]
+            own += [inherited[name] for name in passed]
+            complete = signature.replace(parameters=own)
+            cls.__init__.__signature__ = complete  # type: ignore[misc]
+    entries = _take_apart(base.__doc__)[1]
+    shown = [name for name in ("model", "params") if name in entries]
+    add_arguments(cls, {name: entries[name] for name in (*shown, *passed) if name in entries})
+
+
+def add_arguments(cls: type, entries: Mapping[str, str]) -> None:
+    """Add arguments to the docstring of a class: model and params first, others last.
+
+    Args:
+        cls: The class; nothing is added unless its docstring has arguments.
+        entries: The entries to add by name; those that are there already stay.
+    """
+    head, listed, tail = _take_apart(cls.__doc__)
+    if listed:
+        first = {name: entries[name] for name in ("model", "params") if name in entries}
+        lines = "\n".join((first | listed | {**entries, **listed}).values())
+        cls.__doc__ = f"{head}\nArgs:\n{lines}\n\n{tail}".rstrip()
+
+
+def arguments_of(*documented: type) -> dict[str, str]:
+    """Return the entries of the "Args:" sections of some classes by name."""
+    return {n: entry for cls in documented for n, entry in _take_apart(cls.__doc__)[1].items()}
+
+
+def _take_apart(doc: str | None) -> tuple[str, dict[str, str], str]:
+    """Split a docstring into what precedes its arguments, these by name, and the rest."""
+    head, _, body = inspect.cleandoc(doc or "").partition("\nArgs:\n")
+    end = re.search(r"^\S", body, re.MULTILINE)
+    section, tail = (body[: end.start()], body[end.start() :]) if end else (body, "")
+    entries = re.split(r"\n(?=    \w+:)", section.rstrip()) if section else []
+    return head, {entry.split(":")[0].strip(): entry for entry in entries}, tail

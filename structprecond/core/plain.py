@@ -1,0 +1,62 @@
+"""Plain values and descriptions, which stand in a checkpoint for what it cannot hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from numbers import Number
+from typing import Any
+
+from torch import Tensor
+
+from structprecond.core.routing import Routing
+from structprecond.core.strategy import Strategy
+from structprecond.groups import PreconditionerGroup
+from structprecond.structures import StructuredMatrix
+
+
+def plain_value(value: Any) -> Any:
+    """Return what `torch.load` reads without trust; a description of what it does not."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(plain_value(v) for v in value)
+    if isinstance(value, Number) and hasattr(value, "item"):
+        return value.item()  # numpy's numbers are Python's in disguise
+    return describe_object(value)
+
+
+def describe_object(value: Any) -> str:
+    """Describe a callable, strategy, rule or structure by what makes two of them equal.
+
+    Descriptions are compared with those of older versions, so fields that have their defaults are
+    left out: a field that is new then does not matter. Nor do addresses, which differ every time.
+    """
+    if isinstance(value, Mapping):
+        entries = sorted((repr(k), describe_object(v)) for k, v in value.items())
+        return "{" + ", ".join(f"{k}: {v}" for k, v in entries) + "}"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(describe_object(v) for v in value) + ")"
+    if isinstance(value, str):
+        return repr(value)
+    if isinstance(value, type) and issubclass(value, StructuredMatrix):
+        return repr(value.name)
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, Strategy | Routing | PreconditionerGroup) and is_dataclass(value):
+        values = {
+            f.name: getattr(value, f.name) for f in fields(value) if not _is_default(value, f)
+        }
+        given = (f"{name}={describe_object(v)}" for name, v in values.items())
+        return f"{type(value).__qualname__}({', '.join(given)})"
+    if getattr(type(value), "__repr__") is object.__repr__:  # noqa: B009
+        return type(value).__qualname__
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def _is_default(value: Any, field: Field[Any]) -> bool:
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return default is not MISSING and bool(getattr(value, field.name) == default)

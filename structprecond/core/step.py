@@ -1,0 +1,214 @@
+"""One step of one bucket: planned, reduced to the units that can take part, and applied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structprecond.core.bucket import Bucket
+from structprecond.core.rounding import is_low_precision, round_stochastically
+from structprecond.core.state import Rows, on_device_of, rows_of, select
+from structprecond.core.strategy import StepContext
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a recorded step reads on the device, because it differs from replay to replay.
+
+    Args:
+        t: The update that each row is at, `(b,)`, float64.
+        lr: The learning rate, of no dimension.
+    """
+
+    t: Tensor
+    lr: Tensor
+
+
+@dataclass
+class Plan:
+    """What one step does with one bucket.
+
+    Args:
+        bucket: The bucket.
+        live: Whether each of its units takes part.
+        every: The steps between two refreshes of a row, or whether all rows are refreshed now.
+        global_step: The number of steps that the optimizer has made before.
+        batch_size: The number of samples behind the gradients, None if unknown.
+        maximize: Whether to ascend.
+        recorded: What stands for the updates and the learning rate while a step is recorded;
+            the counters of the rows stay as they are then.
+    """
+
+    bucket: Bucket
+    live: list[bool]
+    every: int | bool
+    global_step: int
+    batch_size: int | None
+    maximize: bool
+    recorded: Recorded | None = None
+    _grads: Tensor | None = field(default=None, repr=False)
+
+    # --- plan and exclude ------------------------------------------------------------------------
+
+    @property
+    def grads(self) -> Tensor:
+        """The gradients of the units that were live when it was first read, stacked."""
+        if self._grads is None:
+            self._grads = self.bucket.gather_grads(self.live)
+        return self._grads
+
+    def exclude(self, units: Sequence[bool]) -> None:
+        """Let some of the live units sit the step out, and count that."""
+        for i, excluded in enumerate(units):
+            if excluded and self.live[i]:
+                self.live[i] = False
+                self.bucket.counters.skipped[self.bucket.spans[i]] += 1
+
+    def trial(self, units: Sequence[bool]) -> Plan:
+        """Return the plan of the same step for some units of a twin, which changes nothing here."""
+        return replace(self, bucket=self.bucket.twin(), live=list(units), _grads=self.grads.clone())
+
+    def due(self) -> Tensor:
+        """Return the mask of live rows to refresh; rows that are not live stay overdue."""
+        counters, live = self.bucket.counters, self.bucket.layout.live_rows(self.live)
+        if isinstance(self.every, bool):
+            counters.overdue |= self.every
+            return counters.overdue & live
+        offsets = counters.phase_offset
+        return self.bucket.strategy.due(counters.step, offsets, self.every) & live
+
+    # --- apply -----------------------------------------------------------------------------------
+
+    def apply(self) -> list[str]:
+        """Update the live units' parameters and state; return the units of failed refreshes.
+
+        The gradients are freed, so that the next bucket finds the memory free.
+        """
+        bucket = self.bucket
+        due = self.due()
+        live = bucket.layout.live_rows(self.live)
+        if not live.any():
+            self._grads = None
+            return []
+        grads, self._grads = self.grads, None
+        if self.maximize:
+            grads.neg_()
+        hp = bucket.hyperparameters
+        if self.recorded is not None:
+            hp["lr"] = self.recorded.lr
+        before = bucket.counters.failed.clone()
+        live &= ~self._begin(live, grads, hp)
+        rows = select(live)
+        if rows is not None:
+            ctx = self._context(rows, select(due[rows]))
+            with rows_of(bucket.state, rows) as state:
+                direction = bucket.strategy.update(state, grads[rows], hp, ctx)
+            if ctx.due is not None:
+                bucket.refresh_decomposes = ctx.decomposed
+            bucket.counters.failed[rows] += ctx.failed
+            if self.recorded is None:
+                self.count(rows)
+            move(bucket, direction, rows, bucket.layout.live_units(live), hp)
+        failed = bucket.counters.failed != before
+        spans = zip(bucket.units, bucket.spans, strict=True)
+        return [u.label for u, span in spans if failed[span].any()] if failed.any() else []
+
+    def count(self, rows: Rows) -> None:
+        """Count an update of rows."""
+        self.bucket.counters.step[rows] += 1
+        self.bucket.counters.overdue[rows] = False
+
+    def _context(self, rows: Rows, due: Rows | None) -> StepContext:
+        bucket, counters = self.bucket, self.bucket.counters
+        steps = counters.step[rows]
+        t: int | Tensor = int(steps[0]) + 1
+        if self.recorded is not None:
+            t = self.recorded.t[on_device_of(rows, self.recorded.t)]
+        elif bool((steps != steps[0]).any()):
+            t = (steps + 1).double()
+        return StepContext(
+            t,
+            seeds=counters.seed[rows],
+            due=due,
+            failed=torch.zeros_like(steps, dtype=torch.bool),
+            global_step=self.global_step,
+            batch_size=self.batch_size,
+            params=partial(bucket.gather_params, rows),
+            ndim=len(bucket.shape),
+            dtype=bucket.dtype,
+            device=bucket.device,
+        )
+
+    def _begin(self, live: Tensor, grads: Tensor, hp: Mapping[str, Any]) -> Tensor:
+        """Show the strategy the first gradients of rows; return which rows sit this step out."""
+        counters = self.bucket.counters
+        fresh = live & ~counters.initialized
+        rows = select(fresh)
+        if rows is None:
+            return fresh
+        ctx = self._context(rows, None)
+        with rows_of(self.bucket.state, rows) as state:
+            waits = self.bucket.strategy.begin(state, grads[rows], hp, ctx)
+        counters.failed[rows] += ctx.failed
+        counters.initialized |= fresh
+        counters.overdue &= ~fresh  # what was made from this gradient needs no refresh
+        return fresh if waits else torch.zeros_like(fresh)
+
+
+def move(
+    bucket: Bucket, direction: Tensor, rows: Rows, live: Sequence[bool], hp: Mapping[str, Any]
+) -> None:
+    """Subtract lr times the directions from the parameters, and decay and constrain them."""
+    # the model may have been converted after construction
+    if is_low_precision(bucket.params[0].dtype):
+        _move_in_float32(bucket, direction, rows, live, hp)
+        return
+    params: list[Tensor] = list(bucket.layout.live_params(live))
+    updates = bucket.scatter(direction, rows, live)
+    rate = hp["lr"]
+    if isinstance(rate, Tensor):
+        updates, rate = list(torch._foreach_mul(updates, rate)), 1.0
+    before, after = bucket.strategy.decay_factors(hp)
+    _scale(params, before)
+    torch._foreach_add_(params, updates, alpha=-rate)
+    _scale(params, after)
+    constraint = bucket.strategy.constraint()
+    if constraint is not None:
+        bucket.write_params(constraint(bucket.gather_params(rows)), rows, live)
+
+
+def _move_in_float32(
+    bucket: Bucket, direction: Tensor, rows: Rows, live: Sequence[bool], hp: Mapping[str, Any]
+) -> None:
+    """Do the same with parameters of low precision, which are rounded once at the end."""
+    values, dtype = bucket.gather_params(rows), bucket.params[0].dtype
+    kept = bucket.compensation
+    if kept is not None:
+        values += kept[on_device_of(rows, kept)]
+    before, after = bucket.strategy.decay_factors(hp)
+    values = values.mul_(before).sub_(direction * hp["lr"]).mul_(after)
+    constraint = bucket.strategy.constraint()
+    if constraint is not None:
+        values = constraint(values)
+    if bucket.rounding == "stochastic":
+        rounded = round_stochastically(values, dtype)
+    else:
+        rounded = values.to(dtype)
+    if kept is not None:
+        values.sub_(rounded)
+        kept[on_device_of(rows, kept)] = values.to(kept.dtype)
+    bucket.write_params(rounded, rows, live)
+
+
+def _scale(tensors: list[Tensor], factor: float | Tensor) -> None:
+    if isinstance(factor, Tensor):
+        torch._foreach_mul_(tensors, factor)
+    elif factor != 1.0:
+        # on the CPU a number is made a tensor for every single product, which takes as long as it
+        on_cpu = tensors[0].device.type == "cpu"
+        torch._foreach_mul_(tensors, tensors[0].new_tensor(factor) if on_cpu else factor)

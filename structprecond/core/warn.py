@@ -1,0 +1,24 @@
+"""Warnings that point at the user's line, whatever the library and torch call in between."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+_INSIDE = (
+    str(Path(__file__).parents[1]),
+    str(Path(torch.__file__).parent),
+    contextlib.__file__,  # steps run in context managers
+)
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called into this library, directly or through torch."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

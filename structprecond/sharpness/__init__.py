@@ -1,0 +1,1 @@
+"""Sharpness-aware steps, which take two gradients."""
