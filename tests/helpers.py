@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod, sqrt
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from structprecond import StructuredOptimizer
+from structprecond import (
+    Hyperparameter,
+    SIRFShampoo,
+    State,
+    StepContext,
+    Strategy,
+    StructuredOptimizer,
+)
 
 Split = Callable[[list[Tensor]], list[Tensor]]
 """From the tensors of a unit to its independent problems, or back."""
@@ -30,6 +40,25 @@ def mlp(dtype: torch.dtype = torch.float64) -> Any:
     sizes = [(3, 4), (4, 4), (4, 4), (4, 2)]
     layers = [layer for n, m in sizes for layer in (nn.Linear(n, m), nn.Tanh())]
     return nn.Sequential(*layers[:-1]).to(dtype)
+
+
+def net() -> nn.Sequential:
+    """Return a model with parameters of one, two and three axes."""
+    return nn.Sequential(nn.Linear(3, 4), nn.Conv1d(4, 2, 3), nn.LayerNorm(2))
+
+
+def two_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Deal the parameters of `mlp` out in an order that is neither the model's nor by shape."""
+    params = list(model.parameters())
+    return [
+        {"params": [params[4], params[1], params[0]], "lr": 0.1},
+        {"params": [params[7], params[2], params[6], params[3], params[5]], "lr": 0.02},
+    ]
+
+
+def sirf(model: nn.Module, params: Any = None, **kwargs: Any) -> SIRFShampoo:
+    """Return SIRF-Shampoo with `SETTINGS`."""
+    return SIRFShampoo(model, params, **SETTINGS | kwargs)
 
 
 def data(step: int, samples: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -61,6 +90,41 @@ def set_grads(params: Sequence[Tensor], step: int) -> None:
     for i, p in enumerate(params):
         generator = torch.Generator().manual_seed(1000 * step + i)
         p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+
+
+def spoil(p: Tensor, value: float) -> None:
+    """Replace the last entry of a gradient."""
+    assert p.grad is not None
+    p.grad.view(-1)[-1] = value
+
+
+# --- copying -------------------------------------------------------------------------------------
+
+
+def through_a_file(value: Any) -> Any:
+    """Save, and load as torch does by default: without trust in the file."""
+    return _through_a_file(value, weights_only=True)
+
+
+def _through_a_file(value: Any, weights_only: bool) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+def by_pickle(value: Any) -> Any:
+    """Copy objects of any kind by `pickle`."""
+    return pickle.loads(pickle.dumps(value))
+
+
+def by_file(value: Any) -> Any:
+    """Copy objects of any kind by `torch.save`."""
+    return _through_a_file(value, weights_only=False)
+
+
+COPIERS = [copy.deepcopy, by_pickle, by_file]
+"""All ways to copy objects of any kind."""
 
 
 # --- comparing -----------------------------------------------------------------------------------
@@ -220,3 +284,46 @@ def linear_unit(layer: nn.Linear) -> DenseUnit:
         return [matrix[:, :-1], matrix[:, -1]]
 
     return DenseUnit([layer.weight, layer.bias], split, join)
+
+
+def train_dense(model: nn.Module, dense: list[DenseUnit], steps: int, start: int = 0) -> None:
+    """Train the units of a model as `train` does."""
+    for step in range(start, start + steps):
+        model.zero_grad()
+        backward(model, step)
+        for unit in dense:
+            unit.step(6)
+
+
+# --- small strategies ----------------------------------------------------------------------------
+
+
+@dataclass
+class Nothing(State):
+    """No state."""
+
+
+@dataclass(frozen=True)
+class WithBetas(Strategy[Nothing]):
+    """A strategy with a pair of numbers among its hyperparameters."""
+
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
+        "lr": Hyperparameter(0.1, lambda v: v >= 0, "at least 0"),
+        "betas": Hyperparameter((0.9, 0.99), lambda v: len(v) == 2, "a pair"),
+        "weight_decay": Hyperparameter(0.0, lambda v: v >= 0, "at least 0"),
+    }
+    decay: ClassVar[Literal["before", "after", "inside"]] = "after"
+    amount: int = 1
+
+    def init(self, like: Tensor, structures: Any, dtypes: Any) -> Nothing:
+        return Nothing()
+
+    def update(
+        self, state: Nothing, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
+    ) -> Tensor:
+        return grad
+
+
+def with_betas(strategy: Strategy[Any], **hyperparameters: Any) -> StructuredOptimizer:
+    """Return an optimizer of `mlp` by a strategy."""
+    return StructuredOptimizer(mlp(), strategy=strategy, hyperparameters=hyperparameters)
