@@ -1,4 +1,4 @@
-"""What the tests share: a tiny model, comparison to the bit, and SIRF-Shampoo by the book."""
+"""What the tests share: small models, copies, comparison, and SIRF-Shampoo by the book."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any, ClassVar, Literal
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +21,11 @@ from structprecond import (
     State,
     StepContext,
     Strategy,
+    StructPrecondError,
     StructuredOptimizer,
 )
+from structprecond.testing.comparing import same_bits as same_bits
+from structprecond.testing.models import set_grads as set_grads
 
 Split = Callable[[list[Tensor]], list[Tensor]]
 """From the tensors of a unit to its independent problems, or back."""
@@ -47,6 +51,23 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 4), nn.Conv1d(4, 2, 3), nn.LayerNorm(2))
 
 
+def two_layers() -> nn.Sequential:
+    """Return a model from 3 numbers to 2."""
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def points(samples: int) -> Tensor:
+    """Return inputs of `two_layers`."""
+    return torch.randn(samples, 3)
+
+
+def matrices(count: int = 4) -> nn.ParameterList:
+    """Return matrices of one shape, which share a stack."""
+    generator = torch.Generator().manual_seed(0)
+    # of even order, so that all blocks have the same size
+    return nn.ParameterList([torch.randn(6, 4, generator=generator) for _ in range(count)])
+
+
 def two_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Deal the parameters of `mlp` out in an order that is neither the model's nor by shape."""
     params = list(model.parameters())
@@ -68,11 +89,17 @@ def data(step: int, samples: int = 6, dtype: torch.dtype = torch.float64) -> tup
     return x.to(dtype), y.to(dtype)
 
 
-def backward(model: nn.Module, step: int, samples: int = 6) -> Tensor:
-    """Compute the gradients of the mean loss of a step's batch."""
+def loss_of(model: nn.Module, step: int, samples: int = 6) -> Tensor:
+    """Return the mean loss of a step's batch."""
     dtype = next(p.dtype for p in model.parameters())
     x, y = data(step, samples, dtype)
     loss: Tensor = (model(x) - y).square().sum(1).mean()
+    return loss
+
+
+def backward(model: nn.Module, step: int, samples: int = 6) -> Tensor:
+    """Compute the gradients of the mean loss of a step's batch."""
+    loss = loss_of(model, step, samples)
     loss.backward()
     return loss
 
@@ -83,13 +110,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start:
         optimizer.zero_grad()
         backward(model, step)
         optimizer.step()
-
-
-def set_grads(params: Sequence[Tensor], step: int) -> None:
-    """Set random gradients, always the same for a step and a place among the parameters."""
-    for i, p in enumerate(params):
-        generator = torch.Generator().manual_seed(1000 * step + i)
-        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
 
 
 def spoil(p: Tensor, value: float) -> None:
@@ -103,14 +123,14 @@ def spoil(p: Tensor, value: float) -> None:
 
 def through_a_file(value: Any) -> Any:
     """Save, and load as torch does by default: without trust in the file."""
-    return _through_a_file(value, weights_only=True)
+    return torch.load(io.BytesIO(saved_bytes(value)))
 
 
-def _through_a_file(value: Any, weights_only: bool) -> Any:
+def saved_bytes(value: Any) -> bytes:
+    """Return what `torch.save` writes."""
     file = io.BytesIO()
     torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=weights_only)
+    return file.getvalue()
 
 
 def by_pickle(value: Any) -> Any:
@@ -120,7 +140,7 @@ def by_pickle(value: Any) -> Any:
 
 def by_file(value: Any) -> Any:
     """Copy objects of any kind by `torch.save`."""
-    return _through_a_file(value, weights_only=False)
+    return torch.load(io.BytesIO(saved_bytes(value)), weights_only=False)
 
 
 COPIERS = [copy.deepcopy, by_pickle, by_file]
@@ -142,22 +162,15 @@ def snapshot(model: nn.Module, optimizer: StructuredOptimizer) -> dict[str, Any]
     }
 
 
-def same_bits(a: Any, b: Any) -> bool:
-    """Compare nested containers of tensors and plain values, tensors bit for bit."""
-    if isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter):
-        return a is b
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
-            return False
-        pair = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-        return torch.equal(*pair)
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same_bits(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same_bits, a, b))
-    return bool(a == b)
+def assert_refused(make: Callable[[nn.Module], Any], message: str) -> None:
+    """Check that something raises for a model, which stays as it was."""
+    model = net()
+    before = values(model)
+    with pytest.raises(StructPrecondError, match=f"(?s){message}"):
+        make(model)
+    assert same_bits(values(model), before)
+    assert not model._forward_hooks
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def values(model: nn.Module) -> list[Tensor]:
@@ -304,16 +317,14 @@ class Nothing(State):
 
 
 @dataclass(frozen=True)
-class WithBetas(Strategy[Nothing]):
-    """A strategy with a pair of numbers among its hyperparameters."""
+class PlainDescent(Strategy[Nothing]):
+    """Gradient descent with decoupled weight decay."""
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
         "lr": Hyperparameter(0.1, lambda v: v >= 0, "at least 0"),
-        "betas": Hyperparameter((0.9, 0.99), lambda v: len(v) == 2, "a pair"),
         "weight_decay": Hyperparameter(0.0, lambda v: v >= 0, "at least 0"),
     }
-    decay: ClassVar[Literal["before", "after", "inside"]] = "after"
-    amount: int = 1
+    decay: ClassVar[Literal["before", "after", "inside"]] = "before"
 
     def init(self, like: Tensor, structures: Any, dtypes: Any) -> Nothing:
         return Nothing()
@@ -322,6 +333,18 @@ class WithBetas(Strategy[Nothing]):
         self, state: Nothing, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
     ) -> Tensor:
         return grad
+
+
+@dataclass(frozen=True)
+class WithBetas(PlainDescent):
+    """A strategy with a pair of numbers among its hyperparameters."""
+
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
+        **PlainDescent.hyperparameters,
+        "betas": Hyperparameter((0.9, 0.99), lambda v: len(v) == 2, "a pair"),
+    }
+    decay = "after"
+    amount: int = 1
 
 
 def with_betas(strategy: Strategy[Any], **hyperparameters: Any) -> StructuredOptimizer:

@@ -11,32 +11,14 @@ import pytest
 import torch
 
 from structprecond import (
-    KLSOAP,
-    LARS,
-    SOAP,
-    AdamW,
-    AdamWStrategy,
     HyperparameterError,
-    KLShampoo,
-    KLShampooStrategy,
-    KLSOAPStrategy,
-    LARSStrategy,
-    Muon,
-    MuonStrategy,
-    NorMuon,
-    NorMuonStrategy,
-    Scion,
-    ScionStrategy,
-    Shampoo,
-    ShampooStrategy,
     SIRFShampoo,
-    SIRFShampooStrategy,
-    SOAPStrategy,
     StructuredOptimizer,
 )
+from tests.every_strategy import OPTIMIZERS, strategy_of
 from tests.helpers import net, same_bits, values
 
-OPTIMIZERS = (KLSOAP, LARS, SOAP, AdamW, KLShampoo, Muon, NorMuon, Scion, Shampoo, SIRFShampoo)
+STRATEGIES = tuple(map(strategy_of, OPTIMIZERS))
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -47,18 +29,6 @@ def test_misspelt_keyword_is_a_type_error(cls: Any) -> None:
     assert not model._forward_hooks
 
 
-STRATEGIES = (
-    KLSOAPStrategy,
-    LARSStrategy,
-    SOAPStrategy,
-    AdamWStrategy,
-    KLShampooStrategy,
-    MuonStrategy,
-    NorMuonStrategy,
-    ScionStrategy,
-    ShampooStrategy,
-    SIRFShampooStrategy,
-)
 NO_NUMBERS: dict[str, Any] = {
     "NaN": math.nan,
     "infinity": math.inf,

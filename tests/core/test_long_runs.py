@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,9 @@ from structprecond import (
     StructuredOptimizer,
     describe,
 )
+from tests.every_strategy import Make, every_strategy
 from tests.helpers import SETTINGS, backward, mlp, set_grads
-from tests.strategies.test_protocol_of_all import MAKERS
 
-Make = Callable[..., Any]
-every_strategy = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 long = pytest.mark.parametrize("steps", [150, pytest.param(1000, marks=pytest.mark.slow)])
 WARM_UP = 40
 SHARED = ("global_step", "batch_size")

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
-from torch import Tensor
 
 from structprecond import (
-    Hyperparameter,
     LinearWeightBias,
     SIRFShampooStrategy,
-    StepContext,
-    Strategy,
     StructuredOptimizer,
 )
 from tests.helpers import (
     SETTINGS,
     DenseUnit,
-    Nothing,
+    PlainDescent,
     assert_close,
     backward,
     linear_unit,
@@ -30,25 +24,6 @@ from tests.helpers import (
     train,
     values,
 )
-
-
-@dataclass(frozen=True)
-class PlainDescent(Strategy[Nothing]):
-    """Gradient descent with decoupled weight decay."""
-
-    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
-        "lr": Hyperparameter(0.1, lambda v: v >= 0, "at least 0"),
-        "weight_decay": Hyperparameter(0.0, lambda v: v >= 0, "at least 0"),
-    }
-    decay: ClassVar[Literal["before", "after", "inside"]] = "before"
-
-    def init(self, like: Tensor, structures: Any, dtypes: Any) -> Nothing:
-        return Nothing()
-
-    def update(
-        self, state: Nothing, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
-    ) -> Tensor:
-        return grad
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,10 @@ from structprecond import (
     SIRFShampoo,
     StructuredOptimizer,
 )
-from tests.helpers import SETTINGS, data, values
+from tests.helpers import SETTINGS, data, loss_of, values
 
 Groups = list[tuple[list[str], float, bool]]
 """Names of parameters, rho, adaptive."""
-
-
-def loss_of(model: nn.Module, step: int) -> Tensor:
-    dtype = next(p.dtype for p in model.parameters())
-    x, y = data(step, dtype=dtype)
-    loss: Tensor = (model(x) - y).square().sum(1).mean()
-    return loss
 
 
 def closure_of(model: nn.Module, step: int) -> Callable[[], float]:
@@ -42,6 +35,7 @@ def closure_of(model: nn.Module, step: int) -> Callable[[], float]:
 
 
 def train(model: nn.Module, sam: SAM, steps: int, start: int = 0) -> list[float]:
+    """Train by closures; return the losses."""
     return [float(sam.step(closure_of(model, step))) for step in range(start, start + steps)]
 
 
@@ -100,9 +94,6 @@ def bits(model: nn.Module, optimizer: Optimizer) -> Any:
     return copy.deepcopy([values(model), optimizer.state_dict()])
 
 
-# --- the rule ------------------------------------------------------------------------------------
-
-
 BASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "SGD": (SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
     "SGD foreach": (SGD, {"lr": 0.1, "momentum": 0.9, "foreach": True}),
@@ -120,13 +111,12 @@ BASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
 
 
 def build(base: type[Optimizer], model: nn.Module, **kwargs: Any) -> Optimizer:
+    """Return a base optimizer, of the model or of its parameters."""
     if issubclass(base, StructuredOptimizer):
         return base(model, **kwargs)
     return base(model.parameters(), **kwargs)
 
 
-# --- mixed precision -----------------------------------------------------------------------------
-
-
 def fail() -> None:
+    """Raise an error that no library raises."""
     raise RuntimeError("out of luck")

@@ -14,12 +14,13 @@ from structprecond import (
     StructPrecondError,
 )
 from tests.helpers import (
+    loss_of,
     mlp,
     same_bits,
     through_a_file,
     values,
 )
-from tests.sharpness.helpers import BASES, bits, build, loss_of, one, train
+from tests.sharpness.helpers import BASES, bits, build, one, train
 
 
 @pytest.mark.parametrize("base", ["SGD", "AdamW", "SIRFShampoo", "SOAP"])

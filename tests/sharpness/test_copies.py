@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -14,15 +13,17 @@ from structprecond import (
     SAM,
 )
 from tests.helpers import (
+    by_pickle,
+    loss_of,
     mlp,
     same_bits,
     values,
 )
-from tests.sharpness.helpers import BASES, loss_of, one, train
+from tests.sharpness.helpers import BASES, one, train
 
 
 def _copy(kind: str, *objects: Any) -> Any:
-    return copy.deepcopy(objects) if kind == "deepcopy" else pickle.loads(pickle.dumps(objects))
+    return copy.deepcopy(objects) if kind == "deepcopy" else by_pickle(objects)
 
 
 @pytest.mark.parametrize("kind", ["deepcopy", "pickle"])

@@ -16,11 +16,12 @@ from structprecond import (
     StructPrecondError,
 )
 from tests.helpers import (
+    loss_of,
     mlp,
     same_bits,
     values,
 )
-from tests.sharpness.helpers import BASES, bits, loss_of, one, train
+from tests.sharpness.helpers import BASES, bits, one, train
 
 
 class Failing(SGD):

@@ -16,11 +16,12 @@ from structprecond import (
 )
 from tests.helpers import (
     assert_close,
+    loss_of,
     mlp,
     same_bits,
     values,
 )
-from tests.sharpness.helpers import BASES, bits, fail, loss_of, one
+from tests.sharpness.helpers import BASES, bits, fail, one
 
 
 def scaled_step(

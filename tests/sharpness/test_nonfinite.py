@@ -18,12 +18,13 @@ from structprecond import (
     SIRFShampoo,
 )
 from tests.helpers import (
+    loss_of,
     mlp,
     same_bits,
     snapshot,
     values,
 )
-from tests.sharpness.helpers import BASES, bits, loss_of, one, train
+from tests.sharpness.helpers import BASES, bits, one, train
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])

@@ -18,11 +18,12 @@ from structprecond import (
 from tests.helpers import (
     SETTINGS,
     assert_close,
+    loss_of,
     mlp,
     same_bits,
     values,
 )
-from tests.sharpness.helpers import loss_of, one, train, train_by_hand
+from tests.sharpness.helpers import one, train, train_by_hand
 
 # --- passes --------------------------------------------------------------------------------------
 

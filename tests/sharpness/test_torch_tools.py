@@ -20,10 +20,11 @@ from structprecond import (
 from tests.helpers import (
     assert_close,
     data,
+    loss_of,
     mlp,
     values,
 )
-from tests.sharpness.helpers import BASES, loss_of, one, train
+from tests.sharpness.helpers import BASES, one, train
 
 SCHEDULERS: dict[str, tuple[Callable[[Optimizer], Any], Callable[[int], float]]] = {
     "step": (lambda o: StepLR(o, 2, 0.5), lambda t: 0.1 * 0.5 ** (t // 2)),
