@@ -1,17 +1,31 @@
-"""What the tests share: a tiny model, comparison to the bit, and SIRF-Shampoo by the book."""
+"""What the tests share: small models, copies, comparison, and SIRF-Shampoo by the book."""
 
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod, sqrt
-from typing import Any
+from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from structprecond import StructuredOptimizer
+from structprecond import (
+    Hyperparameter,
+    SIRFShampoo,
+    State,
+    StepContext,
+    Strategy,
+    StructPrecondError,
+    StructuredOptimizer,
+)
+from structprecond.testing.comparing import same_bits as same_bits
+from structprecond.testing.models import set_grads as set_grads
 
 Split = Callable[[list[Tensor]], list[Tensor]]
 """From the tensors of a unit to its independent problems, or back."""
@@ -32,6 +46,42 @@ def mlp(dtype: torch.dtype = torch.float64) -> Any:
     return nn.Sequential(*layers[:-1]).to(dtype)
 
 
+def net() -> nn.Sequential:
+    """Return a model with parameters of one, two and three axes."""
+    return nn.Sequential(nn.Linear(3, 4), nn.Conv1d(4, 2, 3), nn.LayerNorm(2))
+
+
+def two_layers() -> nn.Sequential:
+    """Return a model from 3 numbers to 2."""
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def points(samples: int) -> Tensor:
+    """Return inputs of `two_layers`."""
+    return torch.randn(samples, 3)
+
+
+def matrices(count: int = 4) -> nn.ParameterList:
+    """Return matrices of one shape, which share a stack."""
+    generator = torch.Generator().manual_seed(0)
+    # of even order, so that all blocks have the same size
+    return nn.ParameterList([torch.randn(6, 4, generator=generator) for _ in range(count)])
+
+
+def two_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Deal the parameters of `mlp` out in an order that is neither the model's nor by shape."""
+    params = list(model.parameters())
+    return [
+        {"params": [params[4], params[1], params[0]], "lr": 0.1},
+        {"params": [params[7], params[2], params[6], params[3], params[5]], "lr": 0.02},
+    ]
+
+
+def sirf(model: nn.Module, params: Any = None, **kwargs: Any) -> SIRFShampoo:
+    """Return SIRF-Shampoo with `SETTINGS`."""
+    return SIRFShampoo(model, params, **SETTINGS | kwargs)
+
+
 def data(step: int, samples: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Return the batch of a step, always the same."""
     generator = torch.Generator().manual_seed(1000 + step)
@@ -39,11 +89,17 @@ def data(step: int, samples: int = 6, dtype: torch.dtype = torch.float64) -> tup
     return x.to(dtype), y.to(dtype)
 
 
-def backward(model: nn.Module, step: int, samples: int = 6) -> Tensor:
-    """Compute the gradients of the mean loss of a step's batch."""
+def loss_of(model: nn.Module, step: int, samples: int = 6) -> Tensor:
+    """Return the mean loss of a step's batch."""
     dtype = next(p.dtype for p in model.parameters())
     x, y = data(step, samples, dtype)
     loss: Tensor = (model(x) - y).square().sum(1).mean()
+    return loss
+
+
+def backward(model: nn.Module, step: int, samples: int = 6) -> Tensor:
+    """Compute the gradients of the mean loss of a step's batch."""
+    loss = loss_of(model, step, samples)
     loss.backward()
     return loss
 
@@ -56,11 +112,39 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start:
         optimizer.step()
 
 
-def set_grads(params: Sequence[Tensor], step: int) -> None:
-    """Set random gradients, always the same for a step and a place among the parameters."""
-    for i, p in enumerate(params):
-        generator = torch.Generator().manual_seed(1000 * step + i)
-        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+def spoil(p: Tensor, value: float) -> None:
+    """Replace the last entry of a gradient."""
+    assert p.grad is not None
+    p.grad.view(-1)[-1] = value
+
+
+# --- copying -------------------------------------------------------------------------------------
+
+
+def through_a_file(value: Any) -> Any:
+    """Save, and load as torch does by default: without trust in the file."""
+    return torch.load(io.BytesIO(saved_bytes(value)))
+
+
+def saved_bytes(value: Any) -> bytes:
+    """Return what `torch.save` writes."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def by_pickle(value: Any) -> Any:
+    """Copy objects of any kind by `pickle`."""
+    return pickle.loads(pickle.dumps(value))
+
+
+def by_file(value: Any) -> Any:
+    """Copy objects of any kind by `torch.save`."""
+    return torch.load(io.BytesIO(saved_bytes(value)), weights_only=False)
+
+
+COPIERS = [copy.deepcopy, by_pickle, by_file]
+"""All ways to copy objects of any kind."""
 
 
 # --- comparing -----------------------------------------------------------------------------------
@@ -78,22 +162,15 @@ def snapshot(model: nn.Module, optimizer: StructuredOptimizer) -> dict[str, Any]
     }
 
 
-def same_bits(a: Any, b: Any) -> bool:
-    """Compare nested containers of tensors and plain values, tensors bit for bit."""
-    if isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter):
-        return a is b
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
-            return False
-        pair = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-        return torch.equal(*pair)
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same_bits(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same_bits, a, b))
-    return bool(a == b)
+def assert_refused(make: Callable[[nn.Module], Any], message: str) -> None:
+    """Check that something raises for a model, which stays as it was."""
+    model = net()
+    before = values(model)
+    with pytest.raises(StructPrecondError, match=f"(?s){message}"):
+        make(model)
+    assert same_bits(values(model), before)
+    assert not model._forward_hooks
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def values(model: nn.Module) -> list[Tensor]:
@@ -220,3 +297,55 @@ def linear_unit(layer: nn.Linear) -> DenseUnit:
         return [matrix[:, :-1], matrix[:, -1]]
 
     return DenseUnit([layer.weight, layer.bias], split, join)
+
+
+def train_dense(model: nn.Module, dense: list[DenseUnit], steps: int, start: int = 0) -> None:
+    """Train the units of a model as `train` does."""
+    for step in range(start, start + steps):
+        model.zero_grad()
+        backward(model, step)
+        for unit in dense:
+            unit.step(6)
+
+
+# --- small strategies ----------------------------------------------------------------------------
+
+
+@dataclass
+class Nothing(State):
+    """No state."""
+
+
+@dataclass(frozen=True)
+class PlainDescent(Strategy[Nothing]):
+    """Gradient descent with decoupled weight decay."""
+
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
+        "lr": Hyperparameter(0.1, lambda v: v >= 0, "at least 0"),
+        "weight_decay": Hyperparameter(0.0, lambda v: v >= 0, "at least 0"),
+    }
+
+    def init(self, like: Tensor, structures: Any, dtypes: Any) -> Nothing:
+        return Nothing()
+
+    def update(
+        self, state: Nothing, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
+    ) -> Tensor:
+        return grad
+
+
+@dataclass(frozen=True)
+class WithBetas(PlainDescent):
+    """A strategy with a pair of numbers among its hyperparameters."""
+
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
+        **PlainDescent.hyperparameters,
+        "betas": Hyperparameter((0.9, 0.99), lambda v: len(v) == 2, "a pair"),
+    }
+    decay = "after"
+    amount: int = 1
+
+
+def with_betas(strategy: Strategy[Any], **hyperparameters: Any) -> StructuredOptimizer:
+    """Return an optimizer of `mlp` by a strategy."""
+    return StructuredOptimizer(mlp(), strategy=strategy, hyperparameters=hyperparameters)

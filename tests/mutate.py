@@ -50,7 +50,13 @@ QR = ["linalg/test_qr.py", "linalg/test_eigen.py"]
 STRUCTURES = ["structures/test_spec.py", "structures/test_contract.py", "structures/test_memory.py"]
 KRONECKER = ["strategies/test_soap.py", "strategies/test_shampoo.py", "strategies/test_kl.py"]
 PROTOCOL = ["strategies/test_protocol_of_all.py"]
-BAD_INPUT = ["core/test_bad_input.py"]
+BAD_INPUT = [
+    "core/test_bad_arguments.py",
+    "core/test_bad_constructor.py",
+    "core/test_bad_hyperparameters.py",
+    "core/test_bad_params.py",
+    "core/test_bad_steps.py",
+]
 TESTS = {
     "linalg": LINALG,
     "structures": STRUCTURES,
@@ -78,7 +84,13 @@ TESTS = {
     "strategies/moments": ["strategies/test_adamw.py", *KRONECKER, *BAD_INPUT, *PROTOCOL],
     "strategies/muon": ["strategies/test_muon.py", *BAD_INPUT, *PROTOCOL],
     "strategies/orthogonalized": ["strategies/test_muon.py", *BAD_INPUT, *PROTOCOL],
-    "strategies/rotation": [*KRONECKER, *BAD_INPUT, *PROTOCOL, "core/test_faults.py"],
+    "strategies/rotation": [
+        *KRONECKER,
+        *BAD_INPUT,
+        *PROTOCOL,
+        "core/test_faults.py",
+        "core/test_overflow.py",
+    ],
     "strategies/scion": ["strategies/test_muon.py", *BAD_INPUT, *PROTOCOL],
     "strategies/shampoo": ["strategies/test_shampoo.py", *BAD_INPUT, *PROTOCOL],
     "strategies/sirf": ["strategies/test_sirf.py", *BAD_INPUT, *PROTOCOL],

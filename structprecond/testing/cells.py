@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from structprecond.testing.runs import PRECISIONS, Make, Precision, Run, first_difference
+from structprecond.testing.comparing import first_difference
+from structprecond.testing.runs import PRECISIONS, Make, Precision, Run
 from structprecond.testing.situations import SAVED_AT, SITUATIONS, STEPS, Situation
 
 NO_STRUCTURE = "-"

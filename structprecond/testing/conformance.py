@@ -15,7 +15,7 @@ from structprecond.testing.cells import CHECKS, NO_STRUCTURE, Cell
 from structprecond.testing.runs import PRECISIONS
 from structprecond.testing.situations import SAVED_AT, SITUATIONS, STEPS
 from structprecond.testing.strategies import StrategyContract
-from structprecond.testing.table import STRATEGIES
+from structprecond.testing.table import CONTRACTS
 
 _COMMAND = "python -m structprecond.testing.conformance"
 _PASSED = "✓"
@@ -146,11 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=_COMMAND, description="Write the conformance matrix.")
     parser.add_argument("--output", type=Path, default=Path("docs/conformance.md"))
     parser.add_argument("--pairs", action="store_true", help="pairs of settings only: minutes")
-    parser.add_argument("--only", choices=STRATEGIES, help="one strategy")
+    parser.add_argument("--only", choices=CONTRACTS, help="one strategy")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     results = {}
-    for name, contract in STRATEGIES.items():
+    for name, contract in CONTRACTS.items():
         if given.only in (None, name):
             results[name] = examine(contract, given.pairs)
             ran, failed = len(results[name].ran), len(results[name].failed)

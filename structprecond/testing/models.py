@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 _SAMPLES = 3
 
@@ -66,3 +68,15 @@ def loss_of(model: nn.Module, step: int, part: int, dtype: torch.dtype) -> Tenso
     return nn.functional.cross_entropy(
         logits.to(torch.promote_types(dtype, torch.float32)), targets
     )
+
+
+def noise(shape: Size, step: int, place: int) -> Tensor:
+    """Return random numbers in float64, always the same for a step and a place."""
+    generator = torch.Generator().manual_seed(1000 * step + place)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def set_grads(params: Iterable[Tensor], step: int) -> None:
+    """Set random gradients, always the same for a step and a place among the parameters."""
+    for place, p in enumerate(params):
+        p.grad = noise(p.shape, step, place).to(p.dtype)

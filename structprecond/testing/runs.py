@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.units import Unit
+from structprecond.testing.comparing import first_difference, same_bits
 from structprecond.testing.models import loss_of
 from structprecond.testing.situations import Situation
 
@@ -228,29 +229,3 @@ class Before:
 
 def _copy(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone()
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Compare dtype, shape and bits of two tensors."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    first, second = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(first, second)
-
-
-def first_difference(a: Any, b: Any, where: str = "") -> str | None:
-    """Return where nested containers of tensors and plain values differ; None if nowhere."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return None if same_bits(a, b) else f"{where or 'the tensor'} differs"
-    if type(a) is not type(b):
-        return f"{where} is a {type(a).__name__} here and a {type(b).__name__} there"
-    if isinstance(a, dict):
-        if a.keys() != b.keys():
-            return f"{where} has {sorted(map(str, a))} here and {sorted(map(str, b))} there"
-        found = (first_difference(a[key], b[key], f"{where}[{key!r}]") for key in a)
-        return next((f for f in found if f is not None), None)
-    if isinstance(a, list | tuple) and len(a) == len(b):
-        both = enumerate(zip(a, b, strict=True))
-        found = (first_difference(x, y, f"{where}[{i}]") for i, (x, y) in both)
-        return next((f for f in found if f is not None), None)
-    return None if a == b else f"{where} is {a!r} here and {b!r} there"

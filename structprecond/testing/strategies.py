@@ -15,9 +15,10 @@ from torch import nn
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.errors import StructureError
 from structprecond.testing.cells import FACTORS, NO_STRUCTURE, STRUCTURES, Cell, run_cell
+from structprecond.testing.comparing import first_difference
 from structprecond.testing.covering import all_cases, covering_array
-from structprecond.testing.models import TinyModel, loss_of
-from structprecond.testing.runs import PRECISIONS, Run, first_difference
+from structprecond.testing.models import TinyModel, loss_of, set_grads
+from structprecond.testing.runs import PRECISIONS, Run
 from structprecond.testing.situations import SAVED_AT, SITUATIONS
 
 
@@ -181,9 +182,7 @@ class StrategyContract:
 
 def _randomize_gradients(model: nn.Module, step: int) -> None:
     """Replace gradients by noise, so that rounding does not decide on directions left open."""
-    for i, (_, p) in enumerate(sorted(model.named_parameters())):
-        generator = torch.Generator().manual_seed(1000 * step + i)
-        p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    set_grads([p for _, p in sorted(model.named_parameters())], step)
 
 
 @cache

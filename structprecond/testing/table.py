@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from structprecond.core.optimizer import StructuredOptimizer
@@ -18,10 +21,7 @@ from structprecond.strategies.shampoo import Shampoo
 from structprecond.strategies.sirf import SIRFShampoo
 from structprecond.strategies.soap import SOAP, SOAPStrategy
 from structprecond.testing.cells import NO_STRUCTURE, STRUCTURES
-from structprecond.testing.runs import Make
 from structprecond.testing.strategies import StrategyContract
-
-_WITH_ROOTS = ("dense", "diagonal", "block2diagonal", "none")
 
 
 def every_fourth(step: int) -> bool:
@@ -29,102 +29,219 @@ def every_fourth(step: int) -> bool:
     return step % 4 == 2
 
 
-def _mixed(model: nn.Module, **overrides: Any) -> StructuredOptimizer:
-    return StructuredOptimizer(
-        model,
-        strategy={"conv": SOAPStrategy(), "matrix": MuonStrategy(), "default": AdamWStrategy()},
-        hyperparameters={"lr": 0.02, "soap_precondition_frequency": 3},
-        **overrides,
-    )
+@dataclass(frozen=True)
+class Usage:
+    """A strategy, and a way of using it.
+
+    Args:
+        optimizer: Its optimizer.
+        settings: The arguments of the optimizer.
+        structures: The structures that the strategy can use, one name of each kind.
+        refusal: Why it cannot use the others.
+        conformance: Whether it has the full contract, and rows in `docs/conformance.md`.
+        protocol: Whether the tests that treat all strategies alike, in `tests/`, try it. Their
+            gradients come from nowhere, so it may not depend on a counted batch size.
+        saved_as: The name that it has in `tests/data/checkpoint_v1.pt`, if it is saved there. What
+            a strategy refuses to load another value of has to stay as it is; hyperparameters come
+            from the file.
+    """
+
+    optimizer: Callable[..., StructuredOptimizer]
+    settings: Mapping[str, Any]
+    structures: Sequence[str] = (NO_STRUCTURE,)
+    refusal: str = StrategyContract.refusal
+    conformance: bool = True
+    protocol: bool = True
+    saved_as: str | None = None
+
+    def make(self, model: nn.Module, **overrides: Any) -> StructuredOptimizer:
+        """Return an optimizer of the model, with some arguments replaced."""
+        return self.optimizer(model, **{**self.settings, **overrides})
+
+    def contract(self) -> type[StrategyContract]:
+        """Return the contract of the strategy as it is used here."""
+        members = {
+            "make": staticmethod(self.make),
+            "structures": tuple(self.structures),
+            "refusal": self.refusal,
+        }
+        return type("Contract", (StrategyContract,), members)
 
 
-def _with(optimizer: Any, **settings: Any) -> Make:
-    def make(model: nn.Module, **overrides: Any) -> StructuredOptimizer:
-        made: StructuredOptimizer = optimizer(model, **settings, **overrides)
-        return made
-
-    return make
-
-
-def _contract(
-    make: Make,
-    structures: Sequence[str] = (NO_STRUCTURE,),
-    refusal: str = StrategyContract.refusal,
-) -> type[StrategyContract]:
-    """Return the contract of an optimizer."""
-    members = {"make": staticmethod(make), "structures": tuple(structures), "refusal": refusal}
-    return type("Contract", (StrategyContract,), members)
-
-
-_BASES = (_WITH_ROOTS, "no eigenbasis")
-_ROOTS = (_WITH_ROOTS, "no inverse root")
-
-STRATEGIES: dict[str, type[StrategyContract]] = {
-    "SIRFShampoo": _contract(_with(SIRFShampoo, lr=0.02, T=2), STRUCTURES),
-    "SIRFShampoo by a callable": _contract(
-        _with(
-            SIRFShampoo,
-            lr=0.02,
-            T=every_fourth,
-            batch_size=4,
-            combine_params=(LinearWeightBias(), PerParameter()),
-        ),
-        STRUCTURES,
-    ),
-    "SOAP": _contract(_with(SOAP, lr=0.02, precondition_frequency=3), *_BASES),
-    "SOAP by a callable": _contract(
-        _with(SOAP, lr=0.02, precondition_frequency=every_fourth, precondition_1d=True),
-        *_BASES,
-    ),
-    "SOAP in turns": _contract(
-        _with(
-            SOAP,
-            lr=0.02,
-            precondition_frequency=3,
-            refresh="staggered",
-            skip_first=False,
-            transport=True,
-            clip_rms=2.0,
-        ),
-        *_BASES,
-    ),
-    "KLShampoo": _contract(_with(KLShampoo, lr=0.01, precondition_frequency=3), *_BASES),
-    "KLSOAP": _contract(_with(KLSOAP, lr=0.01, precondition_frequency=3), *_BASES),
-    "Shampoo": _contract(
-        _with(Shampoo, lr=0.02, precondition_frequency=3, start_preconditioning_step=2),
-        *_ROOTS,
-    ),
-    "Shampoo, coupled Newton": _contract(
-        _with(
-            Shampoo,
-            lr=0.02,
-            precondition_frequency=3,
-            root="coupled_newton",
-            exponent=0.5,
-            eps=1e-4,
-            grafting="rmsprop",
-        ),
-        *_ROOTS,
-    ),
-    "Shampoo, Denman-Beavers": _contract(
-        _with(
-            Shampoo,
-            lr=0.02,
-            precondition_frequency=3,
-            root="newton_db",
-            exponent=0.5,
-            eps=1e-4,
-            grafting="sgd",
-            refresh="staggered",
-        ),
-        *_ROOTS,
-    ),
-    "Muon": _contract(_with(Muon, lr=0.02, nesterov=True)),
-    "NorMuon": _contract(_with(NorMuon, lr=0.02)),
-    "Scion": _contract(_with(Scion, lr=0.02, radius=1.0, head_radius=1.0)),
-    "LARS": _contract(_with(LARS, lr=0.5, momentum=0.9, weight_decay=0.1, trust_coefficient=0.1)),
-    "AdamW": _contract(_with(AdamW, lr=0.02)),
-    "AdamW, compensated": _contract(_with(AdamW, lr=0.02, rounding="kahan")),
-    "SOAP, Muon and AdamW by role": _contract(_mixed, *_BASES),
+_SAVED_STRUCTURES: Any = {
+    1: "diagonal",
+    2: ("hierarchical2_1", "block2diagonal"),
+    3: ("triltoeplitz", "none", "dense"),
+    4: ("triutoeplitz", "trilbottomrightdiag", "none", "dense"),
 }
-"""A contract for each strategy, and for each way of using it that keeps other state."""
+_BLOCKS: Any = {1: "none", 2: ("dense", "block3diagonal"), 4: "dense"}
+_JOINT = (LinearWeightBias(), PerParameter())
+_WITH_ROOTS = ("dense", "diagonal", "block2diagonal", "none")
+
+_any_structure = partial(Usage, structures=STRUCTURES)
+_with_bases = partial(Usage, structures=_WITH_ROOTS, refusal="no eigenbasis")
+_with_roots = partial(Usage, structures=_WITH_ROOTS, refusal="no inverse root")
+
+STRATEGIES: dict[str, Usage] = {
+    "SIRFShampoo": _any_structure(SIRFShampoo, {"lr": 0.02, "T": 2}, protocol=False),
+    "SIRFShampoo by a callable": _any_structure(
+        SIRFShampoo,
+        {"lr": 0.02, "T": every_fourth, "batch_size": 4, "combine_params": _JOINT},
+        protocol=False,
+    ),
+    "SIRFShampoo, batch size given": _any_structure(
+        SIRFShampoo, {"lr": 0.05, "T": 2, "batch_size": 4}, conformance=False
+    ),
+    "SIRFShampoo, many structures": _any_structure(
+        SIRFShampoo,
+        {"lr": 0.05, "T": 2, "batch_size": 4, "structures": _SAVED_STRUCTURES},
+        conformance=False,
+        protocol=False,
+        saved_as="SIRFShampoo",
+    ),
+    "SIRFShampoo joint": _any_structure(
+        SIRFShampoo,
+        {"lr": 0.05, "batch_size": 4, "combine_params": _JOINT},
+        conformance=False,
+        protocol=False,
+        saved_as="SIRFShampoo joint",
+    ),
+    "SOAP": _with_bases(SOAP, {"lr": 0.02, "precondition_frequency": 3}, saved_as="SOAP"),
+    "SOAP by a callable": _with_bases(
+        SOAP,
+        {"lr": 0.02, "precondition_frequency": every_fourth, "precondition_1d": True},
+        protocol=False,
+    ),
+    "SOAP in turns": _with_bases(
+        SOAP,
+        {
+            "lr": 0.02,
+            "precondition_frequency": 3,
+            "refresh": "staggered",
+            "skip_first": False,
+            "transport": True,
+            "clip_rms": 2.0,
+        },
+        protocol=False,
+    ),
+    "SOAP staggered": _with_bases(
+        SOAP,
+        {"lr": 0.02, "precondition_frequency": 3, "refresh": "staggered"},
+        conformance=False,
+    ),
+    "SOAP staggered joint": _with_bases(
+        SOAP,
+        {"precondition_frequency": 2, "refresh": "staggered", "combine_params": _JOINT},
+        conformance=False,
+        protocol=False,
+        saved_as="SOAP staggered",
+    ),
+    "SOAP options": _with_bases(
+        SOAP,
+        {
+            "lr": 0.02,
+            "precondition_frequency": 2,
+            "skip_first": False,
+            "transport": True,
+            "clip_rms": 2.0,
+        },
+        conformance=False,
+    ),
+    "SOAP blocks": _with_bases(
+        SOAP, {"lr": 0.02, "structures": _BLOCKS, "precondition_1d": True}, conformance=False
+    ),
+    "SOAP merged": _with_bases(
+        SOAP, {"lr": 0.02, "merge_dims": True, "max_precond_dim": 12}, conformance=False
+    ),
+    "KLShampoo": _with_bases(
+        KLShampoo, {"lr": 0.01, "precondition_frequency": 3}, saved_as="KLShampoo"
+    ),
+    "KLSOAP": _with_bases(
+        KLSOAP, {"lr": 0.01, "precondition_frequency": 3}, protocol=False, saved_as="KLSOAP"
+    ),
+    "KLSOAP blocks": _with_bases(
+        KLSOAP,
+        {"lr": 0.01, "precondition_frequency": 3, "structures": _BLOCKS},
+        conformance=False,
+    ),
+    "Shampoo": _with_roots(
+        Shampoo,
+        {"lr": 0.02, "precondition_frequency": 3, "start_preconditioning_step": 2},
+    ),
+    "Shampoo from the first step": _with_roots(
+        Shampoo,
+        {"lr": 0.02, "precondition_frequency": 3},
+        conformance=False,
+        protocol=False,
+        saved_as="Shampoo",
+    ),
+    "Shampoo, coupled Newton": _with_roots(
+        Shampoo,
+        {
+            "lr": 0.02,
+            "precondition_frequency": 3,
+            "root": "coupled_newton",
+            "exponent": 0.5,
+            "eps": 1e-4,
+            "grafting": "rmsprop",
+        },
+        protocol=False,
+    ),
+    "Shampoo, Denman-Beavers": _with_roots(
+        Shampoo,
+        {
+            "lr": 0.02,
+            "precondition_frequency": 3,
+            "root": "newton_db",
+            "exponent": 0.5,
+            "eps": 1e-4,
+            "grafting": "sgd",
+            "refresh": "staggered",
+        },
+        protocol=False,
+    ),
+    "Shampoo staggered": _with_roots(
+        Shampoo,
+        {
+            "lr": 0.02,
+            "precondition_frequency": 4,
+            "refresh": "staggered",
+            "grafting": "rmsprop",
+        },
+        conformance=False,
+    ),
+    "Shampoo joint": _with_roots(
+        Shampoo, {"lr": 0.02, "grafting": "sgd", "combine_params": _JOINT}, conformance=False
+    ),
+    "Muon": Usage(Muon, {"lr": 0.02, "nesterov": True}, saved_as="Muon"),
+    "Muon l2": Usage(
+        Muon,
+        {"lr": 0.02, "weight_decay_method": "l2", "after_weight_update": torch.tanh},
+        conformance=False,
+    ),
+    "NorMuon": Usage(NorMuon, {"lr": 0.02}, saved_as="NorMuon"),
+    "Scion": Usage(Scion, {"lr": 0.02, "radius": 1.0, "head_radius": 1.0}, saved_as="Scion"),
+    "LARS": Usage(
+        LARS,
+        {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.1},
+        saved_as="LARS",
+    ),
+    "AdamW": Usage(AdamW, {"lr": 0.02}, saved_as="AdamW"),
+    "AdamW, compensated": Usage(AdamW, {"lr": 0.02, "rounding": "kahan"}, protocol=False),
+    "SOAP, Muon and AdamW by role": _with_bases(
+        StructuredOptimizer,
+        {
+            "strategy": {
+                "conv": SOAPStrategy(),
+                "matrix": MuonStrategy(),
+                "default": AdamWStrategy(),
+            },
+            "hyperparameters": {"lr": 0.02, "soap_precondition_frequency": 3},
+        },
+        protocol=False,
+    ),
+}
+"""Each strategy, and each way of using it that keeps other state or takes another path."""
+
+CONTRACTS = {name: usage.contract() for name, usage in STRATEGIES.items() if usage.conformance}
+"""The contracts of those that `docs/conformance.md` is about."""

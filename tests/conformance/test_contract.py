@@ -28,7 +28,7 @@ from structprecond.testing.cells import NO_STRUCTURE, Cell, run_cell
 from structprecond.testing.conformance import Result, main, render
 from structprecond.testing.runs import PRECISIONS, Make
 from structprecond.testing.situations import SITUATIONS
-from structprecond.testing.table import STRATEGIES, every_fourth
+from structprecond.testing.table import CONTRACTS, every_fourth
 
 PRECISION = {precision.name: precision for precision in PRECISIONS}
 SITUATION = {situation.name: situation for situation in SITUATIONS}
@@ -203,7 +203,7 @@ def _keep_lr(optimizer: Any, checkpoint: Any) -> None:
         (AdamW, _lose("step"), "plain", {}),
         (AdamW, _lose("global_step"), "plain", {}),
         (AdamW, _lose("exp_avg_sq"), "tied parameters", {}),
-        (SOAP, _lose("begun"), "plain", {}),
+        (SOAP, _lose("initialized"), "plain", {}),
         (SOAP, _lose("overdue"), "missing gradients", {"precondition_frequency": every_fourth}),
         (SOAP, _lose("bases.0.mat"), "plain", {}),
         (SIRFShampoo, _lose("preconditioner_momenta.0.mat"), "group added later", {}),
@@ -286,14 +286,14 @@ def test_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
     file = tmp_path / "page.md"
     assert main(["--pairs", "--only", "LARS", "--output", str(file)]) == 0
     assert "python -m structprecond.testing.conformance --pairs" in file.read_text("utf-8")
-    ran = len(STRATEGIES["LARS"].covering_cells())
+    ran = len(CONTRACTS["LARS"].covering_cells())
     assert f"LARS: {ran} of {ran} cells pass" in capsys.readouterr().out
 
 
 def test_page_of_the_documentation_is_about_all_strategies_and_settings() -> None:
     page = (Path(__file__).parents[2] / "docs/conformance.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
-    for name, contract in STRATEGIES.items():
+    for name, contract in CONTRACTS.items():
         own = [row[1:] for row in rows if row[0] == name]
         assert ["✓"] * len(SITUATIONS) in own
         for structure in contract.structures:
@@ -301,5 +301,5 @@ def test_page_of_the_documentation_is_about_all_strategies_and_settings() -> Non
         if contract.refused():
             refusals = [contract.refusal] * len(PRECISIONS)
             assert [", ".join(contract.refused()), *refusals] in own
-    assert {row[0] for row in rows} == {*STRATEGIES, "strategy", "---"}
+    assert {row[0] for row in rows} == {*CONTRACTS, "strategy", "---"}
     assert "✗" not in page

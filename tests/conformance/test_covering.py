@@ -12,7 +12,7 @@ from structprecond.structures import SUPPORTED_STRUCTURES
 from structprecond.structures.spec import structure_class
 from structprecond.testing import covering_array
 from structprecond.testing.cells import FACTORS, NO_STRUCTURE, STRUCTURES
-from structprecond.testing.table import STRATEGIES
+from structprecond.testing.table import CONTRACTS
 
 
 def _pairs(cases: list[dict[str, Any]]) -> set[Any]:
@@ -49,15 +49,15 @@ def test_every_pair_of_the_table_is_covered_or_excluded_with_a_reason() -> None:
     settings: dict[str, Any] = {"structure": (*STRUCTURES, NO_STRUCTURE), **FACTORS}
     wanted = {
         (name, pair)
-        for name in STRATEGIES
+        for name in CONTRACTS
         for (a, values), (b, others) in combinations(settings.items(), 2)
         for pair in product(product([a], values), product([b], others))
     }
-    for name, contract in STRATEGIES.items():
+    for name, contract in CONTRACTS.items():
         for cell in contract.covering_cells():
             wanted -= {(name, pair) for pair in combinations(vars(cell).items(), 2)}
     for name, pair in wanted:
-        contract, structure = STRATEGIES[name], dict(pair)["structure"]
+        contract, structure = CONTRACTS[name], dict(pair)["structure"]
         assert structure not in contract.structures
         is_default = structure == "dense" and contract.structures == (NO_STRUCTURE,)
         means_none = structure == NO_STRUCTURE

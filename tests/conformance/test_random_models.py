@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,7 +32,9 @@ from structprecond import (
     StructuredOptimizer,
 )
 from structprecond.testing.cells import STRUCTURES
-from structprecond.testing.runs import first_difference
+from structprecond.testing.comparing import first_difference
+from structprecond.testing.models import noise
+from tests.helpers import through_a_file
 
 # the default profile is for tests that are slower
 EXAMPLES = max(50, settings().max_examples)
@@ -156,11 +157,10 @@ class Plan:
         for i, (name, p) in enumerate(params.items()):
             kind = self.gradients[step][name]
             size = SIZES[kind]
-            generator = torch.Generator().manual_seed(1000 * step + i)
-            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            grad = noise(p.shape, step, i)
             if kind == "constant":
-                noise = noise.flatten()[:1].expand(p.shape)  # of rank one
-            p.grad = None if size is None else (noise * size).to(p.dtype)
+                grad = grad.flatten()[:1].expand(p.shape)  # of rank one
+            p.grad = None if size is None else (grad * size).to(p.dtype)
 
 
 @st.composite
@@ -207,11 +207,8 @@ def test_what_is_saved_and_loaded_goes_on_to_the_bit(plan: Plan) -> None:
     model, resumed = plan.model(), plan.model()
     optimizer = plan.optimizer(model)
     _step(plan, model, optimizer, range(SAVED_AT))
-    file = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict()], file)
-    file.seek(0)
+    weights, state = through_a_file([model.state_dict(), optimizer.state_dict()])
     again = plan.optimizer(resumed)
-    weights, state = torch.load(file, weights_only=True)
     resumed.load_state_dict(weights)
     again.load_state_dict(state)
     _step(plan, resumed, again, range(SAVED_AT, STEPS))

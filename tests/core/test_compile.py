@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.amp import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from structprecond import SIRFShampoo, StructPrecondError, describe
+from tests.every_strategy import MAKERS, Make, every_strategy
 from tests.helpers import (
     SETTINGS,
     assert_close,
@@ -26,10 +27,7 @@ from tests.helpers import (
     snapshot,
     values,
 )
-from tests.strategies.test_protocol_of_all import MAKERS
 
-Make = Callable[..., Any]
-every_strategy = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 STEPS = 13
 dynamo_looks_at_gradients = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
@@ -265,7 +263,7 @@ def test_learning_rate_in_a_tensor_may_be_scheduled_under_a_compiled_step(make: 
     assert_close(values(twin), values(model), 1e-10)
 
 
-HOOKED = {name: MAKERS[name] for name in ("SOAP", "Muon", "SIRF")}
+HOOKED = {name: MAKERS[name] for name in ("SOAP", "Muon", "SIRFShampoo, batch size given")}
 
 
 @pytest.mark.parametrize("make", HOOKED.values(), ids=HOOKED)

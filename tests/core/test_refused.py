@@ -27,8 +27,7 @@ from structprecond import (
     StructuredOptimizer,
 )
 from structprecond.core.strategy import nonnegative
-from tests.core.test_bad_input import _net
-from tests.helpers import mlp, same_bits, set_grads, values
+from tests.helpers import mlp, net, same_bits, set_grads, values
 
 
 def _data(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any, Any], None]:
@@ -132,7 +131,7 @@ ARGUMENTS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("make", ARGUMENTS.values(), ids=ARGUMENTS)
 def test_argument_is_refused(make: Callable[[Any], Any]) -> None:
     with pytest.raises(StructPrecondError):
-        make(_net())
+        make(net())
 
 
 @dataclass
@@ -143,7 +142,6 @@ class _Shadowing(State):
 @dataclass(frozen=True)
 class _Shadow(Strategy[_Shadowing]):
     hyperparameters = {"lr": nonnegative(0.1)}  # noqa: RUF012
-    decay = "inside"
 
     def init(self, like: torch.Tensor, structures: Any, dtypes: Any) -> _Shadowing:
         return _Shadowing(torch.zeros_like(like))
@@ -156,7 +154,7 @@ class _Shadow(Strategy[_Shadowing]):
 
 def test_a_state_may_not_shadow_a_counter() -> None:
     with pytest.raises(StructPrecondError, match="fields called step, which are names of the core"):
-        StructuredOptimizer(_net(), strategy=_Shadow())
+        StructuredOptimizer(net(), strategy=_Shadow())
 
 
 def test_names_of_the_user_may_be_alike() -> None:

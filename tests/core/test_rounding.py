@@ -123,11 +123,11 @@ def test_what_was_lost_is_saved_and_follows_its_unit() -> None:
 
     step(model, optimizer, 0, 6)
     step(model, optimizer, 1, 6)
-    untouched = optimizer.state[params[4]]["lost"].clone()
+    untouched = optimizer.state[params[4]]["compensation"].clone()
     assert untouched.any()
     assert untouched.dtype == torch.bfloat16
     step(model, optimizer, 2, 4)
-    assert torch.equal(optimizer.state[params[4]]["lost"], untouched)
+    assert torch.equal(optimizer.state[params[4]]["compensation"], untouched)
     other = copy.deepcopy(model)
     resumed = SOAP(other, lr=1e-3, rounding="kahan")
     resumed.load_state_dict(optimizer.state_dict())
@@ -139,7 +139,7 @@ def test_what_was_lost_is_saved_and_follows_its_unit() -> None:
 
 def test_float32_parameters_keep_nothing() -> None:
     p = nn.Parameter(torch.ones(3, 2))
-    assert "lost" not in SOAP([p], rounding="kahan").state[p]
+    assert "compensation" not in SOAP([p], rounding="kahan").state[p]
 
 
 class _Copying(PreconditionerGroup):

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from structprecond import (
     SAM,
     SOAP,
-    AdamW,
     AdamWStrategy,
-    CheckpointError,
     GroupError,
-    HyperparameterError,
     KLShampooStrategy,
     LARSStrategy,
     LinearWeightBias,
@@ -27,78 +23,23 @@ from structprecond import (
     Muon,
     MuonStrategy,
     PerParameter,
-    Routing,
     Scion,
     ShampooStrategy,
     SIRFShampooStrategy,
     SOAPStrategy,
     StackExperts,
-    State,
-    StepContext,
-    Strategy,
     StructPrecondError,
     StructuredOptimizer,
     describe,
     roles,
 )
 from structprecond.core.routing import name_of
-
-
-class _Net(nn.Module):
-    """Convolutions, hidden matrices, an embedding, a norm and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(9, 4)
-        self.conv1 = nn.Conv1d(4, 6, 3, padding=1)
-        self.conv2 = nn.Conv1d(6, 6, 3, padding=1)
-        self.norm = nn.LayerNorm(6)
-        self.hidden = nn.Linear(6, 8)
-        self.head = nn.Linear(8, 9)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens).mT
-        x = self.norm(self.conv2(self.conv1(x)).relu().mean(-1))
-        out: Tensor = self.head(self.hidden(x).relu())
-        return out
-
-
-MIXED: Any = {"conv": SOAPStrategy(), "matrix": MuonStrategy(), "default": AdamWStrategy()}
-
-
-def _net() -> _Net:
-    torch.manual_seed(0)
-    return _Net()
-
-
-def _mixed(model: nn.Module, **kwargs: Any) -> StructuredOptimizer:
-    settings = {"lr": 0.01, "soap_precondition_frequency": 3, "muon_lr_scale": 0.5}
-    return StructuredOptimizer(model, strategy=MIXED, hyperparameters=settings, **kwargs)
-
-
-def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
-    losses = []
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        tokens = torch.randint(0, 9, (32, 5), generator=generator)
-        loss = nn.functional.cross_entropy(model(tokens), tokens[:, 2])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def _routes(optimizer: StructuredOptimizer) -> dict[str, tuple[str, str]]:
-    return {
-        unit.label: (name_of(bucket.strategy), rule)
-        for bucket in optimizer.buckets
-        for unit, rule in zip(bucket.units, bucket.rules, strict=True)
-    }
+from tests.core.routed import MIXED, mixed, net, routes_of, train
+from tests.helpers import same_bits, through_a_file, values
 
 
 def test_every_parameter_goes_where_its_role_says() -> None:
-    assert _routes(_mixed(_net())) == {
+    assert routes_of(mixed(net())) == {
         "embedding.weight": ("adamw", "embedding"),
         "conv1.weight": ("soap", "conv"),
         "conv1.bias": ("adamw", "bias"),
@@ -114,7 +55,7 @@ def test_every_parameter_goes_where_its_role_says() -> None:
 
 
 def test_each_part_is_as_an_optimizer_of_its_own() -> None:
-    model = _net().double()
+    model = net().double()
     other = copy.deepcopy(model)
     optimizer = StructuredOptimizer(
         model,
@@ -161,37 +102,33 @@ def test_each_part_is_as_an_optimizer_of_its_own() -> None:
 
 
 def test_mixed_optimizer_trains_and_resumes_to_the_bit() -> None:
-    model = _net()
-    optimizer = _mixed(model)
-    losses = _train(model, optimizer, range(150))
+    model = net()
+    optimizer = mixed(model)
+    losses = train(model, optimizer, range(150))
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
-    file = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict()], file)
-    file.seek(0)
-    weights, state = torch.load(file, weights_only=True)
-    resumed = _net()
-    again = _mixed(resumed)
+    weights, state = through_a_file([model.state_dict(), optimizer.state_dict()])
+    resumed = net()
+    again = mixed(resumed)
     resumed.load_state_dict(weights)
     again.load_state_dict(state)
-    _train(model, optimizer, range(150, 170))
-    _train(resumed, again, range(150, 170))
-    pairs = zip(model.parameters(), resumed.parameters(), strict=True)
-    assert all(torch.equal(p, q) for p, q in pairs)
+    train(model, optimizer, range(150, 170))
+    train(resumed, again, range(150, 170))
+    assert same_bits(values(model), values(resumed))
 
 
 def test_schedulers_see_one_lr_per_group_as_given() -> None:
-    model = _net()
+    model = net()
     groups: list[dict[str, Any]] = [
         {"params": [*model.embedding.parameters(), *model.conv1.parameters()], "lr": 0.3},
         {"params": [p for m in (model.conv2, model.hidden) for p in m.parameters()]},
         {"params": [*model.norm.parameters(), *model.head.parameters()], "lr": 0.1},
     ]
-    optimizer = _mixed(model, params=groups)
+    optimizer = mixed(model, params=groups)
     given = [[id(p) for p in group["params"]] for group in groups]
     assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == given
     schedule = LambdaLR(optimizer, lambda step: 0.5**step)
     assert schedule.get_last_lr() == [0.3, 0.01, 0.1]
-    _train(model, optimizer, range(1))
+    train(model, optimizer, range(1))
     schedule.step()
     assert schedule.get_last_lr() == [0.15, 0.005, 0.05]
     halves = {name_of(b.strategy): b.hyperparameters["lr"] for b in optimizer.buckets}
@@ -200,7 +137,7 @@ def test_schedulers_see_one_lr_per_group_as_given() -> None:
 
 def test_patterns_go_before_roles() -> None:
     rules: Any = {"conv2.*": MuonStrategy(), "conv": SOAPStrategy(), "default": AdamWStrategy()}
-    routes = _routes(StructuredOptimizer(_net(), strategy=rules))
+    routes = routes_of(StructuredOptimizer(net(), strategy=rules))
     assert routes["conv1.weight"] == ("soap", "conv")
     assert routes["conv2.weight"] == ("muon", "conv2.*")
     assert routes["conv2.bias"] == ("muon", "conv2.*")
@@ -208,8 +145,8 @@ def test_patterns_go_before_roles() -> None:
 
 
 def test_muon_is_overridden_by_role_by_name_and_by_param_group() -> None:
-    model = _net()
-    routes = _routes(
+    model = net()
+    routes = routes_of(
         Muon(model, routes={"head": "muon", "conv1.weight": "adamw", "embedding": LARSStrategy()})
     )
     assert routes["head.weight"] == ("muon", "head")
@@ -225,77 +162,13 @@ def test_muon_is_overridden_by_role_by_name_and_by_param_group() -> None:
         ],
         adamw_eps=1e-6,
     )
-    routes = _routes(optimizer)
+    routes = routes_of(optimizer)
     assert routes["head.bias"][0] == "muon"
     assert routes["hidden.bias"] == ("adamw", "bias")
     assert routes["hidden.weight"] == ("muon", "matrix")
     eps = {b.units[0].label: b.hyperparameters.get("eps") for b in optimizer.buckets}
     assert eps["embedding.weight"] == 1e-4
     assert eps["hidden.bias"] == 1e-6
-
-
-@pytest.mark.parametrize(
-    ("strategy", "message"),
-    [
-        ({"*.gate": MuonStrategy(), "default": AdamWStrategy()}, r"'\*\.gate' apply to no param"),
-        (
-            {"experts": MuonStrategy(), "default": AdamWStrategy()},
-            "'experts' apply to no parameter",
-        ),
-        (
-            {"conv1.*": MuonStrategy(), "conv*": MuonStrategy(), "default": AdamWStrategy()},
-            r"Several rules apply to conv1\.weight: 'conv1\.\*', 'conv\*'",
-        ),
-        (
-            # all convolutions are taken by the pattern
-            {"conv?.*": MuonStrategy(), "conv": SOAPStrategy(), "default": AdamWStrategy()},
-            "'conv' apply to no parameter",
-        ),
-    ],
-)
-def test_ignored_and_double_rules_raise(strategy: Any, message: str) -> None:
-    model = _net()
-    with pytest.raises(GroupError, match=message):
-        StructuredOptimizer(model, strategy=strategy)
-    assert not model._forward_hooks
-
-
-def test_rules_of_a_param_group_have_to_apply_in_it() -> None:
-    model = _net()
-    optimizer = Muon(model, model.hidden.parameters())
-    rules: Any = {"conv": SOAPStrategy(), "default": AdamWStrategy()}
-    with pytest.raises(GroupError, match="'conv' apply to no parameter"):
-        optimizer.add_param_group({"params": model.head.parameters(), "strategy": rules})
-    assert len(optimizer.param_groups) == 1
-    optimizer.add_param_group({"params": model.conv1.parameters(), "strategy": rules})
-    assert _routes(optimizer)["conv1.weight"] == ("soap", "conv")
-    assert optimizer.param_groups[1]["soap_precondition_frequency"] == 10
-
-
-@pytest.mark.parametrize(
-    ("strategy", "message"),
-    [
-        ({}, "goes from roles, name patterns and 'default'"),
-        ({"conv": SOAPStrategy()}, "goes from roles, name patterns and 'default'"),
-        ({1: SOAPStrategy(), "default": SOAPStrategy()}, "goes from roles"),
-        ({"conv": SOAPStrategy, "default": AdamWStrategy()}, "Did you pass the class"),
-        ("muon", "strategy takes an instance of Strategy"),
-    ],
-)
-def test_what_is_no_routing_is_refused(strategy: Any, message: str) -> None:
-    with pytest.raises(StructPrecondError, match=message):
-        StructuredOptimizer(_net(), strategy=strategy)
-
-
-def test_misspelt_hyperparameters_are_refused() -> None:
-    for wrong in ("muon_lr", "adamw_betas", "soap_lrscale", "conv_lr_scale"):
-        with pytest.raises(HyperparameterError, match=rf"Unknown hyperparameters \['{wrong}'\]"):
-            StructuredOptimizer(_net(), strategy=MIXED, hyperparameters={wrong: 0.1})
-    model = _net()
-    with pytest.raises(HyperparameterError, match=r"Unknown keys \['adamw_lr'\].*adamw_lr_scale"):
-        Muon(model, [{"params": model.head.parameters(), "adamw_lr": 0.1}])
-    with pytest.raises(HyperparameterError, match="soap_betas must be a pair"):
-        StructuredOptimizer(_net(), strategy=MIXED, hyperparameters={"soap_betas": (1.0, 0.9)})
 
 
 def test_grouping_rules_come_first_and_the_first_parameter_decides() -> None:
@@ -306,7 +179,7 @@ def test_grouping_rules_come_first_and_the_first_parameter_decides() -> None:
         strategy={"head": AdamWStrategy(), "default": SOAPStrategy()},
         combine_params=rules,
     )
-    assert _routes(optimizer) == {
+    assert routes_of(optimizer) == {
         "0.weight + 0.bias": ("soap", "matrix"),
         "2.weight + 2.bias": ("adamw", "head"),
     }
@@ -321,45 +194,15 @@ def test_grouping_rules_come_first_and_the_first_parameter_decides() -> None:
 def test_bare_parameters_are_routed_by_shape() -> None:
     shapes: list[tuple[int, ...]] = [(4, 3), (3,), (2, 3, 3, 3), ()]
     optimizer = Muon([nn.Parameter(torch.randn(shape)) for shape in shapes])
-    names = [name for name, _ in _routes(optimizer).values()]
+    names = [name for name, _ in routes_of(optimizer).values()]
     assert sorted(names) == ["adamw", "adamw", "muon", "muon"]
-    assert _routes(optimizer)["param_groups[0]['params'][2]"] == ("muon", "conv")
-
-
-def test_checkpoints_of_another_routing_are_refused() -> None:
-    model = _net()
-    saved = Muon(model).state_dict()
-    with pytest.raises(CheckpointError, match="strategy is"):
-        Muon(model, routes={"head": "muon"}).load_state_dict(saved)
-    with pytest.raises(CheckpointError, match="strategy is"):
-        AdamW(model).load_state_dict(saved)
-    hooked = Muon(model, after_weight_update=torch.tanh)
-    described = hooked.state_dict()["param_groups"][0]["strategy"]
-    assert "tanh" in described
-    assert " at 0x" not in described
-    Muon(model, after_weight_update=torch.tanh).load_state_dict(hooked.state_dict())
-
-
-def test_strategies_may_not_share_a_name() -> None:
-    class AdamWStrategy(Strategy[State]):
-        hyperparameters: ClassVar[Any] = {}
-        decay = "inside"
-
-        def init(self, like: Tensor, structures: Any, dtypes: Any) -> State:
-            raise NotImplementedError
-
-        def update(self, state: State, grad: Tensor, hp: Any, ctx: StepContext) -> Tensor:
-            raise NotImplementedError
-
-    other = type(MIXED["default"])
-    with pytest.raises(StructPrecondError, match="Two strategies are called 'adamw'"):
-        Routing(AdamWStrategy(), {"conv": other()})
+    assert routes_of(optimizer)["param_groups[0]['params'][2]"] == ("muon", "conv")
 
 
 def test_two_configurations_of_one_strategy_share_hyperparameters() -> None:
     strategies: Any = {"conv": SOAPStrategy(max_precond_dim=4), "default": SOAPStrategy()}
     optimizer = StructuredOptimizer(
-        _net(), strategy=strategies, hyperparameters={"lr": 0.1, "eps": 1e-5}
+        net(), strategy=strategies, hyperparameters={"lr": 0.1, "eps": 1e-5}
     )
     assert not [name for name in optimizer.param_groups[0] if name.startswith("soap_")]
     assert {bucket.hyperparameters["eps"] for bucket in optimizer.buckets} == {1e-5}
@@ -375,7 +218,7 @@ def test_refreshes_keep_their_own_intervals() -> None:
         asked.append(step)
         return False
 
-    model = _net()
+    model = net()
     strategies: Any = {
         "conv": ShampooStrategy(),
         "matrix": KLShampooStrategy(),
@@ -390,12 +233,12 @@ def test_refreshes_keep_their_own_intervals() -> None:
             "shampoo_precondition_frequency": 2,
         },
     )
-    _train(model, optimizer, range(4))
+    train(model, optimizer, range(4))
     assert asked == [0, 1, 2, 3]
 
 
 def test_groups_name_a_strategy_of_the_optimizer_and_share_its_settings() -> None:
-    model = _net()
+    model = net()
     optimizer = Muon(
         model,
         [
@@ -408,7 +251,7 @@ def test_groups_name_a_strategy_of_the_optimizer_and_share_its_settings() -> Non
         adamw_lr=0.1,
         lr=0.2,
     )
-    routes = _routes(optimizer)
+    routes = routes_of(optimizer)
     assert {routes[f"conv1.{name}"][0] for name in ("weight", "bias")} == {"muon"}
     assert {routes[f"hidden.{name}"][0] for name in ("weight", "bias")} == {"adamw"}
     assert routes["head.weight"] == ("adamw", "head")
@@ -424,19 +267,6 @@ def test_groups_name_a_strategy_of_the_optimizer_and_share_its_settings() -> Non
     copied.load_state_dict(optimizer.state_dict())
     with pytest.raises(StructPrecondError, match="strategy is 'sgd', which is not the name"):
         Muon(model, [{"params": model.head.parameters(), "strategy": "sgd"}])
-
-
-def test_hyperparameters_of_a_group_need_a_parameter_that_reads_them() -> None:
-    model = _net()
-    groups = [
-        {"params": [model.hidden.weight], "weight_decay": 0.1},
-        {"params": [model.hidden.bias, *model.norm.parameters()], "weight_decay": 0.0},
-    ]
-    with pytest.raises(HyperparameterError, match="given weight_decay, but its parameters go to A"):
-        Muon(model, groups)
-    groups[1] = {"params": groups[1]["params"], "adamw_weight_decay": 0.0, "lr": 1e-3}
-    optimizer = Muon(model, groups)
-    assert [b.hyperparameters["weight_decay"] for b in optimizer.buckets] == [0.1, 0.0, 0.0]
 
 
 def test_experts_stay_apart_under_every_way_to_muon() -> None:
@@ -457,7 +287,7 @@ def test_experts_stay_apart_under_every_way_to_muon() -> None:
     ]
     for optimizer in ways:
         assert optimizer.buckets[0].shape == (3, 6, 4)
-    assert _routes(ways[0])["experts.b1"] == ("adamw", "bias")
+    assert routes_of(ways[0])["experts.b1"] == ("adamw", "bias")
 
 
 def test_heads_in_one_weight_are_a_stack_by_pattern() -> None:
@@ -473,18 +303,18 @@ def test_heads_in_one_weight_are_a_stack_by_pattern() -> None:
 
 
 def test_wrappers_do_not_change_names() -> None:
-    model = _net()
+    model = net()
     plain = Muon(model)
-    _train(model, plain, range(3))
+    train(model, plain, range(3))
     compiled = torch.compile(model, backend="eager")
     wrapped = Muon(compiled, routes=None)  # type: ignore[arg-type]
     assert wrapped.param_groups[0]["param_names"] == plain.param_groups[0]["param_names"]
     wrapped.load_state_dict(plain.state_dict())
-    assert _routes(wrapped) == _routes(plain)
-    inside = _net()
+    assert routes_of(wrapped) == routes_of(plain)
+    inside = net()
     inside.hidden = torch.compile(inside.hidden, backend="eager")  # type: ignore[assignment]
-    assert _routes(Muon(inside)) == _routes(plain)
-    assert _routes(Muon(nn.DataParallel(_net()))) == _routes(plain)
+    assert routes_of(Muon(inside)) == routes_of(plain)
+    assert routes_of(Muon(nn.DataParallel(net()))) == routes_of(plain)
 
 
 def test_plain_tensors_and_named_parameters_are_routed() -> None:
@@ -496,7 +326,7 @@ def test_plain_tensors_and_named_parameters_are_routed() -> None:
     assert not torch.equal(tensor, before)
     named = {"wte.weight": (9, 4), "h.0.fc.weight": (8, 4), "lm_head.weight": (9, 4)}
     params = [(name, nn.Parameter(torch.randn(shape))) for name, shape in named.items()]
-    assert {n: r[0] for n, r in _routes(Muon(params)).items()} == {
+    assert {n: r[0] for n, r in routes_of(Muon(params)).items()} == {
         "wte.weight": "adamw",
         "h.0.fc.weight": "muon",
         "lm_head.weight": "adamw",
@@ -517,10 +347,10 @@ def test_many_groups_are_built_in_linear_time() -> None:
 
 
 def test_describe_takes_a_sam_and_shows_routes_of_one_class() -> None:
-    shown = str(describe(SAM(None, Scion(_net()))))
+    shown = str(describe(SAM(None, Scion(net()))))
     assert "route" in shown.splitlines()[0]
     with pytest.raises(StructPrecondError, match="describe takes an optimizer of this library"):
-        describe(torch.optim.SGD(_net().parameters(), lr=0.1))
+        describe(torch.optim.SGD(net().parameters(), lr=0.1))
 
 
 def test_tied_heads_are_not_for_muon() -> None:
@@ -532,14 +362,14 @@ def test_tied_heads_are_not_for_muon() -> None:
             self.lm_head = nn.Linear(4, 9, bias=False)
             self.lm_head.weight = self.wte.weight
 
-    assert _routes(Muon(Tied())) == {
+    assert routes_of(Muon(Tied())) == {
         "wte.weight": ("adamw", "head"),
         "hidden.weight": ("muon", "matrix"),
     }
 
 
 def test_the_table_says_what_went_where(capsys: pytest.CaptureFixture[str]) -> None:
-    optimizer = Muon(_net(), verbose_init=True)
+    optimizer = Muon(net(), verbose_init=True)
     shown = capsys.readouterr().out
     assert str(describe(optimizer)) in shown
     lines = [line.split() for line in shown.splitlines()]

@@ -8,56 +8,23 @@ Usage: python tests/data/make_checkpoint.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from structprecond import (
-    KLSOAP,
-    LARS,
-    SOAP,
-    AdamW,
-    KLShampoo,
-    LinearWeightBias,
-    Muon,
-    NorMuon,
-    PerParameter,
-    Scion,
-    Shampoo,
-    SIRFShampoo,
-    StructuredOptimizer,
-)
+from structprecond import StructuredOptimizer
 from structprecond.core.checkpoint import FORMAT
+from structprecond.testing.table import STRATEGIES
 
 BEFORE, AFTER = 5, 3
 """The steps made before the checkpoint and recorded after it."""
 
-_JOINT: Any = {"combine_params": (LinearWeightBias(), PerParameter())}
-_STRUCTURES: Any = {
-    1: "diagonal",
-    2: ("hierarchical2_1", "block2diagonal"),
-    3: ("triltoeplitz", "none", "dense"),
-    4: ("triutoeplitz", "trilbottomrightdiag", "none", "dense"),
+OPTIMIZERS = {
+    usage.saved_as: usage.make for usage in STRATEGIES.values() if usage.saved_as is not None
 }
-_SIRF: Any = {"batch_size": 4, "lr": 0.05, "beta2": 0.1, "kappa": 0.02}
-OPTIMIZERS: dict[str, Callable[[nn.Module], StructuredOptimizer]] = {
-    "SOAP": lambda m: SOAP(m, lr=0.02, precondition_frequency=3),
-    "SOAP staggered": lambda m: SOAP(m, precondition_frequency=2, refresh="staggered", **_JOINT),
-    "KLShampoo": lambda m: KLShampoo(m, lr=0.01, precondition_frequency=2),
-    "KLSOAP": lambda m: KLSOAP(m, lr=0.01, precondition_frequency=2),
-    "Shampoo": lambda m: Shampoo(m, lr=0.02, precondition_frequency=3),
-    "SIRFShampoo": lambda m: SIRFShampoo(m, T=2, structures=_STRUCTURES, **_SIRF),
-    "SIRFShampoo joint": lambda m: SIRFShampoo(m, **_JOINT, **_SIRF),
-    "Muon": lambda m: Muon(m, lr=0.02, adamw_lr=0.01, nesterov=True),
-    "NorMuon": lambda m: NorMuon(m, lr=0.02),
-    "Scion": lambda m: Scion(m, lr=0.01, radius=1.0, head_radius=1.0),
-    "LARS": lambda m: LARS(m, lr=0.5, momentum=0.9, weight_decay=0.1, trust_coefficient=0.1),
-    "AdamW": lambda m: AdamW(m, lr=0.01),
-}
-"""What has to load for ever. Arguments may be renamed here, but have to mean the same."""
+"""What has to load for ever. Arguments may be renamed in the table, but have to mean the same."""
 
 
 def build(name: str) -> tuple[nn.Module, StructuredOptimizer]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import ast
 import copy
-import io
-import pickle
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
 from inspect import getdoc, signature
 from typing import Any
 
@@ -19,57 +16,17 @@ import pytest
 import torch
 from torch import nn
 
-import structprecond
-from structprecond import (
-    KLSOAP,
-    LARS,
-    SOAP,
-    AdamW,
-    KLShampoo,
-    LinearWeightBias,
-    Muon,
-    NorMuon,
-    PerParameter,
-    Scion,
-    Shampoo,
-    SIRFShampoo,
-    StructuredOptimizer,
-    StructureError,
-)
+from structprecond import SOAP, Shampoo, StructuredOptimizer, StructureError
+from structprecond.testing.table import Usage
+from tests.every_strategy import OPTIMIZERS, PROTOCOL, Make, every_strategy, strategy_of
+from tests.helpers import by_pickle, same_bits, through_a_file, values
 
-Make = Callable[[nn.Module], StructuredOptimizer]
-BLOCKS: Any = {1: "none", 2: ("dense", "block3diagonal"), 4: "dense"}
-MAKERS: dict[str, Make] = {
-    "SIRF": partial(SIRFShampoo, batch_size=4, lr=0.05, T=2),
-    "SOAP": partial(SOAP, lr=0.02, precondition_frequency=3),
-    "SOAP staggered": partial(SOAP, lr=0.02, precondition_frequency=3, refresh="staggered"),
-    "SOAP options": partial(
-        SOAP, lr=0.02, precondition_frequency=2, skip_first=False, transport=True, clip_rms=2.0
-    ),
-    "SOAP blocks": partial(SOAP, lr=0.02, structures=BLOCKS, precondition_1d=True),
-    "SOAP merged": partial(SOAP, lr=0.02, merge_dims=True, max_precond_dim=12),
-    "KL-Shampoo": partial(KLShampoo, lr=0.01, precondition_frequency=3),
-    "KL-SOAP": partial(KLSOAP, lr=0.01, precondition_frequency=3, structures=BLOCKS),
-    "Shampoo": partial(Shampoo, lr=0.02, precondition_frequency=3, start_preconditioning_step=2),
-    "Shampoo staggered": partial(
-        Shampoo, lr=0.02, precondition_frequency=4, refresh="staggered", grafting="rmsprop"
-    ),
-    "Shampoo joint": partial(
-        Shampoo, lr=0.02, grafting="sgd", combine_params=(LinearWeightBias(), PerParameter())
-    ),
-    "Muon": partial(Muon, lr=0.02, nesterov=True),
-    "Muon l2": partial(Muon, lr=0.02, weight_decay_method="l2", after_weight_update=torch.tanh),
-    "NorMuon": partial(NorMuon, lr=0.02),
-    "Scion": partial(Scion, lr=0.01, radius=1.0, head_radius=1.0),
-    "LARS": partial(LARS, lr=0.5, momentum=0.9, weight_decay=0.1, trust_coefficient=0.1),
-    "AdamW": partial(AdamW, lr=0.02),
-}
 FACTORED = {
-    name: make
-    for name, make in MAKERS.items()
-    if "preconditioner_dtypes" in signature(make.func).parameters  # type: ignore[attr-defined]
+    name: usage
+    for name, usage in PROTOCOL.items()
+    if "preconditioner_dtypes" in signature(usage.optimizer).parameters
 }
-every_strategy = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+every_usage = pytest.mark.parametrize("usage", PROTOCOL.values(), ids=PROTOCOL)
 
 
 def _model() -> Any:
@@ -81,14 +38,8 @@ def _train(model: Any, optimizer: StructuredOptimizer, steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         for p in model.parameters():
-            if p.requires_grad:
-                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
         optimizer.step()
-
-
-def _same(first: Any, second: Any) -> bool:
-    pairs = zip(first.parameters(), second.parameters(), strict=True)
-    return all(torch.equal(p, q) for p, q in pairs)
 
 
 @every_strategy
@@ -96,41 +47,38 @@ def test_resume_is_bit_equal(make: Make) -> None:
     model = _model()
     optimizer = make(model)
     _train(model, optimizer, range(7))
-    file = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict()], file)
-    file.seek(0)
+    weights, state = through_a_file([model.state_dict(), optimizer.state_dict()])
     resumed = _model()
     again = make(resumed)
-    weights, state = torch.load(file)
     resumed.load_state_dict(weights)
     again.load_state_dict(state)
     _train(model, optimizer, range(7, 27))
     _train(resumed, again, range(7, 27))
-    assert _same(model, resumed)
+    assert same_bits(values(model), values(resumed))
 
 
 @every_strategy
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("copier", [copy.deepcopy, by_pickle])
 def test_copies_go_on_alike(make: Make, copier: Callable[[Any], Any]) -> None:
     model = _model()
     optimizer = make(model)
     _train(model, optimizer, range(5))
     other, other_optimizer = copier((model, optimizer))
     _train(model, optimizer, range(5, 12))
-    assert not _same(model, other)
+    assert not same_bits(values(model), values(other))
     _train(other, other_optimizer, range(5, 12))
-    assert _same(model, other)
+    assert same_bits(values(model), values(other))
 
 
-@every_strategy
-def test_a_unit_that_starts_late_is_as_one_that_starts_afresh(make: Make) -> None:
-    if make in (MAKERS["SOAP staggered"], MAKERS["Shampoo staggered"]):
+@every_usage
+def test_a_unit_that_starts_late_is_as_one_that_starts_afresh(usage: Usage) -> None:
+    if usage.settings.get("refresh") == "staggered":
         pytest.skip("turns depend on the other units, by design")
     # two layers of one shape, so that they share a stack; the second one is frozen at first
     model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)).double()
     alone = nn.Sequential(copy.deepcopy(model[1]))
     model[1].requires_grad_(False)
-    together, fresh = make(model), make(alone)
+    together, fresh = usage.make(model), usage.make(alone)
     grads = [[torch.randn(5, 5).double(), torch.randn(5).double()] for _ in range(14)]
     for step, pair in enumerate(grads):
         if step == 4:
@@ -161,11 +109,11 @@ def test_bfloat16_parameters_train_with_float32_state(make: Make) -> None:
         assert all(t.dtype == torch.float32 for t in entry.values() if t.is_floating_point())
 
 
-@pytest.mark.parametrize("make", FACTORED.values(), ids=FACTORED.keys())
-def test_factors_can_be_stored_in_bfloat16(make: Make) -> None:
+@pytest.mark.parametrize("usage", FACTORED.values(), ids=FACTORED)
+def test_factors_can_be_stored_in_bfloat16(usage: Usage) -> None:
     model, reference = _model(), _model()
-    half = make.func(model, **{**make.keywords, "preconditioner_dtypes": torch.bfloat16})  # type: ignore[attr-defined]
-    full = make(reference)
+    half = usage.make(model, preconditioner_dtypes=torch.bfloat16)
+    full = usage.make(reference)
     assert sum(t.dtype == torch.bfloat16 for e in half.state.values() for t in e.values()) > 0
     _train(model, half, range(7))
     _train(reference, full, range(7))
@@ -213,13 +161,15 @@ def test_gradients_are_not_touched(make: Make) -> None:
         assert step == optimizer.global_step - 1
 
 
-@every_strategy
+@every_usage
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_a_tensor_learning_rate_is_as_good_as_a_number(make: Make, shape: tuple[int, ...]) -> None:
+def test_a_tensor_learning_rate_is_as_good_as_a_number(
+    usage: Usage, shape: tuple[int, ...]
+) -> None:
     model, other = _model(), _model()
-    lr: float = make.keywords["lr"]  # type: ignore[attr-defined]
-    _train(model, make(model), range(6))
-    _train(other, make(other, lr=torch.full(shape, lr)), range(6))  # type: ignore[call-arg]
+    lr: float = usage.settings["lr"]
+    _train(model, usage.make(model), range(6))
+    _train(other, usage.make(other, lr=torch.full(shape, lr)), range(6))
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-7)
 
@@ -300,13 +250,9 @@ def test_clipping_ignores_entries_without_a_second_moment() -> None:
     assert (optimizer.state[p]["exp_avg_sq"] > 0).all()
 
 
-@pytest.mark.parametrize(
-    "name",
-    "AdamW KLShampoo LARS Muon NorMuon SIRFShampoo SOAP Scion Shampoo".split(),
-)
-def test_defaults_are_the_documented_ones(name: str) -> None:
-    optimizer = getattr(structprecond, name)
-    strategy = getattr(structprecond, f"{name}Strategy")
+@pytest.mark.parametrize("optimizer", [o for o in OPTIMIZERS if "__init__" in vars(o)])
+def test_defaults_are_the_documented_ones(optimizer: Any) -> None:
+    name, strategy = optimizer.__name__, strategy_of(optimizer)
     arguments = (getdoc(optimizer) or "").split("Args:\n")[1].split("\nRaises:")[0]
     own = {f.name: f.default for f in fields(strategy)}
     own |= {key: h.default for key, h in strategy.hyperparameters.items()}

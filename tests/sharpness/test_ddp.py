@@ -14,7 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from structprecond import SAM, SOAP
-from tests.helpers import assert_close, data, same_bits
+from tests import helpers
+from tests.helpers import assert_close, same_bits
+from tests.sharpness.helpers import square
 
 RANKS, STEPS, RHO = 2, 4, 0.4
 BAD_STEP, BAD_RANK = 2, 1
@@ -27,16 +29,13 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without d
 
 
 def loss_of(model: nn.Module, step: int, rank: int) -> Tensor:
-    x, y = data(RANKS * step + rank)
-    loss: Tensor = (model(x) - y).square().sum(1).mean()
-    return loss
+    """Return the loss of a rank's own batch."""
+    return helpers.loss_of(model, RANKS * step + rank)
 
 
 def build(case: str) -> tuple[nn.Module, SAM]:
     torch.manual_seed(0)
-    # gradients of full rank: SOAP would amplify how rounding picks a basis of a null space
-    layers = nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)
-    model, (base, kwargs) = nn.Sequential(*layers).double(), CASES[case]
+    model, (base, kwargs) = square(), CASES[case]
     return model, SAM(model, base, rho=RHO, **kwargs)
 
 
