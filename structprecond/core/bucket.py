@@ -11,7 +11,6 @@ import torch
 from torch import Size, Tensor, nn
 
 from structprecond.core.layout import Layout
-from structprecond.core.memory import keep_freed_memory
 from structprecond.core.rounding import Rounding, is_low_precision, round_stochastically
 from structprecond.core.routing import view
 from structprecond.core.state import Rows, State, on_device_of, rows_of, select
@@ -194,8 +193,6 @@ class Bucket:
         """
         if not any(live):
             return torch.empty((0, *self.key.shape), dtype=self.dtype, device=self.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         stack = self._empty()
         grads = [p.grad for p in self.layout.live_params(live) if p.grad is not None]
         self.layout.gather(grads, live, stack)

@@ -23,6 +23,7 @@ from structprecond.core.finite import (
     with_nonfinite_gradient,
 )
 from structprecond.core.inspection import check_tensors, check_values
+from structprecond.core.memory import keep_freed_memory
 from structprecond.core.naming import unwrap
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routes, as_routing, check_names
@@ -70,6 +71,10 @@ class StructuredOptimizer(Optimizer):
 
     `optimizer.state[p]` shows the state of the unit whose first parameter is `p`, as views under
     stable names; it exists from construction on.
+
+    With parameters on the CPU, an optimizer tells glibc to keep freed memory, in the whole process
+    and for good, as soon as it is made, copied, unpickled or moved there. The environment variable
+    `STRUCTPRECOND_KEEP_FREED_MEMORY=0` prevents that.
 
     Args:
         model: The model; or parameters, named parameters or group dicts, as torch optimizers take
@@ -271,6 +276,7 @@ class StructuredOptimizer(Optimizer):
 
         The others show the counters alone: torch expects every parameter to have some state.
         """
+        keep_freed_memory(bucket.device)
         shared = {"global_step": self._global_step, "batch_size": self._samples}
         for unit, tensors in zip(bucket.units, bucket.unit_tensors(), strict=True):
             for p in unit.params:
