@@ -11,6 +11,7 @@ from structprecond.core.bucket import Inputs
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.state import ALL_ROWS
 from structprecond.errors import StructPrecondError
+from structprecond.linalg.precision import without_autocast
 from structprecond.strategies.moments import all_alike
 
 
@@ -63,6 +64,7 @@ class CapturedStep:
         # one graph for steps with a refresh, and one for those without
         self._graphs: dict[tuple[bool, ...], tuple[Any, Callable[[], None]]] = {}
 
+    @without_autocast()
     def __call__(self) -> None:
         """Make one step.
 

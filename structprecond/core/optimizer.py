@@ -34,7 +34,7 @@ from structprecond.errors import (
     StructPrecondError,
 )
 from structprecond.groups import PreconditionerGroup
-from structprecond.linalg.precision import fast_float32
+from structprecond.linalg.precision import step_precision
 from structprecond.structures.spec import PerAxis, StructureSpec
 
 # what copies and pickles carry: no views, nothing that others put here
@@ -381,7 +381,7 @@ class StructuredOptimizer(Optimizer):
         self._step()
         return loss
 
-    @fast_float32()
+    @step_precision()
     def _step(self) -> None:
         live = self._checked_live()
         batch_size = self._known_batch_size(live)
