@@ -12,7 +12,6 @@ from torch import Size, Tensor, nn
 
 from structprecond.core.counters import Counters
 from structprecond.core.layout import Layout
-from structprecond.core.memory import keep_freed_memory
 from structprecond.core.rounding import Rounding, is_low_precision
 from structprecond.core.routing import hyperparameters_of
 from structprecond.core.state import Rows, State
@@ -203,8 +202,6 @@ class Bucket:
         """
         if not any(live):
             return torch.empty((0, *self.key.shape), dtype=self.dtype, device=self.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         stack = self.empty()
         grads = [p.grad for p in self.layout.live_params(live) if p.grad is not None]
         self.layout.gather(grads, live, stack)

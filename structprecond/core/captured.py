@@ -11,7 +11,7 @@ from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.state import ALL_ROWS
 from structprecond.core.step import Plan, Recorded
 from structprecond.errors import StructPrecondError
-from structprecond.linalg.precision import fast_float32
+from structprecond.linalg.precision import step_precision, without_autocast
 
 
 class CapturedStep:
@@ -63,6 +63,7 @@ class CapturedStep:
         # one graph for steps with a refresh, and one for those without
         self._graphs: dict[tuple[bool, ...], tuple[Any, Callable[[], None]]] = {}
 
+    @without_autocast()
     def __call__(self) -> None:
         """Make one step.
 
@@ -164,7 +165,7 @@ def _record(plans: Sequence[Plan]) -> Callable[[], None]:
 
 
 @torch.no_grad()
-@fast_float32()
+@step_precision()
 def apply_all(plans: Sequence[Plan]) -> None:
     """Apply the plans of all buckets."""
     for plan in plans:

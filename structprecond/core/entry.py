@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from structprecond.core.bucket import Bucket
+from structprecond.core.memory import keep_freed_memory
 from structprecond.errors import StructPrecondError
 
 
@@ -111,6 +112,7 @@ class Entries:
         parameter to have some state.
         """
         for bucket in buckets:
+            keep_freed_memory(bucket.device)
             for unit, tensors in zip(bucket.units, bucket.unit_tensors(), strict=True):
                 for p in unit.params:
                     own = tensors if p is unit.params[0] else {}

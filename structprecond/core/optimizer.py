@@ -44,7 +44,7 @@ from structprecond.core.routing import Routes, as_routing, check_names
 from structprecond.core.step import Plan
 from structprecond.core.warn import warn
 from structprecond.groups import PreconditionerGroup
-from structprecond.linalg.precision import fast_float32
+from structprecond.linalg.precision import step_precision
 from structprecond.structures.spec import PerAxis, StructureSpec
 
 # what copies and pickles carry: no views, nothing that others put here
@@ -73,6 +73,10 @@ class StructuredOptimizer(Optimizer):
 
     `optimizer.state[p]` shows the state of the unit whose first parameter is `p`, as views under
     stable names; it exists from construction on.
+
+    With parameters on the CPU, an optimizer tells glibc to keep freed memory, in the whole process
+    and for good, as soon as it is made, copied, unpickled or moved there. The environment variable
+    `STRUCTPRECOND_KEEP_FREED_MEMORY=0` prevents that.
 
     Args:
         model: The model; or parameters, named parameters or group dicts, as torch optimizers take
@@ -270,7 +274,7 @@ class StructuredOptimizer(Optimizer):
         self._step()
         return loss
 
-    @fast_float32()
+    @step_precision()
     def _step(self) -> None:
         plans = self.plan()
         if self.nonfinite != "ignore":

@@ -1,4 +1,4 @@
-"""Pure batched linear algebra on plain tensors, never below float32 and never in TF32."""
+"""Pure batched linear algebra on plain tensors, never below float32, in TF32 or under autocast."""
 
 from structprecond.linalg.eigen import (
     eigh,

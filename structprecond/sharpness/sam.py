@@ -16,6 +16,7 @@ from structprecond.core.finite import with_nonfinite_gradient
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.warn import warn
 from structprecond.errors import GradientError, HyperparameterError, StructPrecondError
+from structprecond.linalg.precision import without_autocast
 from structprecond.sharpness.batch_norm import freeze_batch_norm
 from structprecond.sharpness.perturbation import Part, total_norm
 
@@ -233,7 +234,8 @@ class SAM(Optimizer):
         """
         try:
             loss = None if closure is None else self._both_passes(closure)
-            self._complete()
+            with without_autocast():
+                self._complete()
             return loss
         except BaseException:
             self.restore()
@@ -242,6 +244,7 @@ class SAM(Optimizer):
             raise
 
     @torch.no_grad()
+    @without_autocast()
     def first_step(self, zero_grad: bool = False) -> None:
         """Go from the parameters p to p + e.
 
@@ -287,6 +290,7 @@ class SAM(Optimizer):
             self.zero_grad()
 
     @torch.no_grad()
+    @without_autocast()
     def restore(self) -> None:
         """Give up a pending `first_step`: the parameters return to their exact old values."""
         self._go_back()

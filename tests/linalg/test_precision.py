@@ -13,23 +13,28 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from structprecond import AdamW, GradientError
 from structprecond.linalg import precision
 from structprecond.linalg.precision import fast_float32, full_precision, reduced_precision
+from structprecond.linalg.settings import Setting
 
 Context = Callable[[], AbstractContextManager[None]]
 ZEN = {"cpu_name": "AMD EPYC", "avx512_f": True, "amx_bf16": False}
 
 
-class _Backend:
-    """Stands in for what holds the settings of one backend, so that the real ones stay alone."""
+def _setting(*values: str) -> Setting:
+    """Return what stands in for a setting, so that the real ones stay alone."""
+    written = list(values)
+    return Setting(lambda: written[-1], written.append)
 
-    def __init__(self, fp32_precision: str) -> None:
-        self.fp32_precision = fp32_precision
+
+def _forget_the_check() -> None:
+    precision._onednn_keeps_float32.cache_clear()
+    precision._checked.cache_clear()
 
 
 @pytest.fixture
 def asked_anew() -> Iterator[None]:
-    precision._onednn_keeps_float32.cache_clear()
+    _forget_the_check()
     yield
-    precision._onednn_keeps_float32.cache_clear()
+    _forget_the_check()
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -37,10 +42,11 @@ def asked_anew() -> Iterator[None]:
 def test_precision_is_set_for_every_backend_and_put_back(
     onednn: bool, fails: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cuda, cpu = _Backend("tf32"), _Backend("none")
+    cuda, cpu = _setting("tf32"), _setting("none")
     monkeypatch.setattr(precision, "_onednn_keeps_float32", lambda: onednn)
-    monkeypatch.setattr(torch.backends.cuda, "matmul", cuda)
-    monkeypatch.setattr(torch.backends.mkldnn, "matmul", cpu, raising=False)
+    monkeypatch.setattr(precision, "_SEPARATE", True)
+    monkeypatch.setattr(precision, "_CUDA", cuda)
+    monkeypatch.setattr(precision, "_CPU", cpu)
     on_cpu = "bf16" if onednn else "ieee"
     cases: list[tuple[Context, tuple[str, str]]] = [
         (full_precision, ("ieee", on_cpu)),
@@ -50,21 +56,19 @@ def test_precision_is_set_for_every_backend_and_put_back(
     for context, inside in cases:
         try:
             with context():
-                assert (cuda.fp32_precision, cpu.fp32_precision) == inside
+                assert (cuda.read(), cpu.read()) == inside
                 if fails:
                     raise LinAlgError
         except LinAlgError:
             assert fails
-        assert (cuda.fp32_precision, cpu.fp32_precision) == ("tf32", "none")
+        assert (cuda.read(), cpu.read()) == ("tf32", "none")
 
 
 def test_older_torch_has_one_setting_of_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = ["medium"]
     monkeypatch.setattr(precision, "_onednn_keeps_float32", lambda: False)
-    monkeypatch.setattr(torch.backends.cuda, "matmul", object())
-    monkeypatch.setattr(torch.backends.mkldnn, "matmul", object(), raising=False)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting[-1])
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", setting.append)
+    monkeypatch.setattr(precision, "_SEPARATE", False)
+    monkeypatch.setattr(precision, "_LEGACY", Setting(lambda: setting[-1], setting.append))
     with full_precision(), reduced_precision():
         pass
     assert setting == ["medium", "highest", "high", "highest", "medium"]
@@ -109,7 +113,8 @@ def test_onednn_is_not_chosen_if_it_rounds(rounds: bool, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: ZEN, raising=False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.mkldnn, "matmul", _Backend("none"), raising=False)
+    monkeypatch.setattr(precision, "_SEPARATE", True)
+    monkeypatch.setattr(precision, "_CPU", _setting("none"))
     monkeypatch.setattr(torch, "matmul", product)
     assert precision._onednn_keeps_float32() is not rounds
 
@@ -135,7 +140,8 @@ def test_the_check_looks_at_float32_on_the_cpu_whatever_the_defaults(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: ZEN, raising=False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.mkldnn, "matmul", _Backend("none"), raising=False)
+    monkeypatch.setattr(precision, "_SEPARATE", True)
+    monkeypatch.setattr(precision, "_CPU", _setting("none"))
     seen = []
     matmul = torch.matmul
 
