@@ -4,39 +4,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any, overload
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from typing_extensions import Self
 
 from structprecond.checks import check_choice, check_flags
-from structprecond.core import checkpoint
+from structprecond.core import checkpoint, options, param_groups
 from structprecond.core.batch_size import GetBatchSize, Samples
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import make_buckets
+from structprecond.core.compiler import leave_to_python
 from structprecond.core.entry import Entries
 from structprecond.core.finite import exclude_unusable
 from structprecond.core.inspection import check_batch_size, check_tensors, check_values
 from structprecond.core.naming import enumerate_names, unwrap
-from structprecond.core.options import (
-    CommonOptions,
-    FactorOptions,
-    Nonfinite,
-    Refresh,
-    add_arguments,
-    arguments_of,
-    show_options,
-)
-from structprecond.core.param_groups import (
-    complete,
-    drop_unread,
-    labels_of,
-    parameters_of,
-    routing_of,
-    with_names,
-)
+from structprecond.core.options import Nonfinite, Refresh
 from structprecond.core.refresh import RefreshSchedule
 from structprecond.core.report import describe
 from structprecond.core.rounding import Rounding
@@ -49,19 +34,9 @@ from structprecond.structures.spec import PerAxis, StructureSpec
 
 # what copies and pickles carry: no views, nothing that others put here
 _COPIED = (
-    "defaults",
-    "param_groups",
-    "model",
-    "refresh",
-    "nonfinite",
-    "maximize",
-    "rounding",
-    "buckets",
-    "_names",
-    "_global_step",
-    "_samples",
-    "_warned",
-)
+    "defaults param_groups model refresh nonfinite maximize rounding buckets "
+    "_names _global_step _samples _warned"
+).split()
 
 
 class StructuredOptimizer(Optimizer):
@@ -99,9 +74,6 @@ class StructuredOptimizer(Optimizer):
         skipped: How often a unit was skipped for its gradient, see `nonfinite`.
         failed: How often a row kept its last basis or root because a decomposition failed.
 
-    Raises:
-        StructPrecondError: If an argument is wrong; the subclasses say which kind.
-
     Example:
         >>> from structprecond import SIRFShampooStrategy
         >>> model = nn.Linear(3, 2)
@@ -116,7 +88,12 @@ class StructuredOptimizer(Optimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the shared keywords in the signature and the docstring of a facade."""
         super().__init_subclass__(**kwargs)
-        show_options(cls, cls.__mro__[1])
+        options.show_options(cls, cls.__mro__[1])
+
+    def __new__(cls, *args: Any, **keywords: Any) -> Self:
+        """Refuse misspelt keywords by name; a copy is made without any."""
+        options.check_keywords(cls, keywords)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -139,7 +116,7 @@ class StructuredOptimizer(Optimizer):
         check_choice("refresh", refresh, Refresh)
         check_choice("rounding", rounding, Rounding)
         check_flags(maximize=maximize, verbose_init=verbose_init)
-        given = parameters_of(model, params, type(self).__name__)
+        given = param_groups.parameters_of(model, params, type(self).__name__)
         self.model = model if isinstance(model, nn.Module) else None
         self.refresh, self.nonfinite, self.maximize = refresh, nonfinite, maximize
         self.rounding = rounding
@@ -159,7 +136,7 @@ class StructuredOptimizer(Optimizer):
             "preconditioner_dtypes": preconditioner_dtypes,
             "combine_params": combine_params,
         }
-        _keep_the_compiler_out()
+        leave_to_python(StructuredOptimizer, "_step")
         super().__init__(given, defaults)
         routing.check_used(self._used_rules)
         if batch_size is not None:
@@ -170,9 +147,8 @@ class StructuredOptimizer(Optimizer):
     def _start_anew(self) -> None:
         """Make what copies and pickles do not carry."""
         self._schedule = RefreshSchedule(self.refresh == "staggered")
-        self._entries = Entries(
-            {"global_step": self._global_step, "batch_size": self._samples.shown}
-        )
+        shared = {"global_step": self._global_step, "batch_size": self._samples.shown}
+        self._entries = Entries(shared)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, with its own hyperparameters and configuration if it has some.
@@ -181,15 +157,15 @@ class StructuredOptimizer(Optimizer):
             StructPrecondError: If the group is wrong; then nothing is added.
         """
         model = None if self.model is None else unwrap(self.model)
-        group = with_names(model, param_group)
-        routing = routing_of(group, as_routing(self.defaults["strategy"]))
+        group = param_groups.with_names(model, param_group)
+        routing = param_groups.routing_of(group, as_routing(self.defaults["strategy"]))
         own_routing = "strategy" in group
-        given = complete(group, routing, self.defaults)
+        given = param_groups.complete(group, routing, self.defaults)
         super().add_param_group(group)
         try:
-            drop_unread(group, routing)
+            param_groups.drop_unread(group, routing)
             check_values(group)
-            names = labels_of(group, len(self.param_groups) - 1)
+            names = param_groups.labels_of(group, len(self.param_groups) - 1)
             buckets = make_buckets(model, group, routing, names, self.rounding)
             routing.check_read(given, [bucket.strategy for bucket in buckets])
             used = {rule for bucket in buckets for rule in bucket.rules}
@@ -365,21 +341,10 @@ class StructuredOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or pickle."""
         super().__setstate__({**state, "state": defaultdict(dict), "_used_rules": set()})
-        _keep_the_compiler_out()
+        leave_to_python(StructuredOptimizer, "_step")
         self._start_anew()
         self._entries.show(self.buckets, self.state)
         self._samples.watch(self)
 
 
-add_arguments(StructuredOptimizer, arguments_of(FactorOptions, CommonOptions))
-
-
-@cache
-def _keep_the_compiler_out() -> None:
-    """Let torch.compile leave steps to Python: their bookkeeping would be compiled every time.
-
-    As a decorator it would import the compiler together with this module, which takes a second;
-    torch does so itself when it makes an optimizer.
-    """
-    step = torch.compiler.disable(StructuredOptimizer._step)
-    StructuredOptimizer._step = step  # type: ignore[method-assign]
+options.document(StructuredOptimizer)

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any, Literal, TypedDict, TypeVar, get_args, get_origin
 
 import torch
@@ -19,6 +20,8 @@ from structprecond.structures.spec import PerAxis, StructureSpec
 
 Nonfinite = Literal["skip", "raise", "ignore"]
 Refresh = Literal["synchronous", "staggered"]
+_RAISES = """Raises:
+    StructPrecondError: If an argument is wrong; the subclasses say which kind."""
 _T = TypeVar("_T", bound=Strategy[Any])
 
 
@@ -84,6 +87,17 @@ def from_keywords(strategy: type[_T], given: Mapping[str, Any]) -> tuple[_T, dic
     return strategy(**static), {n: given[n] for n in strategy.hyperparameters if n in given}
 
 
+def check_keywords(cls: type, given: Mapping[str, Any]) -> None:
+    """Raise `TypeError` if a constructor does not take one of the given keywords."""
+    known = inspect.signature(cls).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
+        return
+    for name in given.keys() - known.keys():
+        close = get_close_matches(name, known, 1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"It takes {', '.join(known)}."
+        raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}. {hint}")
+
+
 def show_options(cls: type, base: type) -> None:
     """Let signature and docstring of a class show the keywords that it passes on to its base.
 
@@ -95,6 +109,7 @@ def show_options(cls: type, base: type) -> None:
         base: The class that takes the keywords.
     """
     if "__init__" not in cls.__dict__:
+        add_arguments(cls, arguments_of(base))
         return
     passed: list[str] = []
     signature = inspect.signature(cls.__init__)  # type: ignore[misc]
@@ -125,7 +140,13 @@ def add_arguments(cls: type, entries: Mapping[str, str]) -> None:
     if listed:
         first = {name: entries[name] for name in ("model", "params") if name in entries}
         lines = "\n".join((first | listed | {**entries, **listed}).values())
-        cls.__doc__ = f"{head}\nArgs:\n{lines}\n\n{tail}".rstrip()
+        raises = "" if "Raises:" in tail else f"{_RAISES}\n\n"
+        cls.__doc__ = f"{head}\nArgs:\n{lines}\n\n{raises}{tail}".rstrip()
+
+
+def document(base: type) -> None:
+    """Add the shared keywords to the docstring of the class that takes them."""
+    add_arguments(base, arguments_of(FactorOptions, CommonOptions))
 
 
 def arguments_of(*documented: type) -> dict[str, str]:

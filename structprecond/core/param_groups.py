@@ -25,7 +25,8 @@ def parameters_of(model: nn.Module | Iterable[Any], params: Any, optimizer: str)
     Raises:
         StructPrecondError: If `params` is no selection, or selects from no model.
     """
-    if params is not None and (isinstance(params, str) or not isinstance(params, Iterable)):
+    alone = isinstance(params, str | Tensor) or not isinstance(params, Iterable)
+    if params is not None and alone:
         raise StructPrecondError(
             f"params= takes parameters of the model or group dicts, got {params!r}. Pass "
             f"hyperparameters by keyword, as in {optimizer}(model, lr=...)."

@@ -82,9 +82,6 @@ class AdamW(StructuredOptimizer):
         eps: Added to the root of the second moment. Default: 1e-8.
         weight_decay: Decoupled weight decay. Default: 0.01.
 
-    Raises:
-        StructPrecondError: If an argument is wrong; the message says what to do.
-
     Example:
         >>> model = nn.Linear(4, 1)
         >>> optimizer = AdamW(model, lr=0.01)

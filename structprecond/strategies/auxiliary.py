@@ -42,9 +42,6 @@ class WithAdamW(StructuredOptimizer):
         adamw_betas: AdamW's decay of the moments. Default: (0.9, 0.95).
         adamw_eps: AdamW's epsilon. Default: 1e-8.
         adamw_weight_decay: AdamW's weight decay. Default: 0.01.
-
-    Raises:
-        StructPrecondError: If an argument is wrong; the message says what to do.
     """
 
     def __init__(

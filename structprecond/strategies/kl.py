@@ -275,9 +275,6 @@ class KLShampoo(StructuredOptimizer):
         precondition_1d: Whether parameters with one axis get a factor; without, they follow AdamW.
             Default: False.
 
-    Raises:
-        StructPrecondError: If an argument is wrong; the message says what to do.
-
     Example:
         >>> model = nn.Linear(4, 3)
         >>> optimizer = KLShampoo(model, lr=1e-3)
@@ -315,7 +312,10 @@ class KLShampoo(StructuredOptimizer):
 class KLSOAP(KLShampoo):
     """KL-SOAP (Lin et al. 2025, arXiv 2509.03378): Adam in the eigenbases of KL-Shampoo's factors.
 
-    Takes the arguments of `KLShampoo`. The update rule is documented at `KLSOAPStrategy`.
+    The update rule is documented at `KLSOAPStrategy`.
+
+    Args:
+        lr: Learning rate. Default: 1e-4.
 
     Example:
         >>> optimizer = KLSOAP(nn.Linear(4, 3), lr=1e-3, precondition_frequency=5)

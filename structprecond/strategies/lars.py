@@ -141,9 +141,6 @@ class LARS(StructuredOptimizer):
         always_scale: Whether to scale where the published rule does not: for zero weight decay,
             zero parameters and zero gradients. Default: False.
 
-    Raises:
-        StructPrecondError: If an argument is wrong; the message says what to do.
-
     Example:
         >>> model = nn.Linear(4, 1)
         >>> optimizer = LARS(model, lr=1.0, momentum=0.9, weight_decay=1e-4)

@@ -181,9 +181,6 @@ class Muon(WithAdamW):
         after_weight_update: Called with stacked parameters; returns their new values. Default:
             None.
 
-    Raises:
-        StructPrecondError: If an argument is wrong; the message says what to do.
-
     Example:
         >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 8), nn.Linear(8, 9))
         >>> optimizer = Muon(model, lr=1e-2, scale_mode="match_rms_adamw")
@@ -238,9 +235,6 @@ class NorMuon(WithAdamW):
         fp32_matmul_prec: As in `Muon`. Default: "medium".
         coefficient_type: As in `Muon`. Default: "quintic".
         num_ns_steps: As in `Muon`. Default: 5.
-
-    Raises:
-        StructPrecondError: If an argument is wrong; the message says what to do.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))

@@ -123,9 +123,6 @@ class Scion(StructuredOptimizer):
         num_ns_steps: As in `Muon`. Default: 5.
         fp32_matmul_prec: As in `Muon`. Default: "medium".
 
-    Raises:
-        StructPrecondError: If an argument is wrong; the message says what to do.
-
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
         >>> optimizer = Scion(model, lr=1e-3)

@@ -246,9 +246,6 @@ class Shampoo(StructuredOptimizer):
         root: How inverse roots are computed: "eigh", "coupled_newton" or "newton_db". Default:
             "eigh".
 
-    Raises:
-        StructPrecondError: If an argument is wrong; the message says what to do.
-
     Example:
         >>> model = nn.Linear(4, 3)
         >>> optimizer = Shampoo(model, lr=0.01, grafting="sgd")

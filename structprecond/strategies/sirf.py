@@ -167,9 +167,6 @@ class SIRFShampoo(StructuredOptimizer):
         T: The factors are updated every T steps, or when a callable of the global step says so.
             Default: 1.
 
-    Raises:
-        StructPrecondError: If an argument is wrong; the message says what to do.
-
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
         >>> optimizer = SIRFShampoo(model, lr=0.01, structures={1: "diagonal", 2: "dense"})

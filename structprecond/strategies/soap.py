@@ -242,9 +242,6 @@ class SOAP(StructuredOptimizer):
         clip_rms: The largest root mean square of a gradient over its second moment, for runs with
             outliers; None for no limit. Default: None.
 
-    Raises:
-        StructPrecondError: If an argument is wrong; the message says what to do.
-
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
         >>> optimizer = SOAP(model, lr=0.01)
