@@ -14,57 +14,25 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
 from structprecond.errors import StructPrecondError
-from structprecond.roles import ROLES, RoleName, Roles, infer_roles
-
-Expected = dict[str, str]
-
-LINEAR = {"weight": "matrix", "bias": "bias"}
-HEAD = {"weight": "head", "bias": "bias"}
-NORM = {"weight": "norm", "bias": "norm"}
-CONV = {"weight": "conv"}
-ATTENTION = {
-    "in_proj_weight": "fused_qkv", "in_proj_bias": "bias",
-    "out_proj.weight": "matrix", "out_proj.bias": "bias",
-}  # fmt: skip
-
-
-def at(*paths: str, **parts: Expected) -> Expected:
-    """Spell out parts, such as `fc1=LINEAR`, at every path; `__` in their names is a dot."""
-    return {
-        ".".join(filter(None, (path, part.replace("__", "."), name))): role
-        for path in paths
-        for part, names in parts.items()
-        for name, role in names.items()
-    }
-
-
-def check(model: nn.Module, expected: Expected) -> Roles:
-    """Compare with what is expected, parameter by parameter and in the model's order."""
-    roles = infer_roles(model)
-    assert {name: role.role for name, role in roles.items()} == expected
-    assert [(n, r.shape) for n, r in roles.items()] == [
-        (n, tuple(p.shape)) for n, p in model.named_parameters()
-    ]
-    assert all(role.reason for role in roles.values())
-    return roles
-
-
-class Bag(nn.Module):
-    """Whatever modules and parameters, registered in the given order."""
-
-    def __init__(self, **parts: nn.Module | nn.Parameter) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-
-def param(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(shape))
+from structprecond.roles import ROLES, RoleName, infer_roles
+from tests.roles.helpers import (
+    ATTENTION,
+    CONV,
+    HEAD,
+    LINEAR,
+    NORM,
+    Bag,
+    Expected,
+    at,
+    check,
+    param,
+)
 
 
 def test_names_of_roles():
     assert ROLES == (
-        "embedding", "head", "norm", "bias", "conv", "fused_qkv", "experts", "matrix", "other"
+        "embedding", "head", "norm", "bias", "conv", "depthwise", "fused_qkv", "experts", "stack",
+        "router", "matrix", "other",
     )  # fmt: skip
     assert get_args(RoleName) == ROLES
 
@@ -230,7 +198,7 @@ def test_experts_in_one_parameter():
         return Bag(router=nn.Linear(8, 4, bias=False), experts=Experts())
 
     mlp = {
-        "router.weight": "matrix",
+        "router.weight": "router",
         "experts.gate_up_proj": "experts",
         "experts.down_proj": "experts",
         "experts.gate_up_proj_bias": "bias",
@@ -243,11 +211,12 @@ def test_experts_in_a_list():
         experts = nn.ModuleList([swiglu() for _ in range(3)])
         return Bag(gate=nn.Linear(8, 3, bias=False), experts=experts)
 
-    mlp = {"gate.weight": "matrix"} | at("experts.0", "experts.1", "experts.2", **{"": SWIGLU})
+    mlp = {"gate.weight": "router"} | at("experts.0", "experts.1", "experts.2", **{"": SWIGLU})
     expected = LLAMA | at(*LLAMA_PATHS, **{"": LLAMA_BLOCK, "mlp": mlp})
     roles = check(llama([moe(), moe()]), expected)
     assert "expert" in roles["model.layers.1.mlp.experts.2.up_proj.weight"].reason
-    assert "expert" not in roles["model.layers.1.mlp.gate.weight"].reason
+    reason = roles["model.layers.1.mlp.gate.weight"].reason
+    assert reason == "named gate, with one row per expert"
 
 
 def test_experts_by_any_name():
@@ -256,7 +225,7 @@ def test_experts_by_any_name():
             super().__init__()
             self.w1, self.router = param(3, 4, 5), param(3, 4)
 
-    check(MoEMLP(), {"w1": "experts", "router": "matrix"})
+    check(MoEMLP(), {"w1": "experts", "router": "router"})
     model = Bag(expert_weights=param(3, 4, 5), experts=nn.ParameterDict({"up": param(3, 4, 5)}))
     check(model, {"expert_weights": "experts", "experts.up": "experts"})
 
@@ -264,13 +233,14 @@ def test_experts_by_any_name():
         pass
 
     model = MoE(weights=nn.ParameterDict({"up": param(3, 4, 5), "gate": param(3, 4)}))
-    check(model, {"weights.up": "experts", "weights.gate": "matrix"})
+    check(model, {"weights.up": "experts", "weights.gate": "router"})
 
 
 def test_experts_and_routers_at_the_top_are_no_heads():
     experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
     model = Bag(up=nn.Linear(4, 4), experts=experts, router=nn.Linear(4, 2))
-    check(model, at("", up=HEAD, experts__0=LINEAR, experts__1=LINEAR, router=LINEAR))
+    router = {"weight": "router", "bias": "bias"}
+    check(model, at("", up=HEAD, experts__0=LINEAR, experts__1=LINEAR, router=router))
 
 
 @pytest.mark.parametrize(
@@ -436,7 +406,7 @@ def test_backbone_whose_head_was_taken_off():
     """As in timm: the linear layer that is left is not promoted."""
     check(vit(pre=nn.Linear(4, 4), head=nn.Identity()), VIT | at("", pre=LINEAR))
     check(vit(pre=nn.Linear(4, 4), head=nn.Conv2d(4, 3, 1)),
-          VIT | at("", pre=LINEAR, head=CONV | {"bias": "bias"}))  # fmt: skip
+          VIT | at("", pre=LINEAR, head=HEAD))  # fmt: skip
 
 
 # --- heads ---------------------------------------------------------------------------------------
@@ -670,7 +640,7 @@ def test_classes_are_known_by_the_ends_of_their_names():
     model = nn.Sequential(NormMLP(w=param(4, 4)), PatchEmbedding(4, 4), ParallelLinear(3, 4, 4),
                           ParallelLinear(4, 4))  # fmt: skip
     scale = {"scale": "other"}
-    grouped = {"weight": "other", "bias": "bias"}
+    grouped = {"weight": "stack", "bias": "bias"}
     expected = {"0.w": "matrix"} | at("1", **{"": LINEAR})
     check(model, expected | at("2", **{"": grouped | scale}) | at("3", **{"": HEAD | scale}))
 

@@ -110,12 +110,12 @@ def test_mixtral():
                   **SMALL, **TOKENS)  # fmt: skip
     if hasattr(model.model.layers[0], "mlp"):  # since 5.0
         moe = {
-            "mlp.gate.weight": "matrix",
+            "mlp.gate.weight": "router",
             "mlp.experts.gate_up_proj": "experts",
             "mlp.experts.down_proj": "experts",
         }
     else:
-        moe = {"block_sparse_moe.gate.weight": "matrix"} | layers(
+        moe = {"block_sparse_moe.gate.weight": "router"} | layers(
             "block_sparse_moe.experts",
             {"w1.weight": "matrix", "w2.weight": "matrix", "w3.weight": "matrix"},
         )

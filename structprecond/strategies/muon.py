@@ -264,7 +264,7 @@ class Muon(StructuredOptimizer):
         >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 8), nn.Linear(8, 9))
         >>> optimizer = Muon(model, lr=1e-2, match_rms="adamw")
         >>> print(describe(optimizer))
-        group  parameters  strategy       route      rule            shape  rows  structures  state
+        group  parameters  strategy       role       rule            shape  rows  structures  state
         -------------------------------------------------------------------------------------------
         0      1.weight    MuonStrategy   matrix     Matricize()     8x4    1     none none   154 B
         0      0.weight    AdamWStrategy  embedding  PerParameter()  9x4    1     none none   314 B

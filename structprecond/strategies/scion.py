@@ -180,6 +180,7 @@ class Scion(StructuredOptimizer):
                 "head": ScionStrategy(norm="sign", radius=head_radius),
                 "norm": vectors,
                 "bias": vectors,
+                "depthwise": vectors,
                 "other": vectors,
             },
         )
