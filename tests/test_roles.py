@@ -258,6 +258,9 @@ def test_fused_projections(name: str):
     body = Bag(lm_head=nn.Linear(4, 4), **{name: nn.Linear(4, 12)})
     check(body, at("", lm_head=HEAD, **{name: fused}))
     check(Bag(lm_head=Conv1D(4, 4), **{name: Conv1D(4, 12)}), at("", lm_head=HEAD, **{name: fused}))
+    # A layer inside of what is named so, with a norm beside it, for example.
+    inner = Bag(lm_head=nn.Linear(4, 4), **{name: Bag(linear=nn.Linear(4, 12))})
+    check(inner, at("", lm_head=HEAD, **{f"{name}__linear": fused}))
     # What is not longer along its outputs cannot be three projections.
     for layer in (nn.Linear(12, 4), nn.Linear(4, 4), Conv1D(12, 4)):
         check(Bag(lm_head=nn.Linear(4, 4), **{name: layer}), at("", lm_head=HEAD, **{name: LINEAR}))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
 
 from structprecond.roles import infer_roles
+from tests.roles.architectures.table import package
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
-with warnings.catch_warnings():  # the filter above does not reach what importing warns about
-    warnings.simplefilter("ignore")
-    transformers: Any = pytest.importorskip("transformers")
+transformers: Any = package("transformers")
 
 Expected = dict[str, str]
 SMALL = {

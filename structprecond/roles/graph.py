@@ -17,6 +17,7 @@ from structprecond.roles.classes import BLOCKS, PLAIN, io_sizes, is_embedding, i
 from structprecond.roles.names import (
     ASIDE,
     ATTENTION,
+    AUXILIARY,
     CONV_OUT,
     ENCODER,
     HEAD,
@@ -111,8 +112,16 @@ def names_head(parent: Node, name: str) -> bool:
         siblings = (*parent.module._modules, *parent.module._parameters)
         return says(HEAD, name) and not any(says(KEY, sibling) for sibling in siblings)
     if says(CONV_OUT, name):
-        return not any(says(ENCODER, node.name) for node in (parent, *parent.ancestors))
-    return says(HEAD, name)
+        return not is_encoder(parent)
+    # a box head makes the features for a box predictor
+    if name.endswith("_head") and f"{name[:-5]}_predictor" in parent.module._modules:
+        return False
+    return says(HEAD, name) or says(AUXILIARY, name)
+
+
+def is_encoder(node: Node) -> bool:
+    """Return whether a module is an encoder, or a part of one."""
+    return any(says(ENCODER, place.name) for place in (node, *node.ancestors))
 
 
 def _unwrap(path: str, module: nn.Module) -> tuple[str, nn.Module]:

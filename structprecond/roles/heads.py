@@ -16,8 +16,8 @@ from structprecond.roles.classes import (
     is_norm,
     is_pointwise,
 )
-from structprecond.roles.graph import Node, Site, names_head
-from structprecond.roles.names import MLP_CLASS, PART_CLASS, kind, says
+from structprecond.roles.graph import Node, Site, is_encoder, names_head
+from structprecond.roles.names import AUXILIARY, MLP_CLASS, PART_CLASS, kind, says
 
 
 def tie(sites: Sequence[Site]) -> str | None:
@@ -61,26 +61,35 @@ def find_heads(nodes: Sequence[Node], tied: bool) -> dict[nn.Module, str]:
     bare = any(
         not n.repeated and names_head(n, name) for n in nodes for name in n.module._parameters
     )
-    if tied or replaced or bare:
-        return {
-            n.module: f"{_what(n)} named {path}"
-            if path
-            else f"{_what(n)} of {kind(nodes[0].module)}"
-            for path, n in last.items()
-            if path not in transforms and path not in around
-        }
-    final = [n for n in layers if not n.aside][-1:]
-    if _is_part(nodes) or not final or final[0] in normed:
+    named = [n for path, n in last.items() if path not in transforms and path not in around]
+    found = {n.module: _named(n) for n in named}
+    only_aside = bool(named) and all(map(_is_auxiliary, named))
+    if tied or bare or (replaced and not only_aside) or _is_part(nodes):
+        return found
+    return found | _final([n for n in layers if not (n.aside or _is_auxiliary(n))], normed)
+
+
+def _named(node: Node) -> str:
+    what = "linear layer" if is_linear(node.module) else "convolution"
+    by_class = f"of {kind((node, *node.ancestors)[-1].module)}"
+    return f"{what} named {node.head}" if node.head else f"{what} {by_class}"
+
+
+def _is_auxiliary(node: Node) -> bool:
+    return any(says(AUXILIARY, place.name) for place in (node, *node.ancestors))
+
+
+def _final(layers: Sequence[Node], normed: set[Node]) -> dict[nn.Module, str]:
+    """Return the last of some layers if it may be an output layer."""
+    last = layers[-1] if layers else None
+    if last is None or last in normed:
         return {}
-    if is_linear(final[0].module):
-        return {final[0].module: "output layer: last linear layer outside repeated blocks"}
-    if is_pointwise(final[0].module):
-        return {final[0].module: "output layer: last convolution, of size 1, outside of blocks"}
-    return {}
-
-
-def _what(node: Node) -> str:
-    return "linear layer" if is_linear(node.module) else "convolution"
+    if is_linear(last.module):
+        return {last.module: "output layer: last linear layer outside repeated blocks"}
+    listed = last.parent is not None and isinstance(last.parent.module, nn.ModuleList)
+    if not is_pointwise(last.module) or listed or is_encoder(last):
+        return {}
+    return {last.module: "output layer: last convolution, of size 1, outside of blocks"}
 
 
 def _normed(nodes: Sequence[Node]) -> set[Node]:

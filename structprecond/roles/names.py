@@ -18,12 +18,14 @@ HEAD = re.compile(
     rf"|(\w+_)?{_TARGET}_(predictors?|pred|reg|scores?|ctrness|centerness)|(class|bbox)_embed"
     # actors and critics, and the two streams of a dueling network
     r"|(actor|critic|advantage|value)s?(_(stream|branch|fc|out))?"
-    r"|outc(onv)?|out_conv|conv_out|final_conv)(_?\d+)?"
+    r"|predict_\w+|outc(onv)?|out_conv|conv_out)(_?\d+)?"
 )
+# Heads beside the one at the end, which may have no name.
+AUXILIARY = re.compile(r"aux(iliary)?(_?(logits|heads?|classifiers?))?(_?\d+)?")
 # `value` means something else beside a key, and `conv_out` inside of an encoder.
 VALUE = re.compile(r"values?(_\w+)?(_?\d+)?")
 KEY = re.compile(r"k(eys?)?(_\w+|\d+)?")
-CONV_OUT = re.compile(r"(outc(onv)?|out_conv|conv_out|final_conv)(_?\d+)?")
+CONV_OUT = re.compile(r"(outc(onv)?|out_conv|conv_out)(_?\d+)?")
 ENCODER = re.compile(r"(?!auto)(\w+_)?encoder")
 # Classes whose instances are heads, whatever they are called.
 HEAD_CLASS = re.compile(
@@ -33,8 +35,8 @@ EMBEDDING = re.compile(
     r"(\w+_)?(embs?|embeds?|embeddings?|embed_positions|tokens?|tok|w[tp]e|pe|bias_table"
     r"|rel_pos(_[hw])?|pos(ition(al)?)?_enc(odings?)?|latents?|lora_embedding_[ab])(_?\d+)?"
 )
-NORM = re.compile(r"\w*norm\w*|(\w+_)?(ln|bn|gn)(_?[\df])?")
-BIAS = re.compile(r"bias(es)?(_\w+)?|\w+_bias(es)?")
+NORM = re.compile(r"\w*norm\w*|(\w+_)?(ln|bn|gn|grn)(_?[\df])?")
+BIAS = re.compile(r"bias(es)?(_\w+)?|\w+_bias(es)?(_[uv])?")
 SHORT_BIAS = re.compile(r"b\d*|\w*bias\w*")  # where it is known that there are some
 QKV = re.compile(r"\w*qkv\w*|c_attn|w_pack|query_key_value")
 EXPERTS = re.compile(r"\w*(expert|moe)\w*")
@@ -46,6 +48,8 @@ ATTENTION = re.compile(r"\w*(attn|attention)\d*")
 LOGARITHM = re.compile(r"log_\w+|\w+_logs?")  # of time scales in state space models, mostly
 # Holds all the layers of a model in one, if it is not followed by a number.
 STACK = re.compile(r"h|(\w+_)?(layers|blocks|stack)|\w*(stacked|scan)\w*")
+# Layers whose name says nothing, but that of what they are in may.
+INNER = re.compile(r"linear|fc|base_layer|original_module")
 # Says nothing, but the name of its module may.
 ANY = re.compile(r"w|weights?|bias|kernel|scale|gamma|beta|\d+")
 # Layers that may come last though they lead into the model, to its side, or from one space to

@@ -17,7 +17,7 @@ from structprecond.roles.classes import (
 )
 from structprecond.roles.experts import experts_role, router_role
 from structprecond.roles.graph import Site, names_head
-from structprecond.roles.names import ANY, BIAS, EMBEDDING, LOGARITHM, NORM, QKV, kind, says
+from structprecond.roles.names import ANY, BIAS, EMBEDDING, INNER, LOGARITHM, NORM, QKV, kind, says
 from structprecond.roles.result import Role
 from structprecond.roles.stacks import stack_role
 
@@ -70,9 +70,10 @@ def _of_linear(site: Site, p: nn.Parameter, heads: dict[nn.Module, str]) -> Role
     if module in heads:
         return Role("head", heads[module])
     inputs, outputs = p.shape if name.endswith("Conv1D") else p.shape[::-1]
-    in_proj = node.name == "in_proj" and node.attention
-    if (in_proj or says(QKV, node.name)) and outputs > inputs:
-        return Role("fused_qkv", f"linear layer named {node.name}, longer along its outputs")
+    named = node.parent.name if node.parent and says(INNER, node.name) else node.name
+    in_proj = named == "in_proj" and node.attention
+    if (in_proj or says(QKV, named)) and outputs > inputs:
+        return Role("fused_qkv", f"linear layer named {named}, longer along its outputs")
     expert = ", of one expert" if "expert" in node.path.lower() else ""
     return Role("matrix", f"{site.name} of {name}{expert}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from tests.roles.helpers import HEAD, LINEAR, Bag, at, check, param
+from tests.roles.helpers import HEAD, LINEAR, NORM, Bag, at, check, param
 
 
 @pytest.mark.parametrize("name", ["latents", "latent", "learned_latents", "query_tokens"])
@@ -38,3 +38,15 @@ def test_low_rank_linear_layer():
     expected = at("blocks.0.fc", base_layer=LINEAR, lora_A__default={"weight": "matrix"},
                   lora_B__default={"weight": "matrix"})  # fmt: skip
     check(Bag(blocks=blocks), expected)
+
+
+def test_biases_and_norms_of_attention_and_convolutions():
+    """As in Conformer and ConvNeXt V2."""
+
+    class GRN(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = param(1, 1, 1, 4), param(1, 1, 1, 4)
+
+    model = Bag(pos_bias_u=param(2, 4), pos_bias_v=param(2, 4), grn=GRN(), fc=nn.Linear(4, 2))
+    check(model, {"pos_bias_u": "bias", "pos_bias_v": "bias"} | at("", grn=NORM, fc=HEAD))

@@ -40,6 +40,10 @@ def test_unet():
     # what is normalized is no output
     check(Bag(**parts, last=nn.Conv2d(4, 2, 1), bn=nn.BatchNorm2d(2)),
           body | at("", last=FILTER, bn=NORM))  # fmt: skip
+    # one of a list, and what leads to latent features
+    check(Bag(**parts, scales=nn.ModuleList([nn.Conv2d(4, 2, 1)])),
+          body | at("scales", **{"0": FILTER}))  # fmt: skip
+    check(Bag(**parts, encoder=Bag(last=nn.Conv2d(4, 2, 1))), body | at("encoder", last=FILTER))
     # beside the way
     time = nn.Linear(4, 4)
     check(Bag(**parts, last=nn.Conv2d(4, 2, 1), time_mlp=time),

@@ -15,7 +15,7 @@ FILTER = CONV | {"bias": "bias"}
     "name",
     ["bbox_predictor", "bbox_pred", "cls_logits", "box_predictor", "mask_predictor", "cls_score",
      "bbox_reg", "class_embed", "bbox_embed", "actor", "critic", "advantage", "value",
-     "value_stream", "low_classifier", "high_classifier"],
+     "value_stream", "predict_state", "low_classifier", "high_classifier"],
 )  # fmt: skip
 def test_names(name: str):
     last = {"last": nn.Linear(4, 4)}
@@ -26,7 +26,7 @@ def test_names(name: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["cls_logits", "bbox_pred", "bbox_reg", "outc", "out_conv", "conv_out", "final_conv",
+    "name", ["cls_logits", "bbox_pred", "bbox_reg", "outc", "out_conv", "conv_out",
              "low_classifier", "high_classifier", "classifier", "head"],
 )  # fmt: skip
 @pytest.mark.parametrize("size", [1, 3])
@@ -134,3 +134,25 @@ def test_classes():
     roles = check(LMHead(norm=nn.LayerNorm(4), out=nn.Linear(4, 9)), at("", norm=NORM, out=HEAD))
     assert roles["out.weight"].reason == "linear layer of LMHead"
     check(OutConv(conv=nn.Conv2d(4, 2, 3)), at("conv", **{"": HEAD}))
+
+
+def test_what_a_predictor_follows_is_no_head():
+    """As in Mask R-CNN: a box head makes features, of which a box predictor makes boxes."""
+    box_head = Bag(fc6=nn.Linear(4, 8), fc7=nn.Linear(8, 8))
+    box_predictor = Bag(cls_score=nn.Linear(8, 3), bbox_pred=nn.Linear(8, 12))
+    expected = at("roi_heads.box_head", fc6=LINEAR, fc7=LINEAR)
+    expected |= at("roi_heads.box_predictor", cls_score=HEAD, bbox_pred=HEAD)
+    check(Bag(roi_heads=Bag(box_head=box_head, box_predictor=box_predictor)), expected)
+    alone = at("roi_heads.box_head", fc6=LINEAR, fc7=HEAD)
+    check(Bag(roi_heads=Bag(box_head=box_head)), alone)
+
+
+@pytest.mark.parametrize("name", ["aux", "aux1", "aux_classifier", "AuxLogits"])
+def test_auxiliary_heads(name: str):
+    """As in GoogLeNet: they do not stand in place of a head without a name."""
+    aux = Bag(fc1=nn.Linear(4, 4), fc2=nn.Linear(4, 2))
+    expected = at(name, fc1=LINEAR, fc2=HEAD)
+    check(Bag(**{name: aux}, fc=nn.Linear(4, 2)), expected | at("", fc=HEAD))
+    check(Bag(fc=nn.Linear(4, 2), **{name: aux}), expected | at("", fc=HEAD))
+    check(Bag(fc=nn.Linear(4, 4), head=nn.Linear(4, 2), **{name: aux}),
+          at("", fc=LINEAR, head=HEAD) | expected)  # fmt: skip
