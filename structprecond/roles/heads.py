@@ -8,7 +8,6 @@ from itertools import pairwise
 from torch import nn
 
 from structprecond.roles.classes import (
-    io_sizes,
     is_conv,
     is_depthwise,
     is_embedding,
@@ -17,7 +16,8 @@ from structprecond.roles.classes import (
     is_pointwise,
 )
 from structprecond.roles.graph import Node, Site, is_encoder, names_head
-from structprecond.roles.names import AUXILIARY, MLP_CLASS, PART_CLASS, kind, says
+from structprecond.roles.names import AUXILIARY, kind, says
+from structprecond.roles.parts import is_part
 
 
 def tie(sites: Sequence[Site]) -> str | None:
@@ -43,33 +43,40 @@ def find_heads(nodes: Sequence[Node], tied: bool) -> dict[nn.Module, str]:
         if (is_linear(n.module) or (is_conv(n.module) and not is_depthwise(n.module)))
         and not (n.repeated or n.attention or n.router)
     ]
-    possible = {n for n in layers if n not in normed}
+    named, replaced = _by_name(nodes, {n for n in layers if n not in normed})
+    found = {n.module: _reason(n) for n in named}
+    bare = any(
+        not n.repeated and names_head(n, name) for n in nodes for name in n.module._parameters
+    )
+    only_aside = bool(named) and all(map(_is_auxiliary, named))
+    if tied or bare or (replaced and not only_aside) or is_part(nodes):
+        return found
+    # what has no larger convolutions is no dense predictor but a part of one
+    dense = any(is_conv(n.module) and not is_pointwise(n.module) for n in nodes)
+    onward = [n for n in layers if not (n.aside or _is_auxiliary(n))]
+    return found | _final(onward, normed, dense)
+
+
+def _by_name(nodes: Sequence[Node], possible: set[Node]) -> tuple[list[Node], bool]:
+    """Return the heads that have a name, and whether something stands where one would be.
+
+    A backbone without its head has an identity there.
+    """
     inside = [n for n in nodes if n.head is not None]
-    last = {n.head or "": n for n in inside if n in possible or is_norm(n.module)}
+    last = {n.head: n for n in inside if n in possible or is_norm(n.module)}
     # What is named a head but ends in a norm transforms features for a head behind it.
     transforms = {path for path, n in last.items() if is_norm(n.module)}
+    ends = {path: n for path, n in last.items() if path not in transforms}
     # The innermost name counts: a decode head may transform a lot before its classifier.
-    around = {
-        a.head for path, n in last.items() if path not in transforms for a in n.ancestors
-        if a.head is not None and a.head != path
-    }  # fmt: skip
-    # A backbone without its head has an identity there.
+    around = {a.head for path, n in ends.items() for a in n.ancestors if a.head != path}
     replaced = any(
         n.head not in transforms and (n.module._parameters or isinstance(n.module, nn.Identity))
         for n in inside
     )
-    bare = any(
-        not n.repeated and names_head(n, name) for n in nodes for name in n.module._parameters
-    )
-    named = [n for path, n in last.items() if path not in transforms and path not in around]
-    found = {n.module: _named(n) for n in named}
-    only_aside = bool(named) and all(map(_is_auxiliary, named))
-    if tied or bare or (replaced and not only_aside) or _is_part(nodes):
-        return found
-    return found | _final([n for n in layers if not (n.aside or _is_auxiliary(n))], normed)
+    return [n for path, n in ends.items() if path not in around], replaced
 
 
-def _named(node: Node) -> str:
+def _reason(node: Node) -> str:
     what = "linear layer" if is_linear(node.module) else "convolution"
     by_class = f"of {kind((node, *node.ancestors)[-1].module)}"
     return f"{what} named {node.head}" if node.head else f"{what} {by_class}"
@@ -79,15 +86,21 @@ def _is_auxiliary(node: Node) -> bool:
     return any(says(AUXILIARY, place.name) for place in (node, *node.ancestors))
 
 
-def _final(layers: Sequence[Node], normed: set[Node]) -> dict[nn.Module, str]:
-    """Return the last of some layers if it may be an output layer."""
+def _final(layers: Sequence[Node], normed: set[Node], dense: bool) -> dict[nn.Module, str]:
+    """Return the last of some layers if it may be an output layer, and why.
+
+    Args:
+        layers: The layers.
+        normed: Those whose outputs are normalized.
+        dense: Whether the last one may be a convolution.
+    """
     last = layers[-1] if layers else None
     if last is None or last in normed:
         return {}
     if is_linear(last.module):
         return {last.module: "output layer: last linear layer outside repeated blocks"}
     listed = last.parent is not None and isinstance(last.parent.module, nn.ModuleList)
-    if not is_pointwise(last.module) or listed or is_encoder(last):
+    if not (dense and is_pointwise(last.module)) or listed or is_encoder(last):
         return {}
     return {last.module: "output layer: last convolution, of size 1, outside of blocks"}
 
@@ -96,33 +109,3 @@ def _normed(nodes: Sequence[Node]) -> set[Node]:
     """Return the convolutions whose outputs are normalized, which those of a model are not."""
     own = [n for n in nodes if n.module._parameters]
     return {n for n, after in pairwise(own) if is_conv(n.module) and is_norm(after.module)}
-
-
-def _is_part(nodes: Sequence[Node]) -> bool:
-    """Whether the module is a part of a model, such as one of its blocks, which has no output.
-
-    Its class may say so, or that its linear layers lead to more features and back, as in the MLP of
-    a transformer.
-    """
-    root = nodes[0].module
-    if says(PART_CLASS, kind(root)) or nodes[0].attention:
-        return True
-    linears = [n for n in nodes if is_linear(n.module) and not n.attention]
-    sizes = [io_sizes(n.module) for n in linears]
-    known = [size for size in sizes if size is not None]
-    if len(known) < len(sizes) or len(known) not in (2, 3):
-        return False
-    keeps = known[0][0] in (known[-1][1], known[-1][0])
-    if says(MLP_CLASS, kind(root)):
-        return keeps
-    narrow, wide = min(map(min, known)), max(map(max, known))
-    ends = known.count((wide, narrow)) == 1 and known.count((narrow, wide)) == len(known) - 1
-    # the other way round, it is an autoencoder
-    returns = narrow < wide and ends and (len(known) == 3 or known[0] == (narrow, wide))
-    return returns and not any(map(_has_other_weights, nodes))
-
-
-def _has_other_weights(node: Node) -> bool:
-    module = node.module
-    usual = is_linear(module) or is_norm(module) or is_depthwise(module) or node.attention
-    return not usual and any(p.ndim > 1 for p in module.parameters(recurse=False))

@@ -55,7 +55,10 @@ def test_last_of_linear_layers_and_convolutions():
     check(Bag(conv=conv, fc=fc), at("", conv=FILTER, fc=HEAD))
     # as in a generator of pictures: what is first is no output
     check(Bag(fc=fc, up=nn.ConvTranspose2d(4, 3, 4)), at("", fc=LINEAR, up=FILTER))
-    check(Bag(fc=fc, conv=conv), at("", fc=LINEAR, conv=HEAD))
+    first = nn.Conv2d(3, 4, 3)
+    check(Bag(first=first, fc=fc, conv=conv), at("", first=FILTER, fc=LINEAR, conv=HEAD))
+    # alone it may be any part of a model, such as a squeeze-and-excitation
+    check(Bag(fc1=conv, fc2=conv), at("", fc1=FILTER))
 
 
 class SwiGLU(nn.Module):
@@ -128,8 +131,10 @@ def test_one_mlp_block():
     for cls in (MLP, FeedForward, Bag):
         check(cls(fc1=up, fc2=down), at("", fc1=LINEAR, fc2=LINEAR))
     check(SwiGLU(), at("", w1=LINEAR, w2=LINEAR, w3=LINEAR))
+    check(MLP(proj=nn.Linear(4, 8)), at("", proj=LINEAR))  # of a decode head
     # whole models
     check(MLP(fc1=nn.Linear(4, 8), fc2=nn.Linear(8, 3)), at("", fc1=LINEAR, fc2=HEAD))
+    check(MLP(fc1=nn.Linear(4, 4), fc2=nn.Linear(4, 3)), at("", fc1=LINEAR, fc2=HEAD))
     check(Bag(fc1=nn.Linear(4, 2), fc2=nn.Linear(2, 4)), at("", fc1=LINEAR, fc2=HEAD))
     check(Bag(fc1=nn.Linear(4, 4), fc2=nn.Linear(4, 4)), at("", fc1=LINEAR, fc2=HEAD))
     check(Bag(words=nn.Embedding(9, 4), fc1=up, fc2=down),
