@@ -21,8 +21,11 @@ def router_role(site: Site, p: nn.Parameter) -> Role | None:
     if p.ndim != 2:
         return None
     node = site.node
-    if node.router or says(ROUTER, site.name):
-        return Role("router", f"named {node.path if node.router else site.name}")
+    if node.router:
+        outermost = [place for place in (node, *node.ancestors) if place.router][-1]
+        return Role("router", f"{site.name} of the router {outermost.path}".rstrip())
+    if says(ROUTER, site.name):
+        return Role("router", f"named {site.name}")
     for name, beside in _places(site):
         if says(GATE, name):
             counts = set(_counts_of_experts(beside))

@@ -211,8 +211,9 @@ class Muon(StructuredOptimizer):
     """Muon for hidden matrices, and AdamW for the rest (Jordan et al. 2024).
 
     What is a hidden matrix is inferred from the model's modules (see `infer_roles`): matrices,
-    convolutions, fused projections and experts, each expert by itself, go to Muon; embeddings,
-    heads, tied ones as well, norms, biases and what is unknown go to AdamW.
+    convolutions, fused projections, experts and stacked layers, each by itself, go to Muon;
+    embeddings, heads, tied ones as well, norms, biases, depthwise convolutions, routers and what is
+    unknown go to AdamW.
     `print(describe(optimizer))` shows what went where. The roles of bare parameters follow from
     their shapes alone, which cannot tell an embedding from a matrix: pass the model.
 
@@ -241,7 +242,7 @@ class Muon(StructuredOptimizer):
         after_weight_update: Called with stacked parameters; returns their new values. Default:
             None.
         routes: From roles or patterns of parameter names to "muon", "adamw" or another strategy:
-            `{"head": "muon", "*.router.weight": "adamw"}`. Default: None.
+            `{"head": "muon", "*.lora_A.*": "adamw"}`. Default: None.
         adamw_lr: AdamW's learning rate, kept as a factor to `lr` (`adamw_lr_scale` in the param
             groups), so that schedules apply to both. Default: `lr`.
         adamw_betas: AdamW's decay of the moments. Default: (0.9, 0.95).

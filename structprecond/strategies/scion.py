@@ -113,9 +113,9 @@ class ScionStrategy(OrthogonalizedMomentumStrategy):
 class Scion(StructuredOptimizer):
     """Scion: steps of unit length in the norm that suits each layer (Pethick et al. 2025).
 
-    Hidden matrices get the spectral norm, heads the sign, embeddings unit rows, and vectors a unit
-    root mean square, by the roles that `infer_roles` finds. The update rule stands at
-    `ScionStrategy`.
+    Hidden matrices, also those of routers, get the spectral norm, heads the sign, embeddings unit
+    rows, and vectors and depthwise convolutions a unit root mean square, by the roles that
+    `infer_roles` finds. The update rule stands at `ScionStrategy`.
 
     Args:
         model: The model, or parameters as torch optimizers take them.

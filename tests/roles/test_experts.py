@@ -91,9 +91,11 @@ def test_routers_are_known_by_their_names():
     check(model, at("router", classifier=ROUTER) | at("", up=HEAD))
     model = Bag(choose=TopKRouter(weight=param(3, 4)), up=nn.Linear(4, 5))
     roles = check(model, {"choose.weight": "router"} | at("", up=HEAD))
-    assert roles["choose.weight"].reason == "named choose"
-    check(Bag(router_weight=param(3, 4), up=nn.Linear(4, 5)),
-          {"router_weight": "router"} | at("", up=HEAD))  # fmt: skip
+    assert roles["choose.weight"].reason == "weight of the router choose"
+    roles = check(Bag(router_weight=param(3, 4), up=nn.Linear(4, 5)),
+                  {"router_weight": "router"} | at("", up=HEAD))  # fmt: skip
+    assert roles["router_weight"].reason == "named router_weight"
+    assert check(TopKRouter(weight=param(3, 4)), {"weight": "router"})
 
 
 @pytest.mark.parametrize("make", [Muon, NorMuon])

@@ -65,6 +65,15 @@ TIMM = {
         bias       *.proj.bias *.qkv.bias *.fc?.bias head.fc.bias
         head       head.fc.weight
     """),
+    "ViT of timm": Architecture("vit_tiny_patch16_224", """
+        conv       patch_embed.proj.weight
+        embedding  cls_token pos_embed
+        fused_qkv  *.qkv.weight
+        matrix     *.attn.proj.weight *.fc?.weight
+        norm       *norm*
+        bias       *.proj.bias *.qkv.bias *.fc?.bias head.bias
+        head       head.weight
+    """),
     "DeiT": Architecture("deit_tiny_distilled_patch16_224", """
         conv       patch_embed.proj.weight
         embedding  cls_token dist_token pos_embed
