@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from numbers import Number
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ FORMAT = 1
 """Version of the layout, saved as `format` in every param group."""
 
 _MOST_PROBLEMS = 20
+_LATER_ROLES = ("depthwise", "router")
 _COMPARED = ("strategy", "structures", "combine_params")
 _NOT_LOADED = {*_COMPARED, "preconditioner_dtypes", "params", "param_names", "format"}
 
@@ -204,12 +205,23 @@ def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, An
         problems += [f"{n}: not in the checkpoint" for n in mine if n not in set(theirs)]
         problems += [f"{n}: not in the optimizer" for n in theirs if n not in set(mine)]
     for key in _COMPARED:
-        if key in live and saved.get(key) != _plain(live[key]):
+        if key in live and saved.get(key) not in (_plain(live[key]), _plain(_older(live[key]))):
             problems.append(
                 f"param group {number}: {key} is {saved.get(key)!r} in the checkpoint, "
                 f"{_plain(live[key])!r} in the optimizer"
             )
     return problems
+
+
+def _older(value: Any) -> Any:
+    """Return a routing without the roles that older checkpoints did not know.
+
+    Where it matters, since parameters with such a role went elsewhere, their state does not fit.
+    """
+    if not isinstance(value, Routing):
+        return value
+    known = {role: s for role, s in value.roles.items() if role not in _LATER_ROLES}
+    return replace(value, roles=known)
 
 
 def _compare_entries(
