@@ -20,7 +20,7 @@ demo: $(VENV)/.demo ## Train a small model with a structured preconditioner
 test: lint ## Lint, check types, run the tests
 	$(PYTEST)
 
-test-all: lint ## The same with the slow tests
+test-all: lint $(VENV)/.models ## The same with the slow tests, and with models of other libraries
 	$(PYTEST) -m ""
 
 lint: $(VENV)/.test ## Check style and types
@@ -48,6 +48,7 @@ clean: ## Remove the environment and everything built
 # Each stamp is the environment with some extras; it is made again when the requirements change.
 $(VENV)/.demo: EXTRAS := examples
 $(VENV)/.test: EXTRAS := dev,examples
+$(VENV)/.models: EXTRAS := dev,examples,models
 $(VENV)/.docs: EXTRAS := docs
 $(VENV)/.bench: EXTRAS := bench
 $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python

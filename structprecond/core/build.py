@@ -18,7 +18,7 @@ from structprecond.core.strategy import Strategy
 from structprecond.core.units import Unit, find_units
 from structprecond.errors import GroupError, StructPrecondError, StructureError
 from structprecond.groups import PreconditionerGroup, StackExperts
-from structprecond.roles import RoleName, infer_roles
+from structprecond.roles import Role, infer_roles
 from structprecond.structures import StructuredMatrix
 from structprecond.structures.spec import per_axis, resolve_structures
 
@@ -128,7 +128,7 @@ def _find_routes(
         for unit in find_units(model, params, rules, names):
             yield unit, route
         return
-    roles = _roles(model, names)
+    roles = {p: found.role for p, found in roles_of(model, names).items()}
     if rules is not None:
         for unit in find_units(model, params, rules, names):
             yield unit, routing.route(unit.names, roles[unit.params[0]])
@@ -149,13 +149,13 @@ def _usual_rules(
     return [rule for rule in rules if model is not None or not rule.requires_modules]
 
 
-def _roles(
+def roles_of(
     model: nn.Module | None, names: Mapping[nn.Parameter, str]
-) -> dict[nn.Parameter, RoleName]:
+) -> dict[nn.Parameter, Role]:
     """Return the role of each parameter; by name and shape alone if there is no model."""
     seen = BareParameters(names) if model is None else model
     roles = infer_roles(seen)
-    return {p: roles[name].role for name, p in seen.named_parameters()}
+    return {p: roles[name] for name, p in seen.named_parameters()}
 
 
 def _bucket_key(unit: Unit, group: Mapping[str, Any], strategy: Strategy[Any]) -> BucketKey:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from structprecond.core.plain import plain_value
-from structprecond.core.routing import as_routing
+from structprecond.core.routing import Routing, as_routing
 from structprecond.core.strategy import Hyperparameter
 from structprecond.errors import CheckpointError, StructPrecondError
 
@@ -22,6 +23,7 @@ _RENAMED_IN_2 = {"begun": "initialized", "lost": "compensation"}
 _NEW_IN_2 = {"phase_offset", "seed"}
 
 _MOST_PROBLEMS = 20
+_LATER_ROLES = ("depthwise", "router")
 _COMPARED = ("strategy", "structures", "combine_params")
 _NOT_LOADED = {*_COMPARED, "preconditioner_dtypes", "params", "param_names", "format"}
 
@@ -185,12 +187,23 @@ def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, An
         if key == "combine_params":  # None stands for the rules that suit the strategy
             usual = plain_value(as_routing(live["strategy"]).main.combine_params)
             theirs, mine = theirs or usual, mine or usual
-        if key in live and theirs != mine:
+        if key in live and theirs not in (mine, plain_value(_older(live[key]))):
             problems.append(
                 f"param group {number}: {key} is {theirs!r} in the checkpoint, {mine!r} in the "
                 "optimizer"
             )
     return problems
+
+
+def _older(value: Any) -> Any:
+    """Return a routing without the roles that older checkpoints did not know.
+
+    Where it matters, since parameters with such a role went elsewhere, their state does not fit.
+    """
+    if not isinstance(value, Routing):
+        return value
+    known = {role: s for role, s in value.roles.items() if role not in _LATER_ROLES}
+    return replace(value, roles=known)
 
 
 def _compare_entries(

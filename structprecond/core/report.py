@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
+from torch import nn
 from torch.optim import Optimizer
 
 from structprecond.core.bucket import Bucket
+from structprecond.core.build import roles_of
+from structprecond.core.naming import unwrap
 from structprecond.core.plain import describe_object
 from structprecond.errors import StructPrecondError
+from structprecond.roles import ROLES, Role
 from structprecond.tables import lay_out
 
 
@@ -19,6 +25,9 @@ class Row:
     Args:
         group: The number of the user's param group.
         strategy: The name of the strategy.
+        roles: The role of every unit's first parameter, as `infer_roles` finds it; empty where the
+            model has parameters without a shape.
+        reasons: How each of these was found out.
         rules: The roles and name patterns that sent its units to the strategy.
         rule: The grouping rule.
         names: The names of the parameters of every unit, joined by ` + `.
@@ -32,6 +41,8 @@ class Row:
 
     group: int
     strategy: str
+    roles: tuple[str, ...]
+    reasons: tuple[str, ...]
     rules: tuple[str, ...]
     rule: str
     names: tuple[str, ...]
@@ -62,12 +73,14 @@ class Description:
 
     def __str__(self) -> str:
         """Return a table with one line per stack and the totals."""
-        header: tuple[str, ...] = ("group", "parameters", "rule", "shape", "rows", "structures")
         strategies = list(dict.fromkeys(row.strategy for row in self.rows))
-        if routed := any(rule != "default" for row in self.rows for rule in row.rules):
-            header = (*header[:2], "strategy", "route", *header[2:])
-        header = (*header, "state")
-        table = [header]
+        rules = [rule for row in self.rows for rule in row.rules]
+        routed = any(rule != "default" for rule in rules)
+        # a route by role is told by the role
+        by_name = any(rule not in ("default", *ROLES) for rule in rules)
+        usual = ("role", "rule", "shape", "rows", "structures", "state")
+        more_columns = ("strategy",) * routed + ("route",) * by_name
+        table: list[tuple[str, ...]] = [("group", "parameters", *more_columns, *usual)]
         for row in self.rows:
             more = f" (+{len(row.names) - 1})" if len(row.names) > 1 else ""
             frozen = "" if row.live else " (frozen)"
@@ -75,7 +88,9 @@ class Description:
                 (
                     str(row.group),
                     _shorten(row.names[0], 40) + more + frozen,
-                    *((row.strategy, _shorten(", ".join(row.rules), 30)) if routed else ()),
+                    *(row.strategy,) * routed,
+                    *(_shorten(", ".join(row.rules), 30),) * by_name,
+                    _shorten(", ".join(dict.fromkeys(row.roles)), 30),
                     _shorten(row.rule, 30),
                     "x".join(map(str, row.shape)),
                     str(row.rows),
@@ -93,6 +108,22 @@ class Description:
         )
         return "\n".join([*lines, lines[1], total])
 
+    def by_parameter(self) -> str:
+        """Return a table with one line per unit: its role, why it has it, and its strategy.
+
+        Example:
+            >>> from structprecond import Muon
+            >>> print(describe(Muon(nn.Linear(3, 2, bias=False))).by_parameter())
+            parameters  role  strategy       reason
+            ----------------------------------------------------------------------------------------
+            weight      head  AdamWStrategy  output layer: last linear layer outside repeated blocks
+        """
+        table = [("parameters", "role", "strategy", "reason")]
+        for row in self.rows:
+            for unit in zip_longest(row.names, row.roles, row.reasons, fillvalue=""):
+                table.append((*unit[:2], row.strategy, unit[2]))
+        return "\n".join(lay_out(table))
+
 
 def describe(optimizer: Optimizer) -> Description:
     """Describe how an optimizer treats the parameters: stacks, structures and state bytes.
@@ -107,15 +138,14 @@ def describe(optimizer: Optimizer) -> Description:
         StructPrecondError: If it is another optimizer.
 
     Example:
-        >>> import torch
         >>> from structprecond import SIRFShampoo
-        >>> print(describe(SIRFShampoo(torch.nn.Linear(3, 2), batch_size=1)))
-        group  parameters  rule            shape  rows  structures   state
-        ------------------------------------------------------------------
-        0      weight      PerParameter()  2x3    1     dense dense  154 B
-        0      bias        PerParameter()  2      1     dense        66 B
-        ------------------------------------------------------------------
-        SIRFShampooStrategy: state 220 B = 6.88 x parameters (32 B)
+        >>> print(describe(SIRFShampoo(nn.Linear(3, 2), batch_size=1)))
+        group  parameters  role  rule            shape  rows  structures   state
+        ------------------------------------------------------------------------
+        0      weight      head  PerParameter()  2x3    1     dense dense  170 B
+        0      bias        bias  PerParameter()  2      1     dense        82 B
+        ------------------------------------------------------------------------
+        SIRFShampooStrategy: state 252 B = 7.88 x parameters (32 B)
     """
     optimizer = getattr(optimizer, "base_optimizer", optimizer)
     buckets: list[Bucket] | None = getattr(optimizer, "buckets", None)
@@ -124,10 +154,13 @@ def describe(optimizer: Optimizer) -> Description:
             f"describe takes an optimizer of this library, got a {type(optimizer).__name__}."
         )
     numbers = {id(group): i for i, group in enumerate(optimizer.param_groups)}
+    roles = _roles(buckets, getattr(optimizer, "model", None))
     rows = [
         Row(
             group=numbers[id(bucket.group)],
             strategy=type(bucket.strategy).__name__,
+            roles=tuple(roles[u.params[0]].role for u in bucket.units if u.params[0] in roles),
+            reasons=tuple(roles[u.params[0]].reason for u in bucket.units if u.params[0] in roles),
             rules=tuple(dict.fromkeys(bucket.rules)),
             rule=describe_object(bucket.key.rule),
             names=tuple(unit.label for unit in bucket.units),
@@ -142,6 +175,15 @@ def describe(optimizer: Optimizer) -> Description:
     ]
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     return Description(tuple(rows), sum(p.numel() * p.element_size() for p in parameters))
+
+
+def _roles(buckets: Sequence[Bucket], model: nn.Module | None) -> dict[nn.Parameter, Role]:
+    units = [unit for bucket in buckets for unit in bucket.units]
+    names = {p: name for u in units for p, name in zip(u.params, u.names, strict=True)}
+    try:
+        return roles_of(None if model is None else unwrap(model), names)
+    except StructPrecondError:  # some lazy layer, which the optimizer need not know
+        return {}
 
 
 def _compress(structures: tuple[str, ...], dtypes: tuple[str, ...]) -> list[str]:

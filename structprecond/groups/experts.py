@@ -1,4 +1,4 @@
-"""The experts of a mixture as independent problems."""
+"""The experts of a mixture, or the layers of a stack, as independent problems."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch import Size, Tensor, nn
 
 from structprecond.errors import GroupError
 from structprecond.groups.base import PreconditionerGroup
-from structprecond.roles import infer_roles
+from structprecond.roles import RoleName, infer_roles
+
+_STACKED: tuple[RoleName, ...] = ("experts", "stack")
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class StackExperts(PreconditionerGroup):
     """Treat the experts of a weight `(experts, out, in)` as independent rows of a stack.
 
     Each expert has Kronecker factors of its own, where `PerParameter` gives the weight three
-    factors.
+    factors. So has each layer of a weight `(layers, out, in)` that holds those of all layers.
 
     Args:
         pattern: Names of parameters with at least two axes, with shell wildcards, for weights that
@@ -34,13 +36,14 @@ class StackExperts(PreconditionerGroup):
 
     pattern: str | None = None
     stacked = True
+    requires_modules = False
 
     def identify(self, model: nn.Module) -> list[list[nn.Parameter]]:
-        """Return every parameter that holds the weights of several experts."""
+        """Return every parameter that holds the weights of several experts or layers."""
         named = dict(model.named_parameters())
         if self.pattern is None:
             roles = infer_roles(model)
-            return [[p] for name, p in named.items() if roles[name].role == "experts"]
+            return [[p] for name, p in named.items() if roles[name].role in _STACKED]
         found = {name: p for name, p in named.items() if fnmatchcase(name, self.pattern)}
         if not found or any(p.ndim < 2 for p in found.values()):
             raise GroupError(

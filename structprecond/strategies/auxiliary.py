@@ -35,7 +35,7 @@ class WithAdamW(StructuredOptimizer):
         strategy: The strategy for hidden matrices.
         hyperparameters: Values for its hyperparameters; the rest get their defaults.
         routes: From roles or patterns of parameter names to the name of the strategy for matrices,
-            "adamw" or another strategy: `{"head": "muon", "*.router.weight": "adamw"}`.
+            "adamw" or another strategy: `{"head": "muon", "*.lora_A.*": "adamw"}`.
             Default: None.
         adamw_lr: AdamW's learning rate, kept as a factor to `lr` (`adamw_lr_scale` in the param
             groups), so that schedules apply to both. Default: None, `lr`.

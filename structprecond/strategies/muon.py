@@ -152,8 +152,9 @@ class Muon(WithAdamW):
     """Muon for hidden matrices, and AdamW for the rest (Jordan et al. 2024).
 
     What is a hidden matrix is inferred from the model's modules (see `infer_roles`): matrices,
-    convolutions, fused projections and experts, each expert by itself, go to Muon; embeddings,
-    heads, tied ones as well, norms, biases and what is unknown go to AdamW.
+    convolutions, fused projections, experts and stacked layers, each by itself, go to Muon;
+    embeddings, heads, tied ones as well, norms, biases, depthwise convolutions, routers and what is
+    unknown go to AdamW.
     `print(describe(optimizer))` shows what went where. The roles of bare parameters follow from
     their shapes alone, which cannot tell an embedding from a matrix: pass the model.
 
@@ -185,15 +186,15 @@ class Muon(WithAdamW):
         >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 8), nn.Linear(8, 9))
         >>> optimizer = Muon(model, lr=1e-2, scale_mode="match_rms_adamw")
         >>> print(describe(optimizer))
-        group  parameters  strategy       route      rule            shape  rows  structures  state
+        group  parameters  strategy       role       rule            shape  rows  structures  state
         -------------------------------------------------------------------------------------------
-        0      1.weight    MuonStrategy   matrix     Matricize()     8x4    1     none none   154 B
-        0      0.weight    AdamWStrategy  embedding  PerParameter()  9x4    1     none none   314 B
-        0      1.bias      AdamWStrategy  bias       PerParameter()  8      1     none        90 B
-        0      2.weight    AdamWStrategy  head       PerParameter()  9x8    1     none none   602 B
-        0      2.bias      AdamWStrategy  bias       PerParameter()  9      1     none        98 B
+        0      1.weight    MuonStrategy   matrix     Matricize()     8x4    1     none none   170 B
+        0      0.weight    AdamWStrategy  embedding  PerParameter()  9x4    1     none none   330 B
+        0      1.bias      AdamWStrategy  bias       PerParameter()  8      1     none        106 B
+        0      2.weight    AdamWStrategy  head       PerParameter()  9x8    1     none none   618 B
+        0      2.bias      AdamWStrategy  bias       PerParameter()  9      1     none        114 B
         -------------------------------------------------------------------------------------------
-        MuonStrategy, AdamWStrategy: state 1.2 KiB = 2.00 x parameters (628 B)
+        MuonStrategy, AdamWStrategy: state 1.3 KiB = 2.13 x parameters (628 B)
     """
 
     def __init__(

@@ -26,7 +26,15 @@ from structprecond.structures.spec import Structure
 
 WeightDecayMethod = Literal["decoupled", "independent", "l2", "palm"]
 
-NOT_MATRICES: tuple[RoleName, ...] = ("embedding", "head", "norm", "bias", "other")
+NOT_MATRICES: tuple[RoleName, ...] = (
+    "embedding",
+    "head",
+    "norm",
+    "bias",
+    "depthwise",
+    "router",
+    "other",
+)
 """The roles of the parameters that are no linear maps between hidden features."""
 
 

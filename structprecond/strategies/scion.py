@@ -109,9 +109,9 @@ class ScionStrategy(OrthogonalizedMomentumStrategy):
 class Scion(StructuredOptimizer):
     """Scion: steps of unit length in the norm that suits each layer (Pethick et al. 2025).
 
-    Hidden matrices get the spectral norm, heads the sign, embeddings unit rows, and vectors a unit
-    root mean square, by the roles that `infer_roles` finds. The update rule is
-    documented at `ScionStrategy`.
+    Hidden matrices, also those of routers, get the spectral norm, heads the sign, embeddings unit
+    rows, and vectors and depthwise convolutions a unit root mean square, by the roles that
+    `infer_roles` finds. The update rule is documented at `ScionStrategy`.
 
     Args:
         lr: Learning rate. Default: 3.6e-4.
@@ -147,7 +147,8 @@ class Scion(StructuredOptimizer):
     ) -> None:
         spectral, hp = from_keywords(ScionStrategy, locals())
         vectors = ScionStrategy(norm="rms", radius=radius)
-        roles: dict[RoleName, Strategy[Any]] = dict.fromkeys(NOT_MATRICES, vectors)
+        others = [role for role in NOT_MATRICES if role != "router"]
+        roles: dict[RoleName, Strategy[Any]] = dict.fromkeys(others, vectors)
         roles["embedding"] = ScionStrategy(norm="row", radius=radius)
         roles["head"] = ScionStrategy(norm="sign", radius=head_radius)
         super().__init__(

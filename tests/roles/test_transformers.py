@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
 
 from structprecond.roles import infer_roles
+from tests.roles.architectures.table import package
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
-with warnings.catch_warnings():  # the filter above does not reach what importing warns about
-    warnings.simplefilter("ignore")
-    transformers: Any = pytest.importorskip("transformers")
+transformers: Any = package("transformers")
 
 Expected = dict[str, str]
 SMALL = {
@@ -110,12 +108,12 @@ def test_mixtral():
                   **SMALL, **TOKENS)  # fmt: skip
     if hasattr(model.model.layers[0], "mlp"):  # since 5.0
         moe = {
-            "mlp.gate.weight": "matrix",
+            "mlp.gate.weight": "router",
             "mlp.experts.gate_up_proj": "experts",
             "mlp.experts.down_proj": "experts",
         }
     else:
-        moe = {"block_sparse_moe.gate.weight": "matrix"} | layers(
+        moe = {"block_sparse_moe.gate.weight": "router"} | layers(
             "block_sparse_moe.experts",
             {"w1.weight": "matrix", "w2.weight": "matrix", "w3.weight": "matrix"},
         )

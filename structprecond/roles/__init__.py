@@ -1,0 +1,6 @@
+"""What every parameter of a model is for: embedding, head, norm, bias, a matrix inside, ..."""
+
+from structprecond.roles.infer import infer_roles
+from structprecond.roles.result import ROLES, Role, RoleName, Roles
+
+__all__ = ["ROLES", "Role", "RoleName", "Roles", "infer_roles"]
