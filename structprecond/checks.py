@@ -10,7 +10,7 @@ from structprecond.errors import HyperparameterError, StructPrecondError
 
 
 def check_value(name: str, value: Any, allowed: Callable[[Any], bool], requirement: str) -> None:
-    """Raise `HyperparameterError` unless a value is allowed; an error in the test counts as no."""
+    """Raise `HyperparameterError` unless a value is allowed; an error in `allowed` means no."""
     try:
         fine = bool(allowed(value))
     except (TypeError, ValueError, RuntimeError):
@@ -22,7 +22,7 @@ def check_value(name: str, value: Any, allowed: Callable[[Any], bool], requireme
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise `StructPrecondError` unless a value is one of a `Literal`'s."""
     known = get_args(choices)
-    # a list or an array is no choice, and may have no truth value to compare by
+    # compare types first: comparing an array has no truth value
     if not any(type(value) is type(choice) and value == choice for choice in known):
         *most, last = map(repr, known)
         raise StructPrecondError(f"{name} must be {', '.join(most)} or {last}, got {value!r}.")

@@ -1,4 +1,4 @@
-"""The errors that this library raises on purpose."""
+"""The errors of this library."""
 
 
 class StructPrecondError(ValueError):
@@ -6,11 +6,11 @@ class StructPrecondError(ValueError):
 
 
 class StructureError(StructPrecondError):
-    """A structure that does not exist, does not fit a tensor, or cannot do what is asked."""
+    """A structure that is unknown, does not fit a tensor, or lacks an operation."""
 
 
 class GroupError(StructPrecondError):
-    """A grouping rule that cannot be applied to the parameters it was given."""
+    """A grouping or a route that does not fit the parameters."""
 
 
 class HyperparameterError(StructPrecondError):
@@ -18,18 +18,18 @@ class HyperparameterError(StructPrecondError):
 
 
 class GradientError(StructPrecondError):
-    """A gradient that cannot be used: sparse, complex, or non-finite where that is an error."""
+    """An unusable gradient: sparse, complex, or non-finite with `nonfinite="raise"`."""
 
 
 class CheckpointError(StructPrecondError):
-    """A checkpoint that does not belong to this optimizer; nothing was loaded."""
+    """A checkpoint that does not fit the optimizer; nothing was loaded."""
 
 
 class DecompositionError(StructPrecondError):
-    """A matrix decomposition that failed in float64 too.
+    """A matrix decomposition that failed in float32 and in float64.
 
     Attributes:
-        rows: The indices of what failed, along the first dimension of the stack.
+        rows: The indices of the failed matrices along the first dimension of the stack.
     """
 
     def __init__(self, message: str, rows: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""Counting the samples behind the accumulated gradients."""
+"""Counts the samples behind the accumulated gradients."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def get_batch_size(inputs: tuple[Any, ...]) -> int:
         if tensor.ndim > 0:
             return tensor.shape[0]
     raise StructPrecondError(
-        f"No tensor with a batch dimension among the model's inputs of types "
+        f"Expected a tensor with a batch dimension among the model's inputs, got "
         f"{[type(i).__name__ for i in inputs]}. Pass batch_size= as an integer, or as a callable "
-        "on the tuple of inputs."
+        "that takes the tuple of inputs."
     )
 
 
@@ -54,15 +54,14 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 class BatchSizeCounter:
     """Sums the batch sizes of the forward passes whose gradients were accumulated.
 
-    A forward pass counts when a gradient flows back through its outputs, once however often that
-    happens. So evaluation, passes under `no_grad`, passes whose loss is dropped, and the
-    recomputation of activation checkpointing do not count. The count starts anew after a step and
-    when the gradients were cleared, so the samples of a step that `GradScaler` skipped do not count
-    for the next one. (Only gradients that `model.zero_grad(set_to_none=False)` sets to zero look
-    like any others: use `optimizer.zero_grad`.)
+    A forward pass counts once, when the first gradient flows back through its outputs. Evaluation,
+    passes under `no_grad`, unused losses and recomputed activations do not count. The count
+    restarts after a step and when gradients are cleared, so the samples of a step that `GradScaler`
+    skipped do not count for the next one. Use `optimizer.zero_grad` for that: the counter does not
+    notice `model.zero_grad(set_to_none=False)`.
 
     Args:
-        measure: From a forward's inputs to its batch size.
+        measure: Returns the batch size of a forward's inputs.
 
     Attributes:
         count: The samples counted since the gradients were last used or cleared.
@@ -74,7 +73,7 @@ class BatchSizeCounter:
         self._handle: Any = None
 
     def watch(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Install the hook; it goes with `close`, or with the counter itself."""
+        """Install the hook, until `close` or until the counter is deleted."""
         self._handle = model.register_forward_hook(_Hook(self, model, optimizer), with_kwargs=True)
         weakref.finalize(self, self._handle.remove).atexit = False
 
@@ -84,25 +83,25 @@ class BatchSizeCounter:
         return self._handle is not None
 
     def close(self) -> None:
-        """Remove the hook; passes that are under way no longer count."""
+        """Remove the hook; pending passes no longer count."""
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
 
     def start_anew(self) -> None:
-        """Let the next gradient start a new count: those so far are used or cleared."""
+        """Let the next gradient start a new count."""
         self._used = True
 
     def add(self, samples: int, counted_in: int, cleared: bool) -> int:
-        """Count a forward pass whose gradient arrives.
+        """Count a forward pass when its gradient arrives.
 
         Args:
             samples: Its batch size.
-            counted_in: What the last call for this pass returned, -1 if there was none.
+            counted_in: The return value of the last call for this pass; -1 for the first call.
             cleared: Whether no parameter has a gradient.
 
         Returns:
-            The number of the count that the pass is now part of.
+            The number of the count that includes the pass.
         """
         if not self.watching:
             return counted_in
@@ -116,12 +115,12 @@ class BatchSizeCounter:
         return self._generation
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the handle, which belongs to one model: a copy has to `watch` its own."""
+        """Drop the handle, which belongs to one model: a copy has to `watch` its own."""
         return {**self.__dict__, "_handle": None}
 
 
 class _Hook:
-    """The forward hook. It keeps neither model nor optimizer alive, and copies of it do nothing."""
+    """The forward hook: holds weak references only, and its copies do nothing."""
 
     def __init__(self, counter: BatchSizeCounter, model: nn.Module, optimizer: Optimizer) -> None:
         self.counter, self.model = weakref.ref(counter), weakref.ref(model)
@@ -146,7 +145,7 @@ class _Hook:
         counter = self.counter()
         if counter is None or self.model() is not model or not model.training:
             return
-        # a hook on a leaf would stay for ever; functional transforms have gradients of their own
+        # a hook on a leaf is never removed; functional transforms keep their own gradients
         outputs = [t for t in _tensors(output) if t.grad_fn is not None and not _is_wrapped(t)]
         if not outputs:
             return
@@ -169,7 +168,7 @@ def _is_wrapped(tensor: Tensor) -> bool:
 
 
 def _do_nothing(*args: Any) -> None:
-    """Stand in for the hook in copies of a model."""
+    """Replace the hook in copies of a model."""
 
 
 def _no_hook() -> Callable[..., None]:
@@ -177,13 +176,13 @@ def _no_hook() -> Callable[..., None]:
 
 
 class Samples:
-    """The number of samples behind the gradients: given, or counted in forward passes.
+    """The number of samples behind the gradients: fixed, or counted in forward passes.
 
     Args:
         model: The model; None if only parameters are known.
 
     Attributes:
-        shown: The number as a tensor of no dimension, int64, which checkpoints hold.
+        shown: The number as a 0-d int64 tensor, for checkpoints.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
@@ -197,19 +196,18 @@ class Samples:
         return (int(self.shown) if self._counter is None else self._counter.count) or None
 
     def assign(self, value: int | GetBatchSize, optimizer: Optimizer) -> None:
-        """Fix the number, or have it counted by a callable on the inputs of forward passes.
+        """Fix the number, or count it with a callable on the inputs of forward passes.
 
         Raises:
-            StructPrecondError: If it is to be counted, but there is no model.
-            HyperparameterError: If it is neither a number nor a callable.
+            StructPrecondError: If counting needs a model, but there is none.
+            HyperparameterError: If the value is neither a positive integer nor a callable.
         """
         counter = None
         if callable(value):
             if self.model is None:
                 raise StructPrecondError(
-                    "The batch size is counted in the forward passes of the model, but the "
-                    "optimizer was given parameters only. Pass the model as the first argument, "
-                    "or batch_size= as an integer."
+                    "Counting the batch size needs the model, but the optimizer was given only "
+                    "parameters. Pass the model as first argument, or batch_size= as an integer."
                 )
             counter = BatchSizeCounter(value)
             counter.watch(self.model, optimizer)
@@ -217,22 +215,22 @@ class Samples:
             self.shown.fill_(value)
         else:
             raise HyperparameterError(
-                f"batch_size must be an integer of at least 1, or a callable from the tuple of a "
-                f"forward's inputs to one, got {value!r}."
+                f"batch_size must be an integer of at least 1, or a callable that returns one for "
+                f"the tuple of a forward's inputs, got {value!r}."
             )
         if self._counter is not None:
             self._counter.close()
         self._counter = counter
 
     def watch(self, optimizer: Optimizer) -> None:
-        """Let the counter of a copy watch the copy of the model, as soon as that is complete."""
+        """Let a copied counter watch the copied model, once the model is complete."""
         if self._counter is None or self.model is None or self._counter.watching:
             return
         if "_forward_hooks" in self.model.__dict__:
             self._counter.watch(self.model, optimizer)
 
     def use(self) -> None:
-        """Show the number, which a step has used; the next gradient starts a new count."""
+        """Store the number in `shown` after a step; the next gradient starts a new count."""
         self.shown.fill_(self.count or 0)
         self.clear()
 
@@ -243,7 +241,7 @@ class Samples:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Take over a number that is loaded into `shown`, unless one is given here."""
+        """Adopt the number loaded into `shown`, unless a fixed one was given."""
         given = int(self.shown)
         yield
         if self._counter is None:

@@ -1,4 +1,4 @@
-"""A stack of units that share everything but their values."""
+"""Buckets: stacks of units with the same shape, grouping, structures, dtypes and device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from structprecond.structures.spec import Structure
 
 @dataclass(frozen=True)
 class BucketKey:
-    """What units must have in common to be stacked."""
+    """The properties that units of one stack share."""
 
     rule: Any
     shape: Size
@@ -39,25 +39,25 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Bucket:
-    """A stack of units of one user param group, and the truth about their state.
+    """A stack of units from one param group; owns their state.
 
     Args:
         group: The user's param group, read at every step.
         strategy: The strategy.
-        prefix: What stands before the names of its hyperparameters in the param group.
-        key: What the units have in common.
+        prefix: The prefix of the strategy's hyperparameters in the param group.
+        key: The properties that the units share.
         units: The units; unit i owns the rows `spans[i]` of every stacked tensor.
-        rules: For each unit, the role or pattern that sent it to the strategy.
-        rounding: How parameters of low precision are rounded.
+        rules: For each unit, the role or pattern that routed it to the strategy.
+        rounding: How low-precision parameters are rounded.
 
     Attributes:
-        layout: Where the units' parameters lie in the stack.
+        layout: The places of the units' parameters in the stack.
         state: The strategy's state, stacked along dimension 0.
-        counters: What the core itself keeps for each row.
-        compensation: What rounding took from the parameters `(b, *dims)`, in their dtype; None
-            unless they are of low precision and rounding is "kahan".
+        counters: The core's counters for each row.
+        compensation: The rounding error of the parameters `(b, *dims)`, in their dtype; None
+            unless they have low precision and rounding is "kahan".
         refresh_decomposes: Whether a refresh decomposes matrices, which needs a host-device sync;
-            None before the first one.
+            None before the first refresh.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Bucket:
         if shadowing := sorted(own & set(self.state.named_tensors())):
             raise StructPrecondError(
                 f"The state of {type(self.strategy).__name__} has fields called "
-                f"{', '.join(shadowing)}, which are names of the core's own. Rename them."
+                f"{', '.join(shadowing)}, which are names that the core uses. Rename them."
             )
 
     @property
@@ -117,7 +117,7 @@ class Bucket:
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """The strategy's hyperparameters as the param group has them now, under their own names."""
+        """The strategy's current hyperparameters, under their own names."""
         hp = hyperparameters_of(self.strategy, self.group, self.prefix)
         if isinstance(hp["lr"], Tensor):
             # a tensor stays a tensor: reading it would need a host-device sync
@@ -126,12 +126,12 @@ class Bucket:
 
     @property
     def interval(self) -> Any:
-        """The interval of refreshes that the param group has now; False if there are none."""
+        """The current refresh interval; False if the strategy has no refreshes."""
         name = self.strategy.refresh_interval
         return False if name is None else self.group[f"{self.prefix}{name}"]
 
     def empty(self) -> Tensor:
-        """Return a stack `(b, *dims)` with undefined values."""
+        """Return an uninitialized stack `(b, *dims)`."""
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
     def named_tensors(self) -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ class Bucket:
         return self.counters.named_tensors() | more | self.state.named_tensors()
 
     def unit_tensors(self) -> list[dict[str, Tensor]]:
-        """Return views of each unit's rows by name, without the row dimension if it has one row."""
+        """Return views of each unit's rows by name; units of one row have no row dimension."""
         stacked = self.named_tensors()
         return [{name: tensor[own] for name, tensor in stacked.items()} for own in self._own_rows]
 
@@ -151,17 +151,17 @@ class Bucket:
 
     @property
     def _own_rows(self) -> list[slice | int]:
-        """The index of each unit's rows: a number where there is one."""
+        """The index of each unit's rows: an integer for a single row."""
         units = zip(self.units, self.spans, strict=True)
         return [span if unit.rule.stacked else span.start for unit, span in units]
 
     def refresh_cost(self) -> int:
-        """Return the operations that refreshing one row takes, up to a constant factor."""
+        """Return the number of operations to refresh one row, up to a constant factor."""
         axes = zip(self.key.structures, self.key.shape, strict=True)
         return sum(s.refresh_cost(dim) for s, dim in axes if s is not None)
 
     def twin(self) -> Bucket:
-        """Return a copy with state and parameters of its own, to try a step on."""
+        """Return a copy with its own state and parameters, for a trial step."""
         twin = copy(self)
         twin.state = self.state.map(torch.clone)
         twin.counters = self.counters.map(torch.clone)
@@ -171,9 +171,9 @@ class Bucket:
         return twin
 
     def follow_device(self, names: Mapping[nn.Parameter, str]) -> bool:
-        """Move the state to where the parameters are; return whether it moved.
+        """Move the state to the parameters' device; return whether it moved.
 
-        All views of the state are stale then.
+        A move makes all views of the state stale.
 
         Raises:
             StructPrecondError: If the parameters are on several devices.
@@ -196,7 +196,7 @@ class Bucket:
     # --- gradients and parameters ----------------------------------------------------------------
 
     def gather_grads(self, live: Sequence[bool]) -> Tensor:
-        """Return the gradients of the live units, stacked; the other rows are undefined.
+        """Return the stacked gradients of the live units; the other rows are uninitialized.
 
         If no unit is live, the stack has no rows.
         """
@@ -214,7 +214,7 @@ class Bucket:
         return stack[rows]
 
     def scatter(self, stack: Tensor, rows: Rows, live: Sequence[bool]) -> list[Tensor]:
-        """Return one tensor per live parameter, out of a stack of some rows."""
+        """Split a stack of some rows into one tensor per live parameter."""
         if isinstance(rows, Tensor):
             whole = stack.new_zeros(self.shape)
             stack = whole.index_copy_(0, rows.to(self.device), stack)

@@ -1,4 +1,4 @@
-"""From a param group to buckets: what is treated jointly, by which strategy, in which stack."""
+"""Turns a param group into buckets: groups parameters, routes the units and stacks them."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def make_buckets(
     names: Mapping[nn.Parameter, str],
     rounding: Rounding,
 ) -> list[Bucket]:
-    """Distribute the parameters of a param group to units, strategies and stacks.
+    """Group the parameters of a param group, route the units and stack them.
 
     Args:
         model: The model; None if only parameters are known.
-        group: The param group, complete.
-        routing: What the group's `strategy` says.
+        group: The complete param group.
+        routing: The routing from the group's `strategy`.
         names: The names of its parameters.
-        rounding: How parameters of low precision are rounded.
+        rounding: How low-precision parameters are rounded.
 
     Raises:
-        StructPrecondError: If something of the group cannot be applied to its parameters.
+        StructPrecondError: If the group's settings do not fit its parameters.
     """
     for p, name in names.items():
         if is_lazy(p):
@@ -53,8 +53,8 @@ def make_buckets(
             )
         if p.dtype not in _DTYPES or p.layout != torch.strided:
             raise GroupError(
-                f"{name} is of {p.dtype} and of the layout {p.layout}; only dense real "
-                "floating-point parameters of at least 16 bits work."
+                f"{name} has {p.dtype} and the layout {p.layout}, expected a dense real "
+                "floating-point parameter of at least 16 bits. Convert it or leave it out."
             )
     if group["structures"] != "dense" and not any(s.structures for s in routing.strategies):
         raise StructureError(
@@ -82,10 +82,7 @@ def make_buckets(
 
 
 def _split(key: BucketKey, stack: Sequence[tuple[Unit, str]]) -> Iterator[list[tuple[Unit, str]]]:
-    """Yield parts of a stack of units, on the CPU none larger than pays.
-
-    Large matrices gain nothing from long stacks, but these fall out of the caches.
-    """
+    """Split a long stack of units on the CPU, where it would gain nothing and leave the caches."""
     most = _MOST_ENTRIES // _largest(key) if key.device.type == "cpu" else None
     part: list[tuple[Unit, str]] = []
     rows = 0
@@ -99,7 +96,7 @@ def _split(key: BucketKey, stack: Sequence[tuple[Unit, str]]) -> Iterator[list[t
 
 
 def _largest(key: BucketKey) -> int:
-    """Return the entries of a tensor or of its largest Kronecker factor, whichever are more."""
+    """Return the number of entries of a tensor or of its largest Kronecker factor."""
     factors = [
         _entries(structure, dim)
         for structure, dim in zip(key.structures, key.shape, strict=True)
@@ -110,7 +107,7 @@ def _largest(key: BucketKey) -> int:
 
 @lru_cache
 def _entries(structure: type[StructuredMatrix], dim: int) -> int:
-    """Return how many entries a matrix of a structure stores."""
+    """Return the number of entries that a structure stores."""
     return sum(t.numel() for t in structure.zeros(dim, device="cpu").named_tensors().values())
 
 
@@ -120,7 +117,7 @@ def _find_routes(
     routing: Routing,
     names: Mapping[nn.Parameter, str],
 ) -> Iterable[tuple[Unit, Route]]:
-    """Yield the units of a param group with the strategy that each gets."""
+    """Yield the units of a param group with their routes."""
     params, rules = group["params"], group["combine_params"]
     if not routing.looks_at_roles:
         route = Route(routing.main, "default")
@@ -133,7 +130,7 @@ def _find_routes(
         for unit in find_units(model, params, rules, names):
             yield unit, routing.route(unit.names, roles[unit.params[0]])
         return
-    # without rules of the user, each strategy treats its parameters as it likes best
+    # without groupings from the user, each strategy applies its own
     routes = {p: routing.route((names[p],), roles[p]) for p in params}
     for strategy in routing.strategies:
         own = [p for p in params if routes[p].strategy == strategy]
@@ -144,7 +141,7 @@ def _find_routes(
 def _usual_rules(
     model: nn.Module | None, strategy: Strategy[Any], *first: PreconditionerGroup
 ) -> list[PreconditionerGroup]:
-    """Return the rules that suit a strategy; those that look at modules only if there are some."""
+    """Return a strategy's default groupings; without a model, only those that need no modules."""
     rules = dict.fromkeys((*first, *strategy.combine_params))
     return [rule for rule in rules if model is not None or not rule.requires_modules]
 
@@ -152,7 +149,7 @@ def _usual_rules(
 def roles_of(
     model: nn.Module | None, names: Mapping[nn.Parameter, str]
 ) -> dict[nn.Parameter, Role]:
-    """Return the role of each parameter; by name and shape alone if there is no model."""
+    """Return the role of each parameter; without a model, from name and shape alone."""
     seen = BareParameters(names) if model is None else model
     roles = infer_roles(seen)
     return {p: roles[name] for name, p in seen.named_parameters()}

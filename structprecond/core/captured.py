@@ -1,4 +1,4 @@
-"""Steps from a CUDA graph, where nothing has to be decided on the way."""
+"""Replays steps from a CUDA graph."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from structprecond.linalg.precision import step_precision, without_autocast
 
 
 class CapturedStep:
-    """Calls `optimizer.step()`, from a CUDA graph wherever it can: one launch for all kernels.
+    """Replays `optimizer.step()` from a CUDA graph where possible: one launch for all kernels.
 
-    A step is recorded when all that it does is known beforehand: every parameter has a gradient, no
-    basis or root is refreshed (SIRF-Shampoo's refreshes, which are products alone, are recorded as
-    well), no unit is at its first step, and the interval of refreshes is a number. Steps of another
-    kind run as usual, in between. A step is recorded again, which takes longer than a plain step,
-    when gradients have moved in memory, or when the batch size or a hyperparameter other than
-    `lr` has changed. `lr` and the number of the step are inputs of the graph.
+    A step is captured if it needs no decision on the host: every parameter has a gradient, no unit
+    is at its first step, the refresh interval is a number, and no matrix is decomposed.
+    (SIRF-Shampoo's refreshes are captured: they only multiply.) All other steps run as usual. A
+    step is captured again, which takes longer than a plain step, if gradients have moved in memory
+    or if the batch size or a hyperparameter other than `lr` has changed. `lr` and the step number
+    are inputs of the graph.
 
-    Gradients have to stay where they are: call `optimizer.zero_grad(set_to_none=False)`. They are
-    not checked for infinities, which would need a host-device sync: clip them before. Hooks of the
-    optimizer run around the steps that run as usual, not around others. Not yet run on a GPU.
+    Gradients must stay in place: call `optimizer.zero_grad(set_to_none=False)`. They are not
+    checked for infinities, which would need a host-device sync: clip them first. The optimizer's
+    hooks do not run around replayed steps. Not yet run on a GPU.
 
     Args:
-        optimizer: The optimizer, made with `nonfinite="ignore"`, of parameters on one CUDA device.
+        optimizer: An optimizer with `nonfinite="ignore"` and all parameters on one CUDA device.
 
     Attributes:
-        replays: How many steps were replayed.
+        replays: The number of replayed steps.
 
     Raises:
-        StructPrecondError: If the optimizer is another one, or looks at gradients.
+        StructPrecondError: If the optimizer is not from this library, or checks gradients.
 
     Example:
         >>> from structprecond import SOAP
         >>> model = torch.nn.Linear(4, 2)
         >>> step = CapturedStep(SOAP(model, nonfinite="ignore"))
         >>> model(torch.ones(8, 4)).square().mean().backward()
-        >>> step()  # the first one only initializes, so it runs as usual
+        >>> step()  # the first step only initializes, so it is not captured
         >>> step.replays
         0
     """
@@ -50,12 +50,13 @@ class CapturedStep:
     def __init__(self, optimizer: StructuredOptimizer) -> None:
         if not isinstance(optimizer, StructuredOptimizer):
             raise StructPrecondError(
-                f"CapturedStep takes an optimizer of this library, got {optimizer!r}."
+                f"CapturedStep takes an optimizer of this library, got {optimizer!r}. Build one, "
+                "such as SOAP(model)."
             )
         if optimizer.nonfinite != "ignore":
             raise StructPrecondError(
-                f"nonfinite={optimizer.nonfinite!r} looks at gradients, for which a graph cannot "
-                'wait. Build the optimizer with nonfinite="ignore".'
+                f"nonfinite={optimizer.nonfinite!r} checks gradients on the host, but a graph "
+                'cannot wait. Build the optimizer with nonfinite="ignore".'
             )
         self.optimizer = optimizer
         self.replays = 0
@@ -70,7 +71,7 @@ class CapturedStep:
         Raises:
             StructPrecondError: As `optimizer.step()`, or if parameters are not on one CUDA device.
         """
-        # a callable interval is asked in every step, which no graph can do
+        # a callable interval is called in every step, which a graph cannot do
         if any(callable(bucket.interval) for bucket in self.optimizer.buckets):
             self.optimizer.step()
             return
@@ -93,7 +94,7 @@ class CapturedStep:
         self.replays += 1
 
     def _due(self, plans: Sequence[Plan]) -> tuple[bool, ...] | None:
-        """Return which buckets are refreshed; None if something has to be decided on the way."""
+        """Return which buckets are refreshed; None if the step cannot be captured."""
         answers = []
         for plan in plans:
             bucket, counters = plan.bucket, plan.bucket.counters
@@ -109,7 +110,7 @@ class CapturedStep:
         return tuple(answers)
 
     def _kind(self, plans: Sequence[Plan]) -> Any:
-        """Return all else that a recorded step depends on but its inputs; None if unknown."""
+        """Return what a captured step depends on besides its inputs; None if unknown."""
         places, values = [], []
         for plan in plans:
             bucket = plan.bucket
@@ -126,7 +127,7 @@ class CapturedStep:
         return places, values, strategies, self.optimizer.batch_size, self.optimizer.maximize
 
     def _write_inputs(self, plans: Sequence[Plan]) -> None:
-        """Write what differs from replay to replay where the graphs read it."""
+        """Write the inputs of the graphs."""
         if [r.lr.device for r in self._inputs] != [plan.bucket.device for plan in plans]:
             self._graphs.clear()
             self._inputs = [
@@ -139,7 +140,7 @@ class CapturedStep:
         for plan, recorded in zip(plans, self._inputs, strict=True):
             plan.recorded = recorded
             lr, t = plan.bucket.hyperparameters["lr"], plan.bucket.counters.step + 1
-            # numbers are arguments of kernels; copies from the host would wait for the device
+            # numbers are kernel arguments; copies from the host would sync
             if isinstance(lr, torch.Tensor):
                 recorded.lr.copy_(lr)
             else:
@@ -151,12 +152,12 @@ class CapturedStep:
 
 
 def _record(plans: Sequence[Plan]) -> Callable[[], None]:
-    """Record a step, which changes nothing, as a graph; return what replays it."""
+    """Capture a step without running it; return the function that replays it."""
     devices = {plan.bucket.device for plan in plans}
     if len(devices) != 1 or next(iter(devices)).type != "cuda":
         raise StructPrecondError(
-            f"CUDA graphs are recorded on one CUDA device, but parameters are on "
-            f"{', '.join(sorted(map(str, devices)))}. Call optimizer.step() there."
+            f"CapturedStep needs all parameters on one CUDA device, but they are on "
+            f"{', '.join(sorted(map(str, devices)))}. Call optimizer.step() instead."
         )
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(devices.pop()), torch.cuda.graph(graph):

@@ -1,4 +1,4 @@
-"""Saving and loading: tensors and plain values only, checked as a whole before it is copied."""
+"""Saves and loads tensors and plain values; checks a whole checkpoint before copying any of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from structprecond.core.strategy import Hyperparameter
 from structprecond.errors import CheckpointError, StructPrecondError
 
 FORMAT = 2
-"""Version of the layout, saved as `format` in every param group."""
+"""The version of the layout, saved as `format` in every param group."""
 
 _FORMATS = {1, FORMAT}
 _RENAMED_IN_2 = {"begun": "initialized", "lost": "compensation"}
@@ -32,7 +32,7 @@ State: TypeAlias = Mapping[Tensor, Mapping[str, Tensor]]
 
 
 def save(param_groups: Groups, state: State) -> dict[str, Any]:
-    """Return param groups and state as torch lays them out, in tensors of their own."""
+    """Return param groups and state in torch's layout, as copies."""
     index: dict[Tensor, int] = {}
     groups = []
     for group in param_groups:
@@ -41,7 +41,7 @@ def save(param_groups: Groups, state: State) -> dict[str, Any]:
         plain = {key: plain_value(value) for key, value in group.items() if key != "params"}
         plain |= {"format": FORMAT, "params": [index[p] for p in group["params"]]}
         groups.append(plain)
-    # cloned row by row: a view of a stack would drag the whole stack into the file
+    # cloned row by row: a view would save its whole stack
     saved = {
         index[p]: {name: tensor.clone() for name, tensor in entry.items()}
         for p, entry in state.items()
@@ -55,29 +55,29 @@ def load(
     names: Mapping[nn.Parameter, str],
     checkpoint: Mapping[str, Any],
 ) -> None:
-    """Load a checkpoint whole or not at all.
+    """Load a checkpoint as a whole or not at all.
 
-    Tensors are copied into those of `state`: dtypes and devices stay. Numbers of the param groups
-    are taken over; callables, strategies, rules and structures stay the live ones.
+    Tensors are copied into those of `state`, which keep their dtypes and devices. Numbers in the
+    param groups are loaded; callables, strategies, groupings and structures stay the live ones.
 
     Args:
         param_groups: The live param groups.
         state: The live state of each parameter by name.
         names: The names of the parameters, for messages.
-        checkpoint: What `save` returned.
+        checkpoint: The return value of `save`.
 
     Raises:
-        CheckpointError: If the checkpoint does not fit; the message lists what differs.
+        CheckpointError: If the checkpoint does not fit; the message lists the differences.
     """
     try:
         copies, changes = _plan(param_groups, state, names, checkpoint)
     except CheckpointError:
         raise
-    # in a damaged or foreign file, anything may stand anywhere
+    # a damaged or foreign file may hold anything
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"The checkpoint is damaged or was not written by state_dict(): {error!r}. Nothing was "
-            "loaded; take an older checkpoint."
+            "loaded; use an older checkpoint."
         ) from error
     with torch.no_grad():
         for target, source in copies:
@@ -92,16 +92,16 @@ def _plan(
     names: Mapping[nn.Parameter, str],
     checkpoint: Mapping[str, Any],
 ) -> tuple[list[tuple[Tensor, Tensor]], list[dict[str, Any]]]:
-    """Return all that loading has to do, none of which can fail, and do nothing yet.
+    """Check a checkpoint and return the changes that loading makes, none of which can fail.
 
     Returns:
-        Pairs of tensors, the second to be copied into the first, and new values for each group.
+        Pairs (target, source) of tensors to copy, and the new values of each group.
     """
     saved_groups, saved_state = _parts(checkpoint)
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in live_groups]:
         raise CheckpointError(
-            f"The checkpoint has param groups of {[len(g['params']) for g in saved_groups]} "
-            f"parameters, the optimizer of {[len(g['params']) for g in live_groups]}. "
+            f"The checkpoint's param groups have {[len(g['params']) for g in saved_groups]} "
+            f"parameters, the optimizer's have {[len(g['params']) for g in live_groups]}. "
             "Build the optimizer as it was when the checkpoint was written."
         )
     problems: list[str] = []
@@ -113,13 +113,13 @@ def _plan(
         for i, p in zip(_match(saved, live), live["params"], strict=True):
             mine, theirs = dict(state.get(p, {})), saved_state.get(i, {})
             if not theirs and not p.requires_grad:
-                continue  # torch's tools for distributed checkpoints leave out what is frozen
+                continue  # torch's distributed checkpoints omit frozen parameters
             theirs = _up_to_date(theirs, mine)
             problems += _compare_entries(names[p], theirs, mine)
             copies += [(target, theirs[name]) for name, target in mine.items() if name in theirs]
     known = {i for group in saved_groups for i in group["params"]}
     problems += [f"state of a parameter {i!r} in no group" for i in saved_state if i not in known]
-    if not problems:  # else tensors may be no tensors, and numbers no numbers
+    if not problems:  # otherwise values may have wrong types
         problems += _compare_shared(copies)
         for saved, live in zip(saved_groups, live_groups, strict=True):
             more, values = _numbers(saved, live)
@@ -136,10 +136,10 @@ def _plan(
 
 
 def _parts(checkpoint: Any) -> tuple[Sequence[Mapping[str, Any]], Mapping[Any, Any]]:
-    """Return param groups and state, if they look like what `save` writes."""
+    """Return param groups and state if they have the layout that `save` writes."""
     try:
         groups, state = checkpoint["param_groups"], checkpoint["state"]
-        # torch's tools for distributed checkpoints keep only the keys that live groups have
+        # torch's distributed checkpoints keep only the keys of the live groups
         formats = {group.get("format", FORMAT) for group in groups}
         complete = all(isinstance(g["params"], list) and "strategy" in g for g in groups)
         complete = complete and isinstance(state, Mapping)
@@ -148,27 +148,27 @@ def _parts(checkpoint: Any) -> tuple[Sequence[Mapping[str, Any]], Mapping[Any, A
         complete = False
     if not complete:
         raise CheckpointError(
-            "This is no checkpoint of a structured optimizer: expected what its state_dict() "
-            "returned, a dict with 'state' and 'param_groups' that name their 'strategy'."
+            "This is not a checkpoint of a structured optimizer: expected a dict with 'state' and "
+            "'param_groups' that name their 'strategy'. Pass what state_dict() returned."
         )
     if formats - _FORMATS:
         raise CheckpointError(
-            f"The checkpoint has format {sorted(formats)}, this version reads the formats "
-            f"{sorted(_FORMATS)}."
+            f"The checkpoint has format {sorted(formats)}, but this version reads the formats "
+            f"{sorted(_FORMATS)}. Use the version of the library that wrote it."
         )
     return groups, state
 
 
 def _up_to_date(theirs: Mapping[str, Any], mine: Mapping[str, Tensor]) -> Mapping[str, Any]:
-    """Return a unit's saved state under the names of today; what format 1 lacks stays as it is."""
-    if "begun" not in theirs:  # torch's tools for distributed checkpoints drop the format's number
+    """Return a unit's saved state under today's names; values that format 1 lacks stay live."""
+    if "begun" not in theirs:  # torch's distributed checkpoints drop the format number
         return theirs
     kept = {name: mine[name] for name in _NEW_IN_2 if name in mine}
     return kept | {_RENAMED_IN_2.get(name, name): value for name, value in theirs.items()}
 
 
 def _match(saved: Mapping[str, Any], live: Mapping[str, Any]) -> Iterable[Any]:
-    """Return the saved index of every live parameter: by name if both sides know names."""
+    """Return the saved index of every live parameter: by name if both sides have names."""
     theirs, mine = saved.get("param_names"), live.get("param_names")
     if theirs and mine and set(theirs) == set(mine):
         by_name = dict(zip(theirs, saved["params"], strict=True))
@@ -184,7 +184,7 @@ def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, An
         problems += [f"{n}: not in the optimizer" for n in theirs if n not in set(mine)]
     for key in _COMPARED:
         theirs, mine = saved.get(key), plain_value(live.get(key))
-        if key == "combine_params":  # None stands for the rules that suit the strategy
+        if key == "combine_params":  # None means the strategy's default groupings
             usual = plain_value(as_routing(live["strategy"]).main.combine_params)
             theirs, mine = theirs or usual, mine or usual
         if key in live and theirs not in (mine, plain_value(_older(live[key]))):
@@ -209,7 +209,7 @@ def _older(value: Any) -> Any:
 def _compare_entries(
     label: str, theirs: Mapping[str, Any], mine: Mapping[str, Tensor]
 ) -> list[str]:
-    """Return what is wrong with the saved state of a unit."""
+    """Return the problems of a unit's saved state."""
     problems = [f"{label}: missing {name}" for name in mine if name not in theirs]
     problems += [f"{label}: unexpected {name}" for name in theirs if name not in mine]
     for name, target in mine.items():
@@ -226,7 +226,7 @@ def _compare_entries(
 
 
 def _compare_shared(copies: Sequence[tuple[Tensor, Tensor]]) -> list[str]:
-    """Return whether all parameters tell the same about what the optimizer has once."""
+    """Check that all parameters save the same values of the optimizer's shared tensors."""
     first: dict[int, Tensor] = {}
     for target, source in copies:
         known = first.setdefault(id(target), source)
@@ -236,14 +236,14 @@ def _compare_shared(copies: Sequence[tuple[Tensor, Tensor]]) -> list[str]:
 
 
 def _can_copy(source: Tensor, target: Tensor) -> bool:
-    """Whether values would survive, up to rounding."""
+    """Return whether copying keeps the values, up to rounding."""
     if source.is_meta or source.layout != target.layout:
         return False
     return torch.can_cast(source.dtype, target.dtype)
 
 
 def _check_numbers(number: int, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the saved hyperparameters."""
+    """Return the problems of the saved hyperparameters."""
     problems = []
     for name, hyperparameter in as_routing(live["strategy"]).hyperparameters.items():
         value = saved.get(name)
@@ -262,7 +262,7 @@ def _check_numbers(number: int, saved: Mapping[str, Any], live: Mapping[str, Any
 
 
 def _may_be_callable(hyperparameter: Hyperparameter) -> bool:
-    """Whether a text in the checkpoint may stand for a callable."""
+    """Return whether a string in the checkpoint may describe a callable."""
     try:
         hyperparameter.validate("", _may_be_callable)
     except StructPrecondError:
@@ -273,15 +273,15 @@ def _may_be_callable(hyperparameter: Hyperparameter) -> bool:
 def _numbers(
     saved: Mapping[str, Any], live: Mapping[str, Any]
 ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Any]]:
-    """Return which tensors of a group to copy into which, and which values it gets."""
+    """Return the tensors of a group to copy, as pairs (target, source), and its new values."""
     copies, values = [], {}
     for key in saved.keys() - _NOT_LOADED:
         value, current = saved[key], live.get(key)
         if isinstance(current, Tensor):
             copies.append((current, torch.as_tensor(value).reshape(current.shape)))
         elif callable(current) or (isinstance(value, str) and not isinstance(current, str)):
-            continue  # callables stay the live ones; a text stands for one in the checkpoint
+            continue  # callables stay live; the checkpoint describes them in strings
         else:
-            # a copy: the dict and what is in it stay the caller's
+            # a copy: the caller keeps the dict and its contents
             values[key] = value.item() if isinstance(value, Tensor) else deepcopy(value)
     return copies, values

@@ -1,4 +1,4 @@
-"""Keeping torch.compile out of steps."""
+"""Keeps torch.compile out of steps."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 @cache
 def leave_to_python(cls: Any, method: str) -> None:
-    """Let torch.compile leave a method to Python: its bookkeeping would be compiled every time.
+    """Exclude a method from torch.compile, which would recompile its bookkeeping at every step.
 
-    As a decorator this would import the compiler together with the module of the class, which takes
-    a second; torch does so itself when it makes an optimizer.
+    Not a decorator: that would import the compiler with this library, which takes a second. torch
+    imports it anyway when it makes an optimizer.
     """
     setattr(cls, method, torch.compiler.disable(getattr(cls, method)))

@@ -1,4 +1,4 @@
-"""What the core keeps for each row of a stack, whatever the strategy."""
+"""The core's own counters and flags for each row of a stack."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ class Counters(State):
     """Counters and flags of rows, all `(b,)` on the CPU.
 
     Args:
-        step: The number of updates that each row has had, int64.
-        skipped: How often each row was skipped, because its gradient was not finite or would have
-            made its state or parameters so, int64.
-        failed: How often each row kept an old basis or root because a decomposition failed, int64.
+        step: The number of updates of each row, int64.
+        skipped: The number of steps that each row skipped because its gradient was not finite or
+            would have made its state or parameters non-finite, int64.
+        failed: The number of refreshes in which each row kept its old basis or root because a
+            decomposition failed, int64.
         initialized: Whether the strategy has seen the first gradient of each row, bool.
         overdue: Whether each row missed a refresh because it was not live, bool.
-        phase_offset: How many steps earlier than at its own multiples of the interval each row is
-            refreshed, int64; see `refresh.stagger`.
+        phase_offset: The phase offset of each row's refreshes, in steps before its multiples of the
+            interval, int64; see `refresh.stagger`.
         seed: The seed of each row's random numbers, int64.
     """
 
@@ -40,7 +41,7 @@ class Counters(State):
 
     @classmethod
     def of(cls, units: Sequence[Unit]) -> Self:
-        """Return the counters of the rows of some units at the start."""
+        """Return the initial counters of the rows of some units."""
         # by name, so that random numbers do not depend on the order of the rows
         seeds = [_seed(unit.label, row) for unit in units for row in range(unit.rows)]
 
@@ -59,6 +60,6 @@ class Counters(State):
 
 
 def _seed(label: str, row: int) -> int:
-    """Return a seed that depends on torch's seed, the unit and the number of its row."""
+    """Return a seed that depends on torch's seed, the unit and the row number."""
     text = f"{torch.initial_seed()}/{label}/{row}"
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -1,4 +1,4 @@
-"""What `optimizer.state` shows: views of each unit's rows, under its first parameter."""
+"""The entries of `optimizer.state`: views of each unit's rows, under its first parameter."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from structprecond.errors import StructPrecondError
 
 
 class Entry(dict[str, Tensor]):
-    """The state of one unit by name, as views of the stacks that hold it.
+    """The state of one unit by name, as views of the stacks.
 
-    Assigning to a name writes the values into the stack, whatever their dtype and device. Names
-    cannot be added or removed. Copies and pickles are plain dicts of tensors of their own.
+    Assigning to a name writes the values into the stack, from any dtype and device. Names cannot be
+    added or removed. Copies and pickles are plain dicts of copied tensors.
     """
 
     def __init__(self, label: str, views: Mapping[str, Tensor]) -> None:
@@ -44,20 +44,20 @@ class Entry(dict[str, Tensor]):
         return self
 
     def setdefault(self, name: str, default: Any = None) -> Tensor:
-        """Return the value of a name that exists."""
+        """Return the value of an existing name."""
         self.check({**self, name: self.get(name, default)})
         return self[name]
 
     def _refuse(self, *args: Any) -> Any:
         raise StructPrecondError(
-            f"The state of {self.label} is fixed: names cannot be removed. Build a new optimizer "
-            "to start from a new state."
+            f"Names cannot be removed from the state of {self.label}. Build a new optimizer to "
+            "start from a new state."
         )
 
     __delitem__ = pop = popitem = clear = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy as a plain dict: a view would drag the whole stack along."""
+        """Pickle as a plain dict: a view would pickle its whole stack."""
         return dict, ({name: view.clone() for name, view in self.items()},)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Tensor]:
@@ -71,7 +71,7 @@ class Entry(dict[str, Tensor]):
             self[name] = value
 
     def check(self, values: Mapping[str, Any]) -> None:
-        """Raise `StructPrecondError` unless names and shapes are those of this entry."""
+        """Raise `StructPrecondError` unless names and shapes match this entry."""
         expected = {name: tuple(view.shape) for name, view in self.items()}
         given: Any = repr(values)
         if isinstance(values, Mapping):
@@ -84,7 +84,7 @@ class Entry(dict[str, Tensor]):
 
 
 def _shape(value: Any) -> Any:
-    """Return the shape of what can be copied into a real tensor, else a description."""
+    """Return the shape of a value that fits into a real tensor, else a description."""
     try:
         tensor = torch.as_tensor(value)
     except (RuntimeError, TypeError, ValueError):
@@ -95,10 +95,10 @@ def _shape(value: Any) -> Any:
 
 
 class Entries:
-    """The entries of all units, and a look at whether somebody has replaced them.
+    """The entries of all units; adopts entries that the user has replaced.
 
     Args:
-        shared: Tensors that every entry shows: the counters that the optimizer has once.
+        shared: Tensors that every entry shows: the counters of the whole optimizer.
     """
 
     def __init__(self, shared: Mapping[str, Tensor]) -> None:
@@ -106,10 +106,10 @@ class Entries:
         self._entries: dict[nn.Parameter, Entry] = {}
 
     def show(self, buckets: Sequence[Bucket], state: MutableMapping[Any, Any]) -> None:
-        """Let the optimizer's state show the rows of some buckets.
+        """Show the rows of some buckets in the optimizer's state.
 
-        Parameters of a unit but the first show the shared counters alone: torch expects every
-        parameter to have some state.
+        The other parameters of a unit show only the shared counters: torch expects every parameter
+        to have some state.
         """
         for bucket in buckets:
             keep_freed_memory(bucket.device)
@@ -124,11 +124,11 @@ class Entries:
         state: MutableMapping[Any, Any],
         names: Mapping[nn.Parameter, str],
     ) -> None:
-        """Move the state to where the parameters are, and adopt entries that were replaced.
+        """Move the state to the parameters' device, and adopt entries that were replaced.
 
         Raises:
-            StructPrecondError: If parameters of a bucket are on several devices, or an entry has
-                other names or shapes.
+            StructPrecondError: If the parameters of a bucket are on several devices, or if names or
+                shapes of an entry have changed.
         """
         self.show([bucket for bucket in buckets if bucket.follow_device(names)], state)
         if list(map(id, state.values())) == list(map(id, self._entries.values())):

@@ -1,4 +1,4 @@
-"""Excluding units whose gradients no step can use, with one host-device sync per device."""
+"""Excludes units with unusable gradients, with one host-device sync per device and dtype."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from structprecond.errors import GradientError
 def exclude_unusable(
     plans: Sequence[Plan], names: Mapping[nn.Parameter, str], refuse: bool
 ) -> str | None:
-    """Exclude the units of a step that it would leave with infinities or NaN.
+    """Exclude the units that the step would leave with infinities or NaN.
 
     Args:
-        plans: The plans of all buckets, which excluded units no longer take part in.
+        plans: The plans of all buckets; excluded units leave them.
         names: The names of the parameters, for messages.
         refuse: Whether to raise instead.
 
     Returns:
-        A message about the first kind of gradient that was excluded; None if there is none.
+        A message about the excluded units; None if there are none.
 
     Raises:
-        GradientError: If `refuse`; then nothing has been excluded or counted.
+        GradientError: If `refuse` and a gradient is unusable; nothing is excluded or counted.
     """
     large = with_large_gradient(plans)
     if not large:
@@ -57,13 +57,13 @@ def _exclude(
     for plan in plans:
         plan.exclude(_live_with_any(plan, bad))
     return (
-        f"{message}. Their parameters and state stay as they are for this step; further steps are "
-        "skipped without a warning and counted in optimizer.skipped."
+        f"{message}. This step leaves their parameters and state unchanged. Later skips give no "
+        "warning; optimizer.skipped counts them."
     )
 
 
 def _live_with_any(plan: Plan, params: set[int]) -> list[bool]:
-    """Return which live units have a parameter among some, given by their ids."""
+    """Return which live units have a parameter among the given ids."""
     return [
         on and any(id(p) in params for p in unit.params)
         for unit, on in zip(plan.bucket.units, plan.live, strict=True)
@@ -73,13 +73,12 @@ def _live_with_any(plan: Plan, params: set[int]) -> list[bool]:
 def with_large_gradient(plans: Sequence[Plan]) -> list[nn.Parameter]:
     """Return all parameters of live units whose gradients may be too large to compute with.
 
-    The fourth power of such a norm, as in the norm of a Kronecker factor, overflows in the dtype of
-    the computation: in float32 from 4e9 on. Infinities and NaN are among them, and norms that
-    parameters in float16 cannot hold.
+    A norm is too large if its fourth power, as in the norm of a Kronecker factor, overflows in the
+    dtype of the computation (in float32: above 4e9), or if the parameters' dtype cannot hold it.
+    That includes infinities and NaN.
 
     Args:
-        plans: The plans; the norm of a row of their stacked gradients is much faster than those of
-            the hundreds of tensors that may be behind a stack.
+        plans: The plans. Norms of stacked rows are much faster than norms of hundreds of tensors.
     """
     stacks = (plan.grads for plan in plans)
     norms = [torch.linalg.vector_norm(grad.unsqueeze(-1).flatten(1), dim=1) for grad in stacks]
@@ -97,7 +96,7 @@ def with_large_gradient(plans: Sequence[Plan]) -> list[nn.Parameter]:
 
 
 def _to_lists(vectors: Sequence[Tensor]) -> list[list[float]]:
-    """Return the numbers of some vectors, with one host-device sync per device and dtype."""
+    """Return vectors as lists, with one host-device sync per device and dtype."""
     lists: list[list[float]] = [[] for _ in vectors]
     for kind in {(v.device, v.dtype) for v in vectors}:
         own = [i for i, v in enumerate(vectors) if (v.device, v.dtype) == kind]
@@ -110,7 +109,7 @@ def _to_lists(vectors: Sequence[Tensor]) -> list[list[float]]:
 def with_nonfinite_gradient(params: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     """Return the parameters whose gradients hold an infinity or NaN.
 
-    Sums of squares are fast, but overflow on some finite gradients, which are checked again.
+    The 2-norm is fast but overflows on some finite gradients; these are checked again.
     """
     suspects = _without_finite_norm(params, 2)
     return suspects and _without_finite_norm(suspects, torch.inf)
@@ -130,9 +129,8 @@ def _without_finite_norm(params: Sequence[nn.Parameter], order: float) -> list[n
 def _unstable(plan: Plan, large: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     """Return the parameters of units with large gradients that a step would not leave finite.
 
-    What a gradient does to state and parameters differs from strategy to strategy, and with the
-    state: no bound is right for all. So a twin makes the step, which costs as much as the step.
-    Only large gradients need that, which are rare and the only ones that can do harm.
+    The effect of a gradient depends on strategy and state, so no bound fits all: a copy of the
+    bucket makes a trial step, at the cost of a step. Only large gradients need one, and are rare.
     """
     suspects = _live_with_any(plan, {id(p) for p in large})
     if not any(suspects):

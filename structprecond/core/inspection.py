@@ -1,4 +1,4 @@
-"""What a step checks before it changes anything."""
+"""Checks that a step makes before it changes anything."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from structprecond.errors import GradientError, StructPrecondError
 
 
 def check_values(group: Mapping[str, Any]) -> None:
-    """Raise `HyperparameterError` unless all hyperparameters of a param group are allowed.
+    """Raise `HyperparameterError` unless all hyperparameters of a param group are valid.
 
-    Tensors on an accelerator are left out: to look at them would stall it.
+    Tensors on an accelerator are not checked: that would need a host-device sync.
     """
     for name, hyperparameter in as_routing(group["strategy"]).hyperparameters.items():
         value = group[name]
@@ -26,16 +26,16 @@ def check_values(group: Mapping[str, Any]) -> None:
 
 
 def check_tensors(bucket: Bucket, live: Sequence[bool], names: Mapping[nn.Parameter, str]) -> None:
-    """Check that parameters are those the bucket was made for, and that gradients fit them.
+    """Check that the parameters still fit the bucket, and that the gradients fit the parameters.
 
     Raises:
-        StructPrecondError: If a parameter has another shape, or no values, or another dtype where
-            rounding depends on it.
+        StructPrecondError: If the shape of a parameter has changed, or its dtype where rounding
+            depends on it, or if it has no values.
         GradientError: If a gradient is sparse, complex, or of another shape.
     """
     _check_dtypes(bucket, names)
     params = bucket.layout.live_params(live)
-    # at once, since looking at hundreds of tensors one by one takes as long as updating them
+    # all at once: checking hundreds of tensors one by one takes as long as updating them
     shapes = [p.shape for p in params]
     grads = [p.grad for p in params if p.grad is not None]
     if (
@@ -49,19 +49,19 @@ def check_tensors(bucket: Bucket, live: Sequence[bool], names: Mapping[nn.Parame
     for p, shape in zip(bucket.params, bucket.layout.shapes, strict=True):
         if p.shape != shape or p.device.type == "meta":
             raise StructPrecondError(
-                f"{names[p]} has the shape {tuple(p.shape)} on {p.device}, but the optimizer was "
-                f"made for {tuple(shape)} and needs values. Build a new optimizer."
+                f"{names[p]} has the shape {tuple(p.shape)} on {p.device}, expected {tuple(shape)} "
+                "on a device with values. Build a new optimizer."
             )
     for p, grad in zip(params, grads, strict=True):
         if grad.layout != torch.strided:
             raise GradientError(
-                f"The gradient of {names[p]} has the layout {grad.layout}; only dense gradients "
-                "work. Build the embedding with sparse=False."
+                f"The gradient of {names[p]} has the layout {grad.layout}, expected a dense one. "
+                "Build the embedding with sparse=False."
             )
         if grad.shape != p.shape or not grad.is_floating_point():
             raise GradientError(
-                f"The gradient of {names[p]} is of {grad.dtype} and of shape {tuple(grad.shape)}; "
-                f"expected real numbers of shape {tuple(p.shape)}."
+                f"The gradient of {names[p]} has {grad.dtype} and shape {tuple(grad.shape)}, "
+                f"expected real numbers of shape {tuple(p.shape)}. Set p.grad accordingly."
             )
 
 
@@ -70,22 +70,22 @@ def _check_dtypes(bucket: Bucket, names: Mapping[nn.Parameter, str]) -> None:
     if bucket.rounding == "nearest" or {p.dtype for p in bucket.params} == {dtype}:
         return
     raise StructPrecondError(
-        f"Parameters were converted from {dtype} after the optimizer was made, with "
-        f"rounding={bucket.rounding!r}: {enumerate_names([names[p] for p in bucket.params])}. "
-        "Convert the model first, and then build the optimizer."
+        f"With rounding={bucket.rounding!r}, parameters must keep their dtype, but these were "
+        f"converted from {dtype}: {enumerate_names([names[p] for p in bucket.params])}. Convert "
+        "the model first, then build the optimizer."
     )
 
 
 def check_batch_size(
     batch_size: int | None, buckets: Sequence[Bucket], live: Sequence[Sequence[bool]]
 ) -> None:
-    """Raise `StructPrecondError` if a strategy needs the batch size, but it is unknown."""
+    """Raise `StructPrecondError` if a strategy needs the batch size and it is unknown."""
     if batch_size is not None:
         return
     for bucket, alive in zip(buckets, live, strict=True):
         if bucket.strategy.needs_batch_size and any(alive):
             raise StructPrecondError(
-                f"{type(bucket.strategy).__name__} needs the batch size, but no gradient flowed "
-                "back through a forward pass of the model in training mode. Pass batch_size= as an "
-                "integer, or assign one to optimizer.batch_size."
+                f"{type(bucket.strategy).__name__} needs the batch size, but no gradient came from "
+                "a forward pass of the model in training mode. Pass batch_size= as an integer, or "
+                "assign one to optimizer.batch_size."
             )

@@ -1,4 +1,4 @@
-"""Where the parameters of units stand in a stack, and how they get there and back."""
+"""The places of parameters in a stack, and the copies there and back."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Layout:
     """The rows and windows of units that are stacked.
 
     Args:
-        units: The units, all of one grouped shape.
+        units: The units, all of the same grouped shape.
 
     Attributes:
         units: The units; unit i owns the rows `spans[i]`.
         params: All their parameters.
-        shapes: The shapes that these had at construction.
+        shapes: Their shapes at construction.
         spans: The rows of each unit.
         rows: The number of rows of the stack.
     """
@@ -46,9 +46,9 @@ class Layout:
         self._tile = self._find_tile()
 
     def _find_tile(self) -> Size | None:
-        """Return the shape of every parameter if they fill the stack one after the other.
+        """Return the shape of all parameters if they fill the stack one after the other.
 
-        That is the common case, and one call then does what takes a view per parameter else.
+        In this common case, one call replaces a view per parameter.
         """
         first = self.params[0].shape
         tiles = self._windows or []
@@ -60,7 +60,7 @@ class Layout:
         return first if tiles and in_order else None
 
     def live(self) -> list[bool]:
-        """Return whether each unit takes part in a step: nothing is frozen or lacks a gradient."""
+        """Return whether each unit takes part in a step: unfrozen, with all gradients."""
         if all(p.grad is not None and p.requires_grad for p in self.params):
             return [True] * len(self.units)
         return [
@@ -68,7 +68,7 @@ class Layout:
         ]
 
     def per_param(self, live: Sequence[bool]) -> list[bool]:
-        """Return for every parameter whether its unit is live."""
+        """Return whether the unit of each parameter is live."""
         return [on for on, unit in zip(live, self.units, strict=True) for _ in unit.params]
 
     def live_params(self, live: Sequence[bool]) -> list[nn.Parameter]:
@@ -78,7 +78,7 @@ class Layout:
         return [p for p, on in zip(self.params, self.per_param(live), strict=True) if on]
 
     def live_rows(self, live: Sequence[bool]) -> Tensor:  # (rows,), bool on the CPU
-        """Return for every row whether its unit is live."""
+        """Return whether the unit of each row is live."""
         if all(live):
             return torch.ones(self.rows, dtype=torch.bool, device="cpu")
         rows = [on for on, unit in zip(live, self.units, strict=True) for _ in range(unit.rows)]
@@ -103,7 +103,7 @@ class Layout:
                     into[span].view(_grouped_shape(unit)).copy_(unit.rule.group(members))
 
     def scatter(self, stack: Tensor, live: Sequence[bool]) -> list[Tensor]:
-        """Return one tensor per live parameter, out of a contiguous stack of all rows."""
+        """Split a contiguous stack of all rows into one tensor per live parameter."""
         if self._windows is not None:
             return self._views(stack, live)
         tensors = []

@@ -1,4 +1,4 @@
-"""What parameters are called, whatever is wrapped around the model."""
+"""Names of parameters, independent of wrappers around the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST_NAMES = 5
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside of data parallelism and `torch.compile`."""
+    """Return the model inside data-parallel and `torch.compile` wrappers."""
     while True:
         if isinstance(model, DataParallel | DistributedDataParallel):
             model = model.module
@@ -24,18 +24,18 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def plain_name(name: str) -> str:
-    """Return a parameter's name without what compiling parts of the model adds."""
+    """Return a parameter's name without the parts that `torch.compile` adds."""
     return ".".join(part for part in name.split(".") if part != _COMPILED)
 
 
 def enumerate_names(names: Sequence[str]) -> str:
-    """Return the first few names, and how many more there are."""
+    """Return the first few names and the number of the others."""
     rest = len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 class BareParameters(nn.Module):
-    """Stands in for the model where only parameters are known, with modules as their names say.
+    """Replaces the model if only parameters are known; builds its modules from their names.
 
     Args:
         names: The parameters, which may be plain tensors, and their names.
@@ -49,6 +49,6 @@ class BareParameters(nn.Module):
             for part in path:
                 module = module._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
             while own in module._parameters:
-                own += "_"  # names of the user may be alike
-            # not registered as usual, which takes no plain tensors
+                own += "_"  # the user's names may repeat
+            # register_parameter refuses plain tensors
             module._parameters[own] = p

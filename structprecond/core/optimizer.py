@@ -1,4 +1,4 @@
-"""The optimizer: what torch expects of one, around the steps of buckets."""
+"""The optimizer: torch's interface around the steps of buckets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from structprecond.groups import PreconditionerGroup
 from structprecond.linalg.precision import step_precision
 from structprecond.structures.spec import PerAxis, StructureSpec
 
-# what copies and pickles carry: no views, nothing that others put here
+# the attributes that copies and pickles keep: no views, nothing that other code adds
 _COPIED = (
     "defaults param_groups model refresh nonfinite maximize rounding buckets "
     "_names _global_step _samples _warned"
@@ -42,37 +42,36 @@ _COPIED = (
 class StructuredOptimizer(Optimizer):
     """An optimizer that runs a strategy over stacks of a model's parameters.
 
-    Named optimizers such as `SIRFShampoo` are facades of this class. The user's `param_groups` stay
-    as given. A param group may carry its own `strategy`, `structures`, `preconditioner_dtypes` and
-    `combine_params` beside its hyperparameters.
+    Named optimizers such as `SIRFShampoo` are facades of this class. `param_groups` stay as given.
+    A param group may have its own `strategy`, `structures`, `preconditioner_dtypes` and
+    `combine_params` besides its hyperparameters.
 
     `optimizer.state[p]` shows the state of the unit whose first parameter is `p`, as views under
-    stable names; it exists from construction on.
+    stable names. It exists from construction on.
 
-    With parameters on the CPU, an optimizer tells glibc to keep freed memory, in the whole process
-    and for good, as soon as it is made, copied, unpickled or moved there. The environment variable
-    `STRUCTPRECOND_KEEP_FREED_MEMORY=0` prevents that.
+    An optimizer with parameters on the CPU makes glibc keep freed memory, in the whole process and
+    permanently. The environment variable `STRUCTPRECOND_KEEP_FREED_MEMORY=0` prevents that.
 
     Args:
-        model: The model; or parameters, named parameters or group dicts, as torch optimizers take
-            them, for rules that do not look at modules.
-        params: The parameters to optimize, or group dicts. Default: all parameters of the model,
-            the frozen ones included, which take part as soon as they are thawed.
-        strategy: The rule that turns gradients into update directions; or a dict that gives each
-            role (see `infer_roles`) or name pattern one, and a "default" one:
+        model: The model. Parameters, named parameters or group dicts, as for torch's optimizers,
+            also work with groupings that need no modules.
+        params: The parameters to optimize, or group dicts. Default: all parameters of the model.
+            Frozen ones take part once they are thawed.
+        strategy: The strategy for all units; or a dict of routes, from roles (see `infer_roles`)
+            and name patterns to strategies, with a "default":
             `{"conv": SOAPStrategy(), "*.gate.weight": AdamWStrategy(), "default": MuonStrategy()}`.
-            Patterns go before roles. A unit of several parameters goes where its first one goes.
-        hyperparameters: Values for the strategy's hyperparameters; the rest get their defaults.
-            Those of the default strategy have their own names, those of the others begin with the
-            strategy's name (`adamw_betas`), and their learning rate is the group's lr times
+            Patterns take precedence over roles. A unit follows the route of its first parameter.
+        hyperparameters: Values of hyperparameters; the others get their defaults. The default
+            strategy's have their own names, those of the others are prefixed with the strategy's
+            name (`adamw_betas`). A strategy's learning rate is the group's lr times its
             `adamw_lr_scale`, 1.0 by default.
-        batch_size: The number of samples behind a gradient, or a callable from a forward's inputs
-            to it; only for strategies that need it.
+        batch_size: The number of samples behind a gradient, or a callable that returns it for a
+            forward's inputs; only for strategies that need it.
 
     Attributes:
         global_step: The number of steps made.
-        skipped: How often a unit was skipped for its gradient, see `nonfinite`.
-        failed: How often a row kept its last basis or root because a decomposition failed.
+        skipped: The number of times a unit was skipped because of its gradient, see `nonfinite`.
+        failed: The number of times a failed decomposition left a row its last basis or root.
 
     Example:
         >>> from structprecond import SIRFShampooStrategy
@@ -83,15 +82,15 @@ class StructuredOptimizer(Optimizer):
     """
 
     STATE_ATTRIBUTES: tuple[str, ...] = ("global_step", "batch_size")
-    """Attributes beside `state` that checkpoints carry."""
+    """Attributes besides `state` that checkpoints hold."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Show the shared keywords in the signature and the docstring of a facade."""
+        """Add the shared keywords to the signature and the docstring of a facade."""
         super().__init_subclass__(**kwargs)
         options.show_options(cls, cls.__mro__[1])
 
     def __new__(cls, *args: Any, **keywords: Any) -> Self:
-        """Refuse misspelt keywords by name; a copy is made without any."""
+        """Refuse unknown keywords; copies are made without keywords."""
         options.check_keywords(cls, keywords)
         return super().__new__(cls)
 
@@ -145,13 +144,13 @@ class StructuredOptimizer(Optimizer):
             print(describe(self))
 
     def _start_anew(self) -> None:
-        """Make what copies and pickles do not carry."""
+        """Make the attributes that copies and pickles do not keep."""
         self._schedule = RefreshSchedule(self.refresh == "staggered")
         shared = {"global_step": self._global_step, "batch_size": self._samples.shown}
         self._entries = Entries(shared)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, with its own hyperparameters and configuration if it has some.
+        """Add a param group, optionally with its own hyperparameters and configuration.
 
         Raises:
             StructPrecondError: If the group is wrong; then nothing is added.
@@ -180,7 +179,7 @@ class StructuredOptimizer(Optimizer):
         self._entries.show(buckets, self.state)
 
     def name_of(self, param: nn.Parameter) -> str:
-        """Return the name of a parameter: the model's, or else its place in `param_groups`."""
+        """Return the name of a parameter in the model, or else its place in `param_groups`."""
         return self._names[param]
 
     # --- counters --------------------------------------------------------------------------------
@@ -192,23 +191,23 @@ class StructuredOptimizer(Optimizer):
 
     @property
     def skipped(self) -> int:
-        """How often a unit was skipped because its gradient was not finite, or too large."""
+        """The number of times a unit was skipped for a non-finite or too large gradient."""
         return sum(int(b.counters.skipped[span.start]) for b in self.buckets for span in b.spans)
 
     @property
     def failed(self) -> int:
-        """How often one of the tensors in `state` kept its last basis or inverse root.
+        """The number of times a row kept its last basis or inverse root.
 
-        That happens where a matrix can be decomposed neither in float32 nor in float64. The next
-        refresh tries again.
+        That happens if a decomposition fails in float32 and in float64. The next refresh tries
+        again.
         """
         return sum(int(bucket.counters.failed.sum()) for bucket in self.buckets)
 
     @property
     def batch_size(self) -> int | None:
-        """The number of samples behind the gradients; None if it is not known.
+        """The number of samples behind the gradients; None if unknown.
 
-        Assign an integer to fix it, or a callable on a forward's inputs to have it counted.
+        Assign an integer to fix it, or a callable on a forward's inputs to count it.
         """
         return self._samples.count
 
@@ -233,15 +232,14 @@ class StructuredOptimizer(Optimizer):
         """Make one step.
 
         Args:
-            closure: Computes the loss and the gradients; called once, before anything else.
+            closure: Computes the loss and the gradients; called once, at the start.
 
         Returns:
-            What the closure returned.
+            The return value of the closure.
 
         Raises:
-            StructPrecondError: If a hyperparameter, a parameter or a gradient cannot be used, or
-                with `nonfinite="raise"` a gradient is not finite or too large; nothing has been
-                changed then.
+            StructPrecondError: If a hyperparameter, a parameter or a gradient is invalid, or if a
+                gradient is not finite or too large with `nonfinite="raise"`. Nothing is changed.
         """
         loss = None
         if closure is not None:
@@ -262,15 +260,15 @@ class StructuredOptimizer(Optimizer):
                 "failed",
                 f"Matrices of {enumerate_names(failed)} could not be decomposed at step "
                 f"{self.global_step}. They keep their last basis or inverse root until the next "
-                "refresh; further failures are counted in optimizer.failed without a warning.",
+                "refresh. Later failures give no warning; optimizer.failed counts them.",
             )
         self.count_step()
 
     def plan(self) -> list[Plan]:
-        """Check all that a step needs, and return what it will do with each bucket.
+        """Check all inputs of a step, and return its plan for each bucket.
 
         Raises:
-            StructPrecondError: If a hyperparameter, a parameter or a gradient cannot be used.
+            StructPrecondError: If a hyperparameter, a parameter or a gradient is invalid.
         """
         self._samples.watch(self)
         for group in self.param_groups:
@@ -288,7 +286,7 @@ class StructuredOptimizer(Optimizer):
         ]
 
     def count_step(self) -> None:
-        """Count a step whose plans were applied."""
+        """Count a step after its plans were applied."""
         self._samples.use()
         self._global_step += 1
 
@@ -300,9 +298,9 @@ class StructuredOptimizer(Optimizer):
     # --- checkpoints and copies ------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state in torch's layout: tensors (copies) and plain values only.
+        """Return the state in torch's layout: only copied tensors and plain values.
 
-        The state of a unit is found under its first parameter. Callables, strategies, rules and
+        The state of a unit is under its first parameter. Callables, strategies, groupings and
         structures are described, not saved.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
@@ -312,13 +310,13 @@ class StructuredOptimizer(Optimizer):
         return hooked
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned, whole or not at all.
+        """Load a state dict as a whole or not at all.
 
-        State keeps the dtypes and devices it has here. Parameters are matched by name if both sides
-        know names, else by order.
+        The state keeps its live dtypes and devices. Parameters are matched by name if both sides
+        have names, else by order.
 
         Raises:
-            CheckpointError: If it does not fit; the message lists what differs.
+            CheckpointError: If it does not fit; the message lists the differences.
         """
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         state_dict = self._hooked(self._optimizer_load_state_dict_pre_hooks, state_dict)
@@ -328,14 +326,14 @@ class StructuredOptimizer(Optimizer):
             hook(self)
 
     def _hooked(self, hooks: Mapping[int, Callable[..., Any]], state_dict: Any) -> Any:
-        """Return what hooks on a state dict make of it."""
+        """Return the state dict after the hooks."""
         for hook in hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles need: the stacks themselves, not hundreds of views."""
+        """Return the stacks themselves for copies and pickles, not hundreds of views."""
         return {key: self.__dict__[key] for key in _COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

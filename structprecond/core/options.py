@@ -1,4 +1,4 @@
-"""Keywords that all optimizers share, written once and shown in full by each of them."""
+"""Keywords that all optimizers share: written once, shown in every signature and docstring."""
 
 from __future__ import annotations
 
@@ -29,16 +29,15 @@ class CommonOptions(TypedDict, total=False):
     """The keywords of every optimizer; `StructuredOptimizer` has their defaults.
 
     Args:
-        combine_params: The grouping rules, most important first. Default: None, what suits the
-            strategy, which is each parameter by itself for most.
-        nonfinite: What to do with a unit whose gradient is not finite, or is so large that state
-            or parameters would no longer be: "skip" it (it stays as it is, and is counted),
-            "raise" before anything is changed, or "ignore" the check. Default: "skip".
-        rounding: How parameters in bfloat16 or float16 are written back, after updates in float32:
-            rounded to the "nearest", where updates below the last digit get lost; "stochastic", up
-            or down at random, so that they count on average; or "kahan", where what rounding took
-            is kept in the state, in the parameter's dtype, and added to the next update.
-            Default: "nearest".
+        combine_params: The groupings, most important first. Default: None, the strategy's own; for
+            most, each parameter is a unit.
+        nonfinite: What to do with a unit whose gradient is not finite, or so large that state or
+            parameters would overflow: "skip" the unit and count it, "raise" before anything is
+            changed, or "ignore", without a check. Default: "skip".
+        rounding: How bfloat16 and float16 parameters are rounded after an update in float32:
+            "nearest" loses updates below the last digit; "stochastic" rounds up or down at random,
+            so that they count on average; "kahan" keeps the rounding error in the state, in the
+            parameter's dtype, and adds it to the next update. Default: "nearest".
         maximize: Whether to maximize. Default: False.
         verbose_init: Whether to print how each parameter is treated. Default: False.
     """
@@ -54,16 +53,16 @@ class FactorOptions(CommonOptions, total=False):
     """The keywords of optimizers with Kronecker factors.
 
     Args:
-        structures: The structure of every Kronecker factor: a name of `SUPPORTED_STRUCTURES` for
-            all, or a dict from the order of a tensor to a name or to one name per axis, as in
-            `{1: "diagonal", 2: ("dense", "block64diagonal")}`. A strategy refuses what it cannot
-            use, and says what it can. Default: `"dense"`.
-        preconditioner_dtypes: The dtype in which Kronecker factors are stored, given like
-            `structures`. Default: None, the dtype of the computation, which is float32, or float64
-            for float64 parameters.
-        refresh: When rows with the same interval are refreshed: all in the same step
-            ("synchronous", as published), or spread over the steps of the interval ("staggered"),
-            each still once per interval. Default: "synchronous".
+        structures: The structures of the Kronecker factors: one name of `SUPPORTED_STRUCTURES`, or
+            a dict from the number of axes to one name or to one name per axis, as in
+            `{1: "diagonal", 2: ("dense", "block64diagonal")}`. A strategy refuses structures that
+            it cannot use. Default: `"dense"`.
+        preconditioner_dtypes: The dtypes in which Kronecker factors are stored, given like
+            `structures`. Default: None, the dtype of the computation: float64 for float64
+            parameters, else float32.
+        refresh: When rows with the same interval are refreshed: in the same step ("synchronous", as
+            published), or "staggered" over the interval, once per interval each.
+            Default: "synchronous".
     """
 
     structures: StructureSpec
@@ -72,11 +71,11 @@ class FactorOptions(CommonOptions, total=False):
 
 
 def from_keywords(strategy: type[_T], given: Mapping[str, Any]) -> tuple[_T, dict[str, Any]]:
-    """Split the keywords of a facade into a strategy and its hyperparameters, both by name.
+    """Make a strategy and its hyperparameters from the keywords of a facade.
 
     Args:
-        strategy: The class of the strategy.
-        given: The keywords by name; others, such as `self`, are ignored.
+        strategy: The strategy's class.
+        given: The keywords by name; unknown names, such as `self`, are ignored.
 
     Example:
         >>> strategy, hp = from_keywords(AdamWStrategy, {"lr": 0.1, "self": None})
@@ -99,13 +98,13 @@ def check_keywords(cls: type, given: Mapping[str, Any]) -> None:
 
 
 def show_options(cls: type, base: type) -> None:
-    """Let signature and docstring of a class show the keywords that it passes on to its base.
+    """Add the keywords that a class passes to its base to the class's signature and docstring.
 
-    The constructor of the class ends in `**options: Unpack[Keywords]`, with `Keywords` a
-    `TypedDict`. Types, defaults and docs of the keywords are those of the base.
+    The constructor of the class ends in `**options: Unpack[Keywords]`, with a `TypedDict`
+    `Keywords`. Types, defaults and docs of the keywords come from the base.
 
     Args:
-        cls: The class, whose docstring and the signature of whose constructor are completed.
+        cls: The class to complete.
         base: The class that takes the keywords.
     """
     if "__init__" not in cls.__dict__:
@@ -130,11 +129,11 @@ def show_options(cls: type, base: type) -> None:
 
 
 def add_arguments(cls: type, entries: Mapping[str, str]) -> None:
-    """Add arguments to the docstring of a class: model and params first, others last.
+    """Add arguments to the docstring of a class: model and params first, the others last.
 
     Args:
         cls: The class; nothing is added unless its docstring has arguments.
-        entries: The entries to add by name; those that are there already stay.
+        entries: The entries to add by name; existing ones stay.
     """
     head, listed, tail = _take_apart(cls.__doc__)
     if listed:
@@ -155,7 +154,7 @@ def arguments_of(*documented: type) -> dict[str, str]:
 
 
 def _take_apart(doc: str | None) -> tuple[str, dict[str, str], str]:
-    """Split a docstring into what precedes its arguments, these by name, and the rest."""
+    """Split a docstring into the text before its arguments, the arguments by name, and the rest."""
     head, _, body = inspect.cleandoc(doc or "").partition("\nArgs:\n")
     end = re.search(r"^\S", body, re.MULTILINE)
     section, tail = (body[: end.start()], body[end.start() :]) if end else (body, "")

@@ -1,4 +1,4 @@
-"""Param groups: what they may hold, completed and checked before anything is made of them."""
+"""Completes and checks param groups."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from structprecond.errors import GroupError, HyperparameterError, StructPrecondE
 from structprecond.groups import PreconditionerGroup
 
 CONFIGURATION = ("strategy", "structures", "preconditioner_dtypes", "combine_params")
-"""Keys that say how the parameters of a group are treated."""
+"""The keys of a group's configuration."""
 
-# keys of torch's own, of its schedulers, and names that users give
+# keys of torch, of its schedulers, and of the user
 _OTHERS = {"params", "param_names", "name", "initial_lr"}
 
 
 def parameters_of(model: nn.Module | Iterable[Any], params: Any, optimizer: str) -> Any:
-    """Return what torch's constructor gets: the selection `params`, or everything.
+    """Return the parameters for torch's constructor: the selection `params`, or all.
 
     Raises:
-        StructPrecondError: If `params` is no selection, or selects from no model.
+        StructPrecondError: If `params` is not a selection, or if there is no model.
     """
     alone = isinstance(params, str | Tensor) or not isinstance(params, Iterable)
     if params is not None and alone:
@@ -42,7 +42,7 @@ def parameters_of(model: nn.Module | Iterable[Any], params: Any, optimizer: str)
 
 
 def with_names(model: nn.Module | None, param_group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a param group with the model's names of its parameters.
+    """Return a copy of a param group with the names of its parameters in the model.
 
     Raises:
         GroupError: If a parameter does not belong to the model.
@@ -56,31 +56,31 @@ def with_names(model: nn.Module | None, param_group: Mapping[str, Any]) -> dict[
     params = [p[1] if isinstance(p, tuple) else p for p in params]
     if wrong := [p for p in params if not isinstance(p, Tensor)]:
         raise GroupError(
-            f"params= takes parameters of the model, or group dicts, got a "
+            f"params= takes parameters of the model or group dicts, got a "
             f"{type(wrong[0]).__name__}. Did you mean module.parameters()?"
         )
     if foreign := [tuple(p.shape) for p in params if p not in names]:
         raise GroupError(
-            f"Parameters of shapes {foreign} do not belong to the model. Pass parameters of "
-            "the model that is the first argument."
+            f"Parameters of shapes {foreign} do not belong to the model. Pass parameters of the "
+            "model that you gave as the first argument."
         )
     group["params"] = [(names[p], p) for p in params]
     return group
 
 
 def routing_of(group: dict[str, Any], usual: Routing) -> Routing:
-    """Return where the parameters of a group go, by its own `strategy` if it has one."""
+    """Return the routing of a group: its own `strategy`, or the usual one."""
     if isinstance(group.get("strategy"), str):
         group["strategy"] = usual.only(group["strategy"])
     return as_routing(group.get("strategy", usual))
 
 
 def complete(group: dict[str, Any], routing: Routing, defaults: Mapping[str, Any]) -> set[str]:
-    """Give a group the hyperparameters that it lacks; return the names of those it has.
+    """Add missing hyperparameters to a group; return the names of the given ones.
 
     Raises:
         HyperparameterError: If it has unknown keys.
-        GroupError: If its grouping rules are no tuple of rules.
+        GroupError: If `combine_params` is not a tuple of groupings.
     """
     known = routing.hyperparameters
     given = set(group) & set(known)
@@ -91,7 +91,7 @@ def complete(group: dict[str, Any], routing: Routing, defaults: Mapping[str, Any
         )
     usual = as_routing(defaults["strategy"])
     for name, hyperparameter in known.items():
-        # those of another strategy may share a name but not a meaning, except for lr
+        # another strategy may use the same name for something else, except for lr
         shared = name == "lr" or name not in routing.main.hyperparameters
         shared = (shared or type(routing.main) is type(usual.main)) and name in defaults
         group.setdefault(name, defaults[name] if shared else hyperparameter.default)
@@ -101,7 +101,7 @@ def complete(group: dict[str, Any], routing: Routing, defaults: Mapping[str, Any
 
 
 def drop_unread(group: dict[str, Any], routing: Routing) -> None:
-    """Remove what torch put into a group from the defaults, and its strategy does not read."""
+    """Remove defaults that torch added to a group and its strategies do not use."""
     for name in set(group) - set(routing.hyperparameters) - set(CONFIGURATION) - _OTHERS:
         del group[name]
 
@@ -111,20 +111,20 @@ def _as_tuple(rules: Any) -> tuple[PreconditionerGroup, ...] | None:
         return None
     if isinstance(rules, PreconditionerGroup) or not isinstance(rules, Iterable):
         raise GroupError(
-            f"combine_params takes a tuple of rules, got {rules!r} alone. Put it into a tuple."
+            f"combine_params takes a tuple of groupings, got {rules!r}. Put it into a tuple."
         )
     return tuple(rules)
 
 
 def labels_of(group: Mapping[str, Any], number: int) -> dict[nn.Parameter, str]:
-    """Return the names of a group's parameters, or else their places in `param_groups`.
+    """Return the names of a group's parameters, or their places in `param_groups`.
 
     Args:
         group: The group.
         number: Its place in `param_groups`.
 
     Raises:
-        StructPrecondError: If there are more or fewer names than parameters.
+        StructPrecondError: If the numbers of names and parameters differ.
     """
     params = group["params"]
     labels = group.get("param_names") or [
@@ -132,6 +132,7 @@ def labels_of(group: Mapping[str, Any], number: int) -> dict[nn.Parameter, str]:
     ]
     if len(labels) != len(params):
         raise StructPrecondError(
-            f"A param group has {len(params)} parameters, but {len(labels)} param_names."
+            f"A param group has {len(params)} parameters, but {len(labels)} param_names. Give one "
+            "name per parameter."
         )
     return dict(zip(params, labels, strict=True))

@@ -1,4 +1,4 @@
-"""Plain values and descriptions, which stand in a checkpoint for what it cannot hold."""
+"""Converts values for checkpoints: plain values, or descriptions of other objects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from structprecond.structures import StructuredMatrix
 
 
 def plain_value(value: Any) -> Any:
-    """Return what `torch.load` reads without trust; a description of what it does not."""
+    """Return a value that `torch.load(weights_only=True)` reads, or else a description."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if value is None or type(value) in (bool, int, float, str):
@@ -25,15 +25,15 @@ def plain_value(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(plain_value(v) for v in value)
     if isinstance(value, Number) and hasattr(value, "item"):
-        return value.item()  # numpy's numbers are Python's in disguise
+        return value.item()  # a numpy number
     return describe_object(value)
 
 
 def describe_object(value: Any) -> str:
-    """Describe a callable, strategy, rule or structure by what makes two of them equal.
+    """Describe a callable, strategy, grouping or structure: equal objects, equal descriptions.
 
-    Descriptions are compared with those of older versions, so fields that have their defaults are
-    left out: a field that is new then does not matter. Nor do addresses, which differ every time.
+    Descriptions are compared with those of older versions. So they omit fields with default values,
+    which may be new, and addresses.
     """
     if isinstance(value, Mapping):
         entries = sorted((repr(k), describe_object(v)) for k, v in value.items())

@@ -1,4 +1,4 @@
-"""Which rows are refreshed in which step, and what happens to those that cannot be."""
+"""Schedules refreshes, and keeps rows whose decomposition fails as they are."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from structprecond.errors import DecompositionError
 def refresh_rows(
     refresh: Callable[[Any, Rows], None], state: Any, rows: Rows, ctx: StepContext
 ) -> None:
-    """Refresh rows of a state; those with a matrix that cannot be decomposed stay as they are.
+    """Refresh rows of a state; rows whose decomposition fails stay as they are.
 
     Args:
-        refresh: Is given the state of some rows, and which rows these are, and refreshes them all.
-            Decomposes everything before it writes anything, so that it fails without a trace.
+        refresh: Refreshes some rows, given their state and their indices. It must decompose all
+            matrices before it writes any, so that a failure changes nothing.
         state: The state of all rows.
         rows: The rows to refresh.
-        ctx: The context of the step; its `failed` gets the rows that failed.
+        ctx: The context of the step; `ctx.failed` receives the failed rows.
     """
     ctx.decomposed = True
     remaining = torch.zeros_like(ctx.failed)
@@ -41,11 +41,10 @@ def refresh_rows(
 
 
 class RefreshSchedule:
-    """The refresh intervals of all buckets, step by step.
+    """Returns the refresh intervals of all buckets for each step.
 
     Args:
-        staggered: Whether rows with the same interval are refreshed in different steps, which
-            spreads the cost.
+        staggered: Whether to spread rows with the same interval over its steps.
     """
 
     def __init__(self, staggered: bool) -> None:
@@ -53,9 +52,9 @@ class RefreshSchedule:
         self._staggered_for: list[tuple[int, int | bool]] = []
 
     def intervals(self, buckets: Sequence[Bucket], global_step: int) -> list[int | bool]:
-        """Return the interval of every bucket, or whether all of its rows are refreshed now.
+        """Return each bucket's interval or, if it is a callable, whether to refresh all rows now.
 
-        A callable interval is asked once about a step, however many buckets share it.
+        A callable that several buckets share is called once per step.
         """
         asked: dict[int, bool] = {}
         answers: list[int | bool] = []
@@ -75,11 +74,11 @@ class RefreshSchedule:
 
 
 def stagger(buckets: Sequence[Bucket], intervals: Sequence[int | bool]) -> None:
-    """Spread the refreshes of all rows over the steps of their interval, the costliest first.
+    """Stagger the refreshes of all rows over their interval, the costliest rows first.
 
     Args:
-        buckets: The buckets, whose `counters.phase_offset` is set.
-        intervals: The refresh interval of each bucket; a bool for one that has none.
+        buckets: The buckets; sets their `counters.phase_offset`.
+        intervals: The refresh interval of each bucket; a bool if it has none.
     """
     waiting: dict[int, list[tuple[int, str, Bucket, int]]] = {}
     for bucket, every in zip(buckets, intervals, strict=True):
@@ -93,7 +92,7 @@ def stagger(buckets: Sequence[Bucket], intervals: Sequence[int | bool]) -> None:
             waiting.setdefault(every, []).extend(rows)
     for every, rows_of_all in waiting.items():
         rows_of_all.sort(key=lambda entry: entry[:2])
-        # the load of each step and the step; more steps than rows are not needed
+        # (load, step); no more steps than rows are needed
         loads = [(0, step) for step in range(min(every, len(rows_of_all)))]
         for cost, _, bucket, row in rows_of_all:
             load, step = heappop(loads)

@@ -25,14 +25,14 @@ class Row:
     Args:
         group: The number of the user's param group.
         strategy: The name of the strategy.
-        roles: The role of every unit's first parameter, as `infer_roles` finds it; empty where the
+        roles: The role of every unit's first parameter, as `infer_roles` finds it; empty if the
             model has parameters without a shape.
-        reasons: How each of these was found out.
-        rules: The roles and name patterns that sent its units to the strategy.
-        rule: The grouping rule.
+        reasons: Why each unit has its role.
+        rules: The roles and name patterns that routed its units to the strategy.
+        rule: The grouping.
         names: The names of the parameters of every unit, joined by ` + `.
-        shape: The shape of one problem.
-        rows: The number of problems in the stack.
+        shape: The shape of one row.
+        rows: The number of rows.
         structures: The structure of every axis.
         dtypes: The dtype of every factor.
         state_bytes: The bytes of the stack's state.
@@ -135,7 +135,7 @@ def describe(optimizer: Optimizer) -> Description:
         The description; `print` shows it as a table.
 
     Raises:
-        StructPrecondError: If it is another optimizer.
+        StructPrecondError: If the optimizer is not from this library.
 
     Example:
         >>> from structprecond import SIRFShampoo
@@ -151,7 +151,8 @@ def describe(optimizer: Optimizer) -> Description:
     buckets: list[Bucket] | None = getattr(optimizer, "buckets", None)
     if buckets is None:
         raise StructPrecondError(
-            f"describe takes an optimizer of this library, got a {type(optimizer).__name__}."
+            f"describe takes an optimizer of this library, got a {type(optimizer).__name__}. Build "
+            "one, such as SOAP(model)."
         )
     numbers = {id(group): i for i, group in enumerate(optimizer.param_groups)}
     roles = _roles(buckets, getattr(optimizer, "model", None))
@@ -187,7 +188,7 @@ def _roles(buckets: Sequence[Bucket], model: nn.Module | None) -> dict[nn.Parame
 
 
 def _compress(structures: tuple[str, ...], dtypes: tuple[str, ...]) -> list[str]:
-    """Name the dtype of a factor only where it is not the usual one."""
+    """Add the dtype of a factor to its structure if it is not the usual one."""
     return [
         s if d in ("float32", "float64") else f"{s}:{d}"
         for s, d in zip(structures, dtypes, strict=True)

@@ -1,4 +1,4 @@
-"""How parameters of low precision are written back."""
+"""Rounds low-precision parameters."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ Rounding = Literal["nearest", "stochastic", "kahan"]
 
 
 def is_low_precision(dtype: torch.dtype) -> bool:
-    """Whether a dtype has fewer digits than the float32 that updates are computed in."""
+    """Return whether a dtype is smaller than float32, in which updates are computed."""
     return dtype.itemsize < torch.float32.itemsize
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype) -> Tensor:
     r"""Round up or down at random, so that the expectation is the value itself.
 
-    A value between the neighbours \(a < b\) that the dtype has becomes b with probability
-    \((x - a) / (b - a)\). So updates far below the last digit count on average, where rounding to
-    the nearest would lose each of them.
+    A value x between neighbours \(a < b\) of the dtype becomes b with probability
+    \((x - a) / (b - a)\), else a. Updates far below the last digit then count on average; rounding
+    to the nearest would lose all of them.
 
     Args:
         values: The values, in float32.
-        dtype: The dtype to round to. Randomness is that of torch's global generator.
+        dtype: The dtype to round to. Random numbers come from torch's global generator.
 
     Source: Gupta et al. 2015 (arXiv 1502.02551), section 3.
 

@@ -1,4 +1,4 @@
-"""Which strategy each unit gets, and where its hyperparameters stand in the param group."""
+"""Routes units to strategies, and names the strategies' hyperparameters in param groups."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from structprecond.roles import ROLES, RoleName
 
 @dataclass(frozen=True)
 class Routing:
-    """A strategy for each role.
+    """Routes from roles and name patterns to strategies.
 
-    A rule is looked up by the name of a unit's first parameter, then by its role; what no rule
-    applies to goes where `roles` sends it, and else to `main`.
+    A unit's route is looked up by the name of its first parameter, then by that parameter's role:
+    first in `rules`, then in `roles`. Without a match, the unit goes to `main`.
 
     Args:
-        main: The strategy whose hyperparameters stand in the param group under their own names. The
-            others' have the strategy's name in front, as in `adamw_betas`; instead of a learning
-            rate they have `adamw_lr_scale`, a factor to the group's lr.
-        rules: From a role, or a pattern of parameter names with shell wildcards, to a strategy.
-            Each rule has to apply to some parameter, and no two patterns to the same one.
-        roles: From roles to strategies; roles that do not occur are no mistake here.
+        main: The strategy whose hyperparameters have their own names in the param group. The names
+            of the others are prefixed, as in `adamw_betas`; instead of a learning rate they have
+            `adamw_lr_scale`, a factor on the group's lr.
+        rules: Strategies by role or by pattern of parameter names, with shell wildcards. Each entry
+            must match a parameter, and no two patterns may match the same one.
+        roles: Strategies by role; roles may be absent from the model.
 
     Raises:
-        StructPrecondError: If something is no strategy, or two classes have the same name.
+        StructPrecondError: If a value is not a strategy, or two classes have the same name.
 
     Example:
         >>> from structprecond import AdamWStrategy, MuonStrategy
@@ -45,7 +45,7 @@ class Routing:
     roles: Mapping[RoleName, Strategy[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check that there are strategies only, with names of their own."""
+        """Check that all values are strategies with different names."""
         classes: dict[str, type] = {}
         for strategy in self.strategies:
             _check_strategy(strategy)
@@ -53,23 +53,23 @@ class Routing:
             known = classes.setdefault(name, type(strategy))
             if known is not type(strategy):
                 raise StructPrecondError(
-                    f"Two strategies are called {name!r}, {known} and {type(strategy)}: "
-                    "their hyperparameters would have the same names. Rename one of the classes."
+                    f"Two strategies are called {name!r}, {known} and {type(strategy)}, so their "
+                    "hyperparameters would have the same names. Rename one of the classes."
                 )
 
     @property
     def strategies(self) -> list[Strategy[Any]]:
-        """All strategies, the main one first."""
+        """All strategies, `main` first."""
         return list(dict.fromkeys([self.main, *self.rules.values(), *self.roles.values()]))
 
     @property
     def looks_at_roles(self) -> bool:
-        """Whether roles matter, so that they have to be inferred."""
+        """Whether the routes depend on roles or names."""
         return bool(self.rules or self.roles)
 
     @property
     def hyperparameters(self) -> dict[str, Hyperparameter]:
-        """The hyperparameters of a param group, by the names that they have there."""
+        """The hyperparameters of a param group, by their names there."""
         named = dict(self.main.hyperparameters)
         for strategy in self.strategies:
             if prefix := self.prefix(strategy):
@@ -79,19 +79,19 @@ class Routing:
         return named
 
     def prefix(self, strategy: Strategy[Any]) -> str:
-        """Return what stands before the names of a strategy's hyperparameters."""
+        """Return the prefix of a strategy's hyperparameters in the param group."""
         return "" if type(strategy) is type(self.main) else f"{name_of(strategy)}_"
 
     def route(self, names: Sequence[str], role: RoleName) -> Route:
-        """Return the strategy of a unit, and the rule that decided.
+        """Return the route of a unit.
 
         Args:
-            names: The names of its parameters, the one that decides first.
+            names: The names of its parameters; the first one decides.
             role: The role of the first parameter.
 
         Raises:
-            GroupError: If several patterns apply, or one that applies to another parameter than the
-                first would send the unit elsewhere.
+            GroupError: If several patterns match the first parameter, or if a pattern matches only
+                another one.
         """
         fitting = {
             pattern: name
@@ -103,14 +103,13 @@ class Routing:
         first = [pattern for pattern, name in fitting.items() if name == names[0]]
         if len(first) > 1:
             raise GroupError(
-                f"Several rules apply to {names[0]}: {', '.join(map(repr, first))}. Make the "
-                "patterns exclude each other."
+                f"Several routes match {names[0]}: {', '.join(map(repr, first))}. Make the "
+                "patterns exclusive."
             )
         if elsewhere := fitting.keys() - set(first):
             raise GroupError(
-                f"The rule {min(elsewhere)!r} applies to a parameter of {' + '.join(names)}, which "
-                f"are treated jointly and go where the first of them goes. Give a rule for "
-                f"{names[0]}."
+                f"The route {min(elsewhere)!r} matches a parameter of {' + '.join(names)}, a unit "
+                f"that follows the route of its first parameter. Give a route for {names[0]}."
             )
         if first:
             return Route(self.rules[first[0]], first[0])
@@ -119,26 +118,26 @@ class Routing:
         return Route(self.roles.get(role, self.main), role)
 
     def only(self, name: str) -> Routing:
-        """Return the routing that sends everything to the strategy of a name.
+        """Return the routing of all units to the strategy with a name.
 
         Raises:
-            StructPrecondError: If there is no such strategy, or several.
+            StructPrecondError: If no strategy, or more than one, has the name.
         """
         named = [strategy for strategy in self.strategies if name_of(strategy) == name]
         if len(named) != 1:
             known = ", ".join(repr(name_of(strategy)) for strategy in self.strategies)
             raise StructPrecondError(
-                f"A param group's strategy is {name!r}, which is not the name of one of the "
-                f"strategies here, {known}. Give a strategy object."
+                f"A param group's strategy is {name!r}, expected one of {known}. Give one of these "
+                "names or a strategy object."
             )
         return Routing(self.main, roles=dict.fromkeys(ROLES, named[0]))
 
     def check_read(self, given: set[str], strategies: Sequence[Strategy[Any]]) -> None:
-        """Raise `HyperparameterError` if a given hyperparameter belongs to none of some strategies.
+        """Raise `HyperparameterError` if none of the strategies has a given hyperparameter.
 
         Args:
-            given: Names of hyperparameters that a param group was given.
-            strategies: The strategies that its parameters go to.
+            given: The names of a param group's given hyperparameters.
+            strategies: The strategies that its units go to.
         """
         read = {
             f"{self.prefix(strategy)}{name}"
@@ -153,23 +152,23 @@ class Routing:
             )
 
     def check_used(self, used: set[str]) -> None:
-        """Raise `GroupError` if there is a rule that applies to nothing."""
+        """Raise `GroupError` if a route matches no parameter."""
         if ignored := [rule for rule in self.rules if rule not in used]:
             raise GroupError(
-                f"The rules {', '.join(map(repr, ignored))} apply to no parameter. A rule is a "
-                f"role ({', '.join(ROLES)}) or a pattern of parameter names, such as "
-                "'*.qkv.weight'; patterns go before roles. infer_roles(model) shows names and "
-                "roles."
+                f"The routes {', '.join(map(repr, ignored))} match no parameter. A route's key is "
+                f"a role ({', '.join(ROLES)}) or a pattern of parameter names, such as "
+                "'*.qkv.weight'; patterns take precedence. Call infer_roles(model) to see names "
+                "and roles."
             )
 
 
 @dataclass(frozen=True)
 class Route:
-    """Where a unit goes.
+    """The route of a unit.
 
     Args:
         strategy: The strategy.
-        rule: The pattern or role that decided.
+        rule: The pattern or role that matched.
     """
 
     strategy: Strategy[Any]
@@ -177,14 +176,14 @@ class Route:
 
 
 Routes: TypeAlias = Strategy[Any] | Mapping[str, Strategy[Any]] | Routing
-"""One strategy for all; or one for each role or name pattern, and a "default" one."""
+"""One strategy for all units; or one for each role or name pattern, and a "default"."""
 
 
 def as_routing(given: Routes) -> Routing:
-    """Return what `strategy=` says as a routing.
+    """Return the routing for an argument `strategy=`.
 
     Raises:
-        StructPrecondError: If it is no strategy and no mapping of strategies with a "default".
+        StructPrecondError: If it is neither a strategy nor a mapping with a "default".
     """
     if isinstance(given, Routing):
         return given
@@ -192,8 +191,8 @@ def as_routing(given: Routes) -> Routing:
         return Routing(given)
     if "default" not in given or not all(isinstance(rule, str) for rule in given):
         raise StructPrecondError(
-            "A strategy= that is a mapping goes from roles, name patterns and 'default' to "
-            f"strategies, got {given!r}."
+            "strategy= takes a strategy, or a mapping from roles, name patterns and 'default' to "
+            f"strategies, got {given!r}. Add a 'default', and use strings as keys."
         )
     rules = {rule: strategy for rule, strategy in given.items() if rule != "default"}
     return Routing(given["default"], rules)
@@ -216,7 +215,7 @@ def hyperparameters_of(
 def _check_strategy(strategy: Any) -> None:
     if not isinstance(strategy, Strategy):
         raise StructPrecondError(
-            f"strategy takes an instance of Strategy, or a mapping from roles to such, got "
+            f"strategy= takes an instance of Strategy, or a mapping to instances, got "
             f"{strategy!r}. Did you pass the class instead of an instance?"
         )
 
@@ -225,14 +224,14 @@ def check_names(routing: Routing, given: Any) -> dict[str, Any]:
     """Return given hyperparameters as a dict.
 
     Raises:
-        StructPrecondError: If they are no mapping.
-        HyperparameterError: If there are names that are no hyperparameters.
+        StructPrecondError: If they are not a mapping.
+        HyperparameterError: If a name is unknown.
     """
     try:
         values = dict(given or {})
     except (TypeError, ValueError):
         raise StructPrecondError(
-            f"hyperparameters is a dict from names to values, got {given!r}."
+            f"hyperparameters= takes a dict from names to values, got {given!r}."
         ) from None
     known = routing.hyperparameters
     if unknown := set(values) - set(known):

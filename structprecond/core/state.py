@@ -1,4 +1,4 @@
-"""A strategy's state: nested stacked tensors, with names and rows derived from the fields."""
+"""The state of a strategy: nested stacked tensors, named after their fields."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ALL_ROWS = slice(None)
 class State:
     """Base of all states: subclasses are dataclasses of stacked tensors `(b, ...)`.
 
-    A field is a tensor, a `StructuredMatrix`, None, or a tuple of these. Every tensor has the b
-    rows of the stack as dimension 0.
+    A field is a tensor, a `StructuredMatrix`, None, or a tuple of these. Dimension 0 of every
+    tensor indexes the b rows of the stack.
 
     Example:
         >>> from dataclasses import dataclass
@@ -43,7 +43,7 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the tensors take."""
+        """The size of the tensors in bytes."""
         return sum(t.numel() * t.element_size() for t in self.named_tensors().values())
 
 
@@ -78,10 +78,10 @@ S = TypeVar("S", bound=State)
 
 @contextmanager
 def rows_of(state: S, rows: Rows) -> Iterator[S]:
-    """Work on some rows of a state: what is written to the yielded state is written to the rows.
+    """Yield some rows of a state, and write them back after the block.
 
-    All rows are yielded as they are, without a copy. If the block raises, rows that were copied
-    out stay as they were.
+    `ALL_ROWS` yields the state itself, without a copy. Otherwise, if the block raises, the rows
+    stay unchanged.
     """
     if isinstance(rows, slice) and rows == ALL_ROWS:
         yield state
@@ -94,12 +94,12 @@ def rows_of(state: S, rows: Rows) -> Iterator[S]:
 
 
 def on_device_of(rows: Rows, tensor: Tensor) -> Rows:
-    """Return rows in the form in which they index a tensor."""
+    """Return rows as an index on the tensor's device."""
     return rows if isinstance(rows, slice) else rows.to(tensor.device)
 
 
 def select(rows: torch.Tensor) -> Rows | None:
-    """Turn a mask `(b,)` on the CPU into rows: None if it is False everywhere."""
+    """Turn a mask `(b,)` on the CPU into rows; None if no row is selected."""
     if bool(rows.all()):
         return ALL_ROWS
     return rows.nonzero().squeeze(1) if bool(rows.any()) else None

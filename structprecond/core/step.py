@@ -1,4 +1,4 @@
-"""One step of one bucket: planned, reduced to the units that can take part, and applied."""
+"""One plan per step and bucket: which units take part, and how they are updated."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from structprecond.core.strategy import StepContext
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a recorded step reads on the device, because it differs from replay to replay.
+    """The inputs of a captured step, on the device.
 
     Args:
-        t: The update that each row is at, `(b,)`, float64.
-        lr: The learning rate, of no dimension.
+        t: The number of the update of each row, `(b,)`, float64.
+        lr: The learning rate, 0-d.
     """
 
     t: Tensor
@@ -31,17 +31,16 @@ class Recorded:
 
 @dataclass
 class Plan:
-    """What one step does with one bucket.
+    """The plan of one step for one bucket.
 
     Args:
         bucket: The bucket.
         live: Whether each of its units takes part.
-        every: The steps between two refreshes of a row, or whether all rows are refreshed now.
+        every: The refresh interval in steps, or whether all rows are refreshed now.
         global_step: The number of steps that the optimizer has made before.
         batch_size: The number of samples behind the gradients, None if unknown.
         maximize: Whether to ascend.
-        recorded: What stands for the updates and the learning rate while a step is recorded;
-            the counters of the rows stay as they are then.
+        recorded: The inputs of a captured step, which leaves the rows' counters unchanged.
     """
 
     bucket: Bucket
@@ -57,20 +56,20 @@ class Plan:
 
     @property
     def grads(self) -> Tensor:
-        """The gradients of the units that were live when it was first read, stacked."""
+        """The stacked gradients of the units that are live at the first read."""
         if self._grads is None:
             self._grads = self.bucket.gather_grads(self.live)
         return self._grads
 
     def exclude(self, units: Sequence[bool]) -> None:
-        """Let some of the live units sit the step out, and count that."""
+        """Exclude some live units from the step, and count that."""
         for i, excluded in enumerate(units):
             if excluded and self.live[i]:
                 self.live[i] = False
                 self.bucket.counters.skipped[self.bucket.spans[i]] += 1
 
     def trial(self, units: Sequence[bool]) -> Plan:
-        """Return the plan of the same step for some units of a twin, which changes nothing here."""
+        """Return the plan of the same step for some units of a copy of the bucket."""
         return replace(self, bucket=self.bucket.twin(), live=list(units), _grads=self.grads.clone())
 
     def due(self) -> Tensor:
@@ -85,9 +84,9 @@ class Plan:
     # --- apply -----------------------------------------------------------------------------------
 
     def apply(self) -> list[str]:
-        """Update the live units' parameters and state; return the units of failed refreshes.
+        """Update the live units' parameters and state; return the units with failed refreshes.
 
-        The gradients are freed, so that the next bucket finds the memory free.
+        Frees the gradients, so that the next bucket can use their memory.
         """
         bucket = self.bucket
         due = self.due()
@@ -145,7 +144,7 @@ class Plan:
         )
 
     def _begin(self, live: Tensor, grads: Tensor, hp: Mapping[str, Any]) -> Tensor:
-        """Show the strategy the first gradients of rows; return which rows sit this step out."""
+        """Initialize rows from their first gradients; return which rows sit this step out."""
         counters = self.bucket.counters
         fresh = live & ~counters.initialized
         rows = select(fresh)
@@ -156,14 +155,14 @@ class Plan:
             waits = self.bucket.strategy.begin(state, grads[rows], hp, ctx)
         counters.failed[rows] += ctx.failed
         counters.initialized |= fresh
-        counters.overdue &= ~fresh  # what was made from this gradient needs no refresh
+        counters.overdue &= ~fresh  # just initialized, so not overdue
         return fresh if waits else torch.zeros_like(fresh)
 
 
 def move(
     bucket: Bucket, direction: Tensor, rows: Rows, live: Sequence[bool], hp: Mapping[str, Any]
 ) -> None:
-    """Subtract lr times the directions from the parameters, and decay and constrain them."""
+    """Subtract lr times the directions from the parameters; decay and constrain them."""
     # the model may have been converted after construction
     if is_low_precision(bucket.params[0].dtype):
         _move_in_float32(bucket, direction, rows, live, hp)
@@ -185,7 +184,7 @@ def move(
 def _move_in_float32(
     bucket: Bucket, direction: Tensor, rows: Rows, live: Sequence[bool], hp: Mapping[str, Any]
 ) -> None:
-    """Do the same with parameters of low precision, which are rounded once at the end."""
+    """Move low-precision parameters in float32, and round them once at the end."""
     values, dtype = bucket.gather_params(rows), bucket.params[0].dtype
     kept = bucket.compensation
     if kept is not None:
@@ -209,6 +208,6 @@ def _scale(tensors: list[Tensor], factor: float | Tensor) -> None:
     if isinstance(factor, Tensor):
         torch._foreach_mul_(tensors, factor)
     elif factor != 1.0:
-        # on the CPU a number is made a tensor for every single product, which takes as long as it
+        # on the CPU, torch converts a number to a tensor for each product, at the cost of a product
         on_cpu = tensors[0].device.type == "cpu"
         torch._foreach_mul_(tensors, tensors[0].new_tensor(factor) if on_cpu else factor)

@@ -1,4 +1,4 @@
-"""What an author of a strategy imports: `Strategy`, `StepContext`, `Hyperparameter`.
+"""The interface for authors of strategies: `Strategy`, `StepContext`, `Hyperparameter`.
 
 A strategy turns a stack of gradients into a stack of update directions.
 """
@@ -25,12 +25,12 @@ from structprecond.structures.spec import Structure
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """A number that lives in the param group, where a scheduler may change it.
+    """A value in the param group, where a scheduler may change it.
 
     Args:
-        default: Its value if none is given.
-        check: Whether a value is allowed.
-        requirement: What the check asks for, in words.
+        default: The default value.
+        check: Returns whether a value is valid.
+        requirement: The check in words, for messages.
     """
 
     default: Any
@@ -38,7 +38,7 @@ class Hyperparameter:
     requirement: str
 
     def validate(self, name: str, value: Any) -> None:
-        """Raise `HyperparameterError` unless the value is allowed."""
+        """Raise `HyperparameterError` unless the value is valid."""
         check_value(name, value, self.check, self.requirement)
 
 
@@ -72,12 +72,12 @@ def interval(default: Any) -> Hyperparameter:
     return Hyperparameter(
         default,
         lambda v: callable(v) or is_count(v),
-        "an integer of at least 1, or a callable from the step to a bool",
+        "an integer of at least 1, or a callable that returns a bool for the step",
     )
 
 
 def decoupled_decay(hp: Mapping[str, Any]) -> float | Tensor:
-    """Return the factor of decoupled weight decay, `1 - lr * weight_decay`; 1.0 without any."""
+    """Return the factor of decoupled weight decay: `1 - lr * weight_decay`, or 1.0 without it."""
     decay = hp.get("weight_decay", 0)
     factor: float | Tensor = 1 - hp["lr"] * decay if decay != 0 else 1.0
     return factor
@@ -85,20 +85,20 @@ def decoupled_decay(hp: Mapping[str, Any]) -> float | Tensor:
 
 @dataclass
 class StepContext:
-    """What a strategy may know about the step besides gradients and hyperparameters.
+    """The context of a step, besides gradients and hyperparameters.
 
     Args:
-        t: The update that each row is at, from 1: an int if all rows are at the same one, else
-            numbers `(b,)` in float64. `bias_correction` and `reached` work with both.
+        t: The number of each row's update, from 1: an int if all rows are at the same one, else
+            `(b,)` in float64. `bias_correction` and `reached` handle both.
         seeds: The seed of each row's random numbers, `(b,)`, int64 on the CPU.
         due: The rows to refresh in this step, None for no row.
-        failed: The rows whose refresh failed, `(b,)`, bool on the CPU; `refresh_rows` writes it.
+        failed: The rows whose refresh failed, `(b,)`, bool on the CPU; set by `refresh_rows`.
         global_step: The number of steps that the optimizer has made before this one.
-        batch_size: The number of samples behind the gradients; None if it is unknown.
+        batch_size: The number of samples behind the gradients; None if unknown.
         params: Returns the stacked parameters `(b, *dims)`; every call gathers them.
         ndim: The number of dimensions of the stack `(b, *dims)`.
-        dtype: Its dtype.
-        device: Its device.
+        dtype: The dtype of the stack.
+        device: The device of the stack.
     """
 
     t: int | Tensor
@@ -112,19 +112,18 @@ class StepContext:
     dtype: torch.dtype
     device: torch.device
     decomposed: bool = False
-    """Whether `refresh_rows` was called: decompositions need a host-device sync."""
+    """Whether `refresh_rows` was called, so that the step needs a host-device sync."""
 
     def bias_correction(self, beta: float, rows: Rows = ALL_ROWS, ago: int = 0) -> float | Tensor:
-        r"""Return \(1 - \beta^t\), what divides a moving average to remove its bias.
+        r"""Return \(1 - \beta^t\), the divisor that corrects the bias of a moving average.
 
         Args:
             beta: The decay of the moving average.
-            rows: The rows to return it for.
-            ago: Return it for the update \(t - \text{ago}\) instead, for 1 at least.
+            rows: The rows to return it for. Default: all rows.
+            ago: Use the update \(\max(t - \text{ago}, 1)\) instead of t. Default: 0.
 
         Returns:
-            A number if all rows are at the same update, else one number per row, which broadcasts
-            over the stack: `(b, 1, ...)`.
+            A number if all rows are at the same update, else one per row, `(b, 1, ...)`.
         """
         if isinstance(self.t, int):
             return float(1 - beta ** max(self.t - ago, 1))
@@ -132,7 +131,7 @@ class StepContext:
         return self._per_row((1 - beta**t).to(self.dtype))
 
     def reached(self, update: int) -> bool | Tensor:
-        """Return whether each row is at a certain update, counted from 1, or beyond it.
+        """Return whether each row has reached an update, counted from 1.
 
         Returns:
             A bool if all rows are at the same update, else one per row, `(b, 1, ...)`.
@@ -146,11 +145,11 @@ class StepContext:
 
     @cached_property
     def generators(self) -> list[torch.Generator]:
-        """One generator of random numbers per row, on the device of the stack.
+        """One random generator per row, on the device of the stack.
 
-        Its numbers depend on the row's seed, which checkpoints hold, and on its update alone: a
-        resumed run draws the same ones, whatever other rows do. The seeds follow
-        `torch.manual_seed` at construction and the names of the parameters.
+        It depends only on the row's seed, which checkpoints hold, and on the row's update. So a
+        resumed run draws the same bits. Seeds come from `torch.manual_seed` at construction and the
+        parameters' names.
         """
         updates = [self.t] * len(self.seeds) if isinstance(self.t, int) else self.t.tolist()
         return [
@@ -168,19 +167,20 @@ class StepContext:
 
 @dataclass(frozen=True)
 class Strategy(ABC, Generic[S]):
-    """An optimization rule for stacks `(b, *dims)` whose b rows are independent problems.
+    """An update rule for stacks `(b, *dims)` of b independent rows.
 
-    Subclasses are frozen dataclasses: their fields are the static configuration. What may be
-    scheduled is declared in `hyperparameters` and lives in the param group; a strategy gets the
-    values in a plain dict under the declared names.
+    Subclasses are frozen dataclasses whose fields are the static configuration. Values that may be
+    scheduled are declared in `hyperparameters` and stay in the param group; methods get them as a
+    dict `hp` under the declared names.
 
     Attributes:
-        hyperparameters: The strategy's hyperparameters by name; `lr` always exists.
-        structures: The classes of structured matrices that it can work with; empty if it has no
-            Kronecker factors.
-        combine_params: The grouping rules to use where the user gives none; those that look at
-            modules are left out if there is no model.
-        refresh_interval: The name of the hyperparameter that says how often rows are refreshed.
+        hyperparameters: The hyperparameters by name; `lr` is required.
+        structures: The classes of structured matrices that it can use; empty without Kronecker
+            factors.
+        combine_params: The groupings if the user gives none; without a model, those that need
+            modules are left out.
+        refresh_interval: The name of the hyperparameter with the refresh interval, None without
+            refreshes.
         needs_batch_size: Whether the update depends on the batch size.
     """
 
@@ -197,20 +197,20 @@ class Strategy(ABC, Generic[S]):
         structures: tuple[Structure, ...],
         dtypes: tuple[torch.dtype, ...],
     ) -> S:
-        """Return the state at the start.
+        """Return the initial state.
 
         Args:
-            like: An empty stack `(b, *dims)` of the shape, dtype and device that gradients will
-                have; may be on the meta device, and its values are undefined.
-            structures: The class of structured matrices of every axis, None for no factor.
-            dtypes: The dtype of the factor of every axis.
+            like: An uninitialized stack `(b, *dims)` with the shape, dtype and device of the
+                gradients; may be on the meta device.
+            structures: The class of structured matrices of each axis, None for no factor.
+            dtypes: The dtype of each axis's factor.
         """
 
     def begin(self, state: S, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext) -> bool:
         """Initialize rows of the state in place from their first gradients `(b, *dims)`.
 
         Returns:
-            Whether these rows sit the step out: then `update` sees them at the next one.
+            Whether these rows sit the step out, so that their first `update` is in the next step.
             Default: False.
         """
         return False
@@ -219,50 +219,50 @@ class Strategy(ABC, Generic[S]):
     def update(self, state: S, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext) -> Tensor:
         """Update the state in place and return the update directions `(b, *dims)`.
 
-        The core applies `p <- p - lr * direction`. `grad` is the core's own copy and may be
-        overwritten, also with the directions.
+        The core applies `p <- p - lr * direction`. `grad` is a copy that may be overwritten, also
+        with the directions.
         """
 
     def due(self, steps: Tensor, phase_offsets: Tensor, every: int) -> Tensor:
-        """Return which rows to refresh at an interval of `every` steps, `(b,)`.
+        """Return the mask `(b,)` of rows to refresh.
 
-        Default: before update t = 0, 1, ... that the interval divides.
+        Default: rows where the interval divides the number of updates plus the phase offset.
 
         Args:
-            steps: The number of updates that each row has had.
-            phase_offsets: How many steps earlier than at their own multiples rows are refreshed.
-            every: The interval.
+            steps: The number of past updates of each row.
+            phase_offsets: The phase offset of each row's refreshes, in steps.
+            every: The refresh interval in steps.
         """
         return (steps + phase_offsets) % every == 0
 
     def decay_factors(self, hp: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor]:
-        """Return what the core multiplies parameters by before and after the update.
+        """Return the factors on the parameters before and after the update.
 
         Default: decoupled weight decay before it, if there is a hyperparameter `weight_decay`. A
-        strategy that decays parameters in `update` returns `(1.0, 1.0)`.
+        strategy that decays in `update` returns `(1.0, 1.0)`.
         """
         return decoupled_decay(hp), 1.0
 
     def constraint(self) -> Callable[[Tensor], Tensor] | None:
-        """Return a function from stacked parameters `(b, *dims)` to the values they should have.
+        """Return a function that projects stacked parameters `(b, *dims)` after every update.
 
-        The core applies it after every update. Default: None, for no constraint.
+        Default: None, for no constraint.
         """
         return None
 
     def adapt_structures(
         self, structures: tuple[Structure, ...], dims: Sequence[int], order: int, units: str
     ) -> tuple[Structure, ...]:
-        """Return the structures that the strategy uses where the user asks for `structures`.
+        """Return the structures that the strategy uses if the user requests `structures`.
 
         Args:
-            structures: What the user asks for, axis by axis.
+            structures: The requested structure of each axis.
             dims: The sizes of the axes.
-            order: The number of axes of the parameters themselves.
-            units: The parameters concerned, for errors.
+            order: The largest number of axes of the ungrouped parameters.
+            units: The names of the parameters, for messages.
 
         Raises:
-            StructureError: If the strategy cannot work with one of the structures.
+            StructureError: If the strategy cannot use one of the structures.
         """
         for structure in structures:
             if structure is not None and not issubclass(structure, self.structures):

@@ -1,4 +1,4 @@
-"""From grouping rules to units: which parameters are one tensor, and of which shape."""
+"""Forms units from groupings: which parameters form one tensor, of which shape."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from structprecond.groups import PreconditionerGroup
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """The parameters that one rule treats jointly.
+    """Parameters that are grouped into one tensor.
 
     Args:
-        rule: The rule.
-        params: The parameters; the first one carries the unit's state.
+        rule: The grouping.
+        params: The parameters; the first one holds the unit's state.
         names: Their names.
-        shape: The shape of one problem `(*dims)`.
-        rows: The number of independent problems, 1 unless the rule is stacked.
+        shape: The shape of one row `(*dims)`.
+        rows: The number of independent rows, 1 unless the grouping is stacked.
     """
 
     rule: PreconditionerGroup
@@ -48,26 +48,26 @@ def find_units(
     rules: Sequence[PreconditionerGroup],
     names: Mapping[nn.Parameter, str],
 ) -> list[Unit]:
-    """Let each rule in turn claim parameters.
+    """Let each grouping in turn claim parameters.
 
-    A unit is claimed whole or not at all: if one of its parameters has been claimed before, is not
-    among `params`, or is frozen while another is not, its parameters are left to the next rules.
+    A unit is claimed as a whole or not at all. If one of its parameters is claimed already, is not
+    in `params`, or is frozen while another is not, the next groupings may claim them.
 
     Args:
-        model: The model that the rules look at; None if only parameters are known.
-        params: The parameters to distribute.
-        rules: The rules, most important first.
+        model: The model; None if only parameters are known.
+        params: The parameters to group.
+        rules: The groupings, most important first.
         names: A name for every parameter, for messages.
 
     Returns:
-        The units, in the order in which `params` names their first parameters.
+        The units, in the order of their first parameters in `params`.
 
     Raises:
-        GroupError: If a rule is no rule, needs a model where there is none, names something that is
-            not a parameter of the model, mixes dtypes or devices, does not invert its own `group`,
-            or if a parameter is not claimed by any rule.
+        GroupError: If a grouping is not a `PreconditionerGroup`, needs a model where there is none,
+            names a tensor that is not a parameter of the model, mixes dtypes or devices, or does
+            not invert its own `group`; or if no grouping claims a parameter.
     """
-    # rules that look at parameters alone see those of a plain list as a model
+    # groupings without `requires_modules` also work on a plain list of parameters
     seen = BareParameters(names) if model is None else model
     known = {id(p) for p in seen.parameters()}
     open_params = {id(p) for p in params}
@@ -81,14 +81,14 @@ def find_units(
             )
         if rule.requires_modules and model is None:
             raise GroupError(
-                f"{rule} looks at the modules of the model, but the optimizer was given parameters "
-                "only. Pass the model as the first argument."
+                f"{rule} needs the modules of the model, but the optimizer was given only "
+                "parameters. Pass the model as the first argument."
             )
         for members in rule.identify(seen):
             if foreign := [p for p in members if id(p) not in known]:
                 raise GroupError(
-                    f"{rule}.identify named something of shape {tuple(foreign[0].shape)} that is "
-                    "not a parameter of the model. Rules may only name the model's parameters."
+                    f"{rule}.identify named a tensor of shape {tuple(foreign[0].shape)} that is "
+                    "not a parameter of the model. Return only the model's parameters."
                 )
             if len({id(p) for p in members}) < len(members):
                 label = " + ".join(names.get(p, "?") for p in members)
@@ -102,8 +102,8 @@ def find_units(
                 open_params -= {id(p) for p in members}
     if lost := [names[p] for p in params if id(p) in open_params]:
         raise GroupError(
-            f"No rule of combine_params={tuple(rules)} claims the parameters {', '.join(lost)}. "
-            "Append PerParameter(), or leave them out of params."
+            f"No grouping in combine_params={tuple(rules)} claims the parameters "
+            f"{', '.join(lost)}. Append PerParameter(), or leave them out of params."
         )
     position = {id(p): i for i, p in enumerate(params)}
     return sorted(units, key=lambda unit: position[id(unit.params[0])])
@@ -119,11 +119,11 @@ def _unit(
     if len({(p.dtype, p.device) for p in members}) > 1:
         kinds = ", ".join(f"{names[p]}: {p.dtype} on {p.device}" for p in members)
         raise GroupError(
-            f"{rule} treats {label} jointly, but they differ in dtype or device ({kinds}). "
-            "Convert them, or leave them to PerParameter()."
+            f"{rule} groups {label}, but they differ in dtype or device ({kinds}). Convert them, "
+            "or leave them to PerParameter()."
         )
     shapes = [p.shape for p in members]
-    # equal shapes are checked once: models repeat themselves
+    # check equal shapes only once
     key = (id(rule), tuple(shapes))
     if key not in grouped_shapes:
         grouped_shapes[key] = _check_inverse(rule, shapes, label)
@@ -132,14 +132,14 @@ def _unit(
     shape = grouped[1:] if rule.stacked else grouped
     if not shape:
         raise GroupError(
-            f"{rule}.group makes a tensor of shape {tuple(grouped)} of {label}, which leaves no "
-            "axis to precondition. Return at least one axis per problem."
+            f"{rule}.group returns a tensor of shape {tuple(grouped)} for {label}, which leaves no "
+            "axis to precondition. Return at least one axis per row."
         )
     return Unit(rule, tuple(members), tuple(names[p] for p in members), shape, rows)
 
 
 def _check_inverse(rule: PreconditionerGroup, shapes: list[Size], label: str) -> Size:
-    """Return the shape that `group` makes, after checking that `ungroup` inverts it."""
+    """Return the shape of the grouped tensor, after checking that `ungroup` inverts `group`."""
     numbers = torch.arange(sum(s.numel() for s in shapes), dtype=torch.int32, device="cpu")
     tensors = [
         piece.view(shape)
@@ -149,12 +149,12 @@ def _check_inverse(rule: PreconditionerGroup, shapes: list[Size], label: str) ->
     back = rule.ungroup(grouped, shapes)
     if [t.shape for t in back] != shapes:
         raise GroupError(
-            f"{rule}.ungroup does not invert {rule}.group: of {label} it makes tensors of shapes "
-            f"{[tuple(t.shape) for t in back]}. Return one tensor per parameter, in its shape."
+            f"{rule}.ungroup does not invert {rule}.group: for {label} it returns tensors of "
+            f"shapes {[tuple(t.shape) for t in back]}. Return one in the shape of each parameter."
         )
     if not all(torch.equal(b, t) for b, t in zip(back, tensors, strict=True)):
         raise GroupError(
-            f"{rule}.ungroup does not invert {rule}.group: of {label} it puts entries in other "
-            "places. Both may only move entries."
+            f"{rule}.ungroup does not invert {rule}.group: for {label} it returns entries in other "
+            "places. Let both only move entries, and undo each other."
         )
     return grouped.shape

@@ -1,4 +1,4 @@
-"""Warnings that point at the user's line, whatever the library and torch call in between."""
+"""Warnings that point at the user's line, through frames of this library and torch."""
 
 from __future__ import annotations
 

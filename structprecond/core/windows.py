@@ -1,4 +1,4 @@
-"""Where each parameter's entries lie in a grouped tensor: what makes grouping free."""
+"""Windows: the view of each parameter's entries in a stack, which makes grouping free."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from structprecond.core.units import Unit
 
 @dataclass(frozen=True)
 class Window:
-    """The strided view of a stack that holds one parameter's entries.
+    """A strided view of a stack with one parameter's entries.
 
     Args:
         size: The parameter's shape.
@@ -30,11 +30,11 @@ class Window:
 
 
 def find_windows(unit: Unit) -> tuple[Window, ...] | None:
-    """Return the window of each parameter in the unit's own rows.
+    """Return the window of each parameter in the unit's rows.
 
     Returns:
-        None if the rule's `ungroup` copies, or leaves entries of the grouped tensor uncovered: then
-        `group` and `ungroup` have to be called at every step.
+        None if `ungroup` copies or does not cover the grouped tensor: then every step has to call
+        `group` and `ungroup`.
     """
     rows = (unit.rows,) if unit.rule.stacked else ()
     # never written to, so the memory for this tensor is never touched

@@ -1,4 +1,4 @@
-"""Grouping rules: which parameters form one tensor."""
+"""Groupings: which parameters form a unit."""
 
 from structprecond.groups.base import FlattenAndConcatenate, PreconditionerGroup
 from structprecond.groups.embedding import FlattenEmbedding

@@ -1,4 +1,4 @@
-"""The interface of grouping rules: which parameters form one tensor."""
+"""The interface of groupings."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from torch import Size, Tensor, nn
 
 
 class PreconditionerGroup(ABC):
-    """A rule: which parameters are treated jointly, and as which tensor.
+    """A grouping: which parameters form a unit, and as which tensor.
 
-    `group` and `ungroup` rearrange entries and are inverse to each other. An `ungroup` that returns
-    views costs nothing: the optimizer finds the views once and copies gradients straight into them.
-    Rules are compared with `==` to decide which parameters can be stacked, so make your own a
-    frozen dataclass.
+    `group` and `ungroup` move entries and undo each other. An `ungroup` that returns views costs
+    nothing: the optimizer finds the views once and copies gradients straight into them. Only units
+    with equal groupings are stacked, so make your own grouping a frozen dataclass.
 
     Attributes:
-        stacked: If True, dimension 0 of the grouped tensor indexes independent problems (heads,
-            experts), each with Kronecker factors of its own.
-        requires_modules: If True, `identify` looks at modules, so the optimizer has to be given the
-            model and not just parameters.
+        stacked: If True, dimension 0 of the grouped tensor indexes independent rows (heads,
+            experts), each with its own Kronecker factors.
+        requires_modules: If True, `identify` needs modules, so the optimizer must be given the
+            model.
 
     Example:
         >>> from dataclasses import dataclass
         >>> @dataclass(frozen=True)
         ... class NormsTogether(FlattenAndConcatenate):
-        ...     '''Treat scale and shift of each layer norm as one vector.'''
+        ...     '''Group weight and bias of each layer norm into one vector.'''
         ...
         ...     def identify(self, model):
         ...         norms = (m for m in model.modules() if isinstance(m, nn.LayerNorm))
@@ -41,16 +40,16 @@ class PreconditionerGroup(ABC):
 
     @abstractmethod
     def identify(self, model: nn.Module) -> list[list[nn.Parameter]]:
-        """Return the parameters of the model that are treated jointly, one list per unit.
+        """Return the parameters of each unit.
 
-        A unit is used if none of its parameters belongs to another unit already (a parameter that
-        is shared by two modules may be listed twice: the first unit gets it), all of them are in
-        the same parameter group, and either all or none are frozen.
+        A unit is used if none of its parameters belongs to an earlier unit, all are in the same
+        param group, and either all or none are frozen. A parameter that two modules share may
+        occur in two units.
         """
 
     @abstractmethod
     def group(self, tensors: list[Tensor]) -> Tensor:
-        """Combine tensors with the shapes of a unit's parameters into one tensor."""
+        """Join tensors with the shapes of a unit's parameters into one tensor."""
 
     @abstractmethod
     def ungroup(self, grouped_tensor: Tensor, tensor_shapes: list[Size]) -> list[Tensor]:
@@ -58,21 +57,18 @@ class PreconditionerGroup(ABC):
 
 
 def squeeze_axes(tensor: Tensor) -> Tensor:
-    """Drop axes of size 1, keeping at least one: no 1x1 Kronecker factors."""
+    """Drop axes of size 1 but keep at least one axis, which avoids 1x1 Kronecker factors."""
     return tensor.reshape([size for size in tensor.shape if size != 1] or [1])
 
 
 class FlattenAndConcatenate(PreconditionerGroup):
-    """Base of the rules that treat several parameters as one long vector.
-
-    Subclasses say in `identify` which parameters belong together.
-    """
+    """Base of groupings that join parameters into one vector; subclasses define `identify`."""
 
     def group(self, tensors: list[Tensor]) -> Tensor:
-        """Return one vector with all entries, tensor after tensor."""
+        """Concatenate the flattened tensors."""
         return torch.cat([t.flatten() for t in tensors])
 
     def ungroup(self, grouped_tensor: Tensor, tensor_shapes: list[Size]) -> list[Tensor]:
-        """Cut the vector and shape the pieces."""
+        """Split the vector and reshape the pieces."""
         pieces = grouped_tensor.split([shape.numel() for shape in tensor_shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, tensor_shapes, strict=True)]

@@ -1,4 +1,4 @@
-"""Embeddings as vectors."""
+"""Groups embeddings as vectors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from structprecond.groups.base import FlattenAndConcatenate
 
 @dataclass(frozen=True)
 class FlattenEmbedding(FlattenAndConcatenate):
-    """Treat the weight of an embedding as one vector.
+    """Group the weight of an embedding as one vector.
 
-    A vector of `num_embeddings * embedding_dim` entries needs a structure that stores little, such
-    as `diagonal`, `block<k>diagonal`, `hierarchical<k1>_<k2>` or `triltoeplitz`.
+    The vector has `num_embeddings * embedding_dim` entries, so choose a cheap structure:
+    `diagonal`, `block<k>diagonal`, `hierarchical<k1>_<k2>` or `triltoeplitz`.
 
     Attributes:
         EMBEDDING_CLS: The classes that count as embeddings.

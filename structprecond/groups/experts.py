@@ -1,4 +1,4 @@
-"""The experts of a mixture, or the layers of a stack, as independent problems."""
+"""Groups the experts of a mixture, or the layers of a stack, as independent rows."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _STACKED: tuple[RoleName, ...] = ("experts", "stack")
 
 @dataclass(frozen=True)
 class StackExperts(PreconditionerGroup):
-    """Treat the experts of a weight `(experts, out, in)` as independent rows of a stack.
+    """Group the experts of a weight `(experts, out, in)` as independent rows of a stack.
 
-    Each expert has Kronecker factors of its own, where `PerParameter` gives the weight three
-    factors. So has each layer of a weight `(layers, out, in)` that holds those of all layers.
+    Each expert, and each layer of a weight `(layers, out, in)`, has its own Kronecker factors.
+    `PerParameter` would give the whole weight three factors instead.
 
     Args:
-        pattern: Names of parameters with at least two axes, with shell wildcards, for weights that
-            are not called experts, such as heads `(heads, in, out)`. Default: None, for what
+        pattern: A pattern of parameter names, with shell wildcards, for other weights with at least
+            two axes, such as heads `(heads, in, out)`. Default: None, the experts that
             `infer_roles` finds.
 
     Raises:
-        GroupError: If nothing matches the pattern, or something with fewer than two axes.
+        GroupError: If no parameter matches the pattern, or one with fewer than two axes.
 
     Example:
         >>> StackExperts().group([torch.zeros(8, 16, 4)]).shape
@@ -39,7 +39,7 @@ class StackExperts(PreconditionerGroup):
     requires_modules = False
 
     def identify(self, model: nn.Module) -> list[list[nn.Parameter]]:
-        """Return every parameter that holds the weights of several experts or layers."""
+        """Return every parameter with the weights of several experts or layers."""
         named = dict(model.named_parameters())
         if self.pattern is None:
             roles = infer_roles(model)
@@ -48,13 +48,13 @@ class StackExperts(PreconditionerGroup):
         if not found or any(p.ndim < 2 for p in found.values()):
             raise GroupError(
                 f"{self}: expected parameters with at least two axes, found "
-                f"{ {name: tuple(p.shape) for name, p in found.items()} }. Names are "
+                f"{ {name: tuple(p.shape) for name, p in found.items()} }. Match one of "
                 f"{', '.join(named)}."
             )
         return [[p] for p in found.values()]
 
     def group(self, tensors: list[Tensor]) -> Tensor:
-        """Return the weight, whose first axis is that of the stack."""
+        """Return the weight: its first axis indexes the rows."""
         return tensors[0]
 
     def ungroup(self, grouped_tensor: Tensor, tensor_shapes: list[Size]) -> list[Tensor]:

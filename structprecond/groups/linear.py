@@ -1,4 +1,4 @@
-"""Linear layers: weight and bias as one matrix."""
+"""Groups weight and bias of linear layers as one matrix."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from structprecond.groups.base import PreconditionerGroup, squeeze_axes
 
 @dataclass(frozen=True)
 class LinearWeightBias(PreconditionerGroup):
-    """Treat weight `(out, in)` and bias `(out,)` of a linear layer as one matrix `(out, in + 1)`.
+    """Group weight `(out, in)` and bias `(out,)` of a linear layer as one matrix `(out, in + 1)`.
 
-    The bias is the last column. Layers without a bias are left to the next rule.
+    The bias is the last column. Layers without a bias are left to the next grouping.
 
     Attributes:
         LINEAR_CLS: The classes that count as linear layers.
@@ -33,7 +33,7 @@ class LinearWeightBias(PreconditionerGroup):
         return [[m.weight, m.bias] for m in layers if isinstance(m.bias, nn.Parameter)]  # type: ignore[list-item]
 
     def group(self, tensors: list[Tensor]) -> Tensor:
-        """Append the bias as last column; axes of size 1 are dropped."""
+        """Append the bias as last column, and drop axes of size 1."""
         weight, bias = tensors
         return squeeze_axes(torch.cat([weight, bias.unsqueeze(1)], dim=1))
 

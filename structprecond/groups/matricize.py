@@ -1,4 +1,4 @@
-"""Weights as matrices, for the strategies that know matrices only."""
+"""Groups weights as matrices, for strategies that take only matrices."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from structprecond.groups.base import PreconditionerGroup
 
 @dataclass(frozen=True)
 class Matricize(PreconditionerGroup):
-    """Treat each weight `(out, ...)` as a matrix; a convolution is `(out, in * kh * kw)`.
+    """Reshape each weight `(out, ...)` to a matrix; a convolution becomes `(out, in * kh * kw)`.
 
     Axes of size 1 stay, since `(1, n)` and `(n, 1)` are different matrices. Parameters with fewer
-    than two axes are vectors.
+    than two axes become vectors.
 
     Example:
         >>> Matricize().group([torch.zeros(8, 3, 5, 5)]).shape

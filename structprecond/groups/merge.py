@@ -1,4 +1,4 @@
-"""Neighbouring axes as one: fewer, larger Kronecker factors."""
+"""Merges neighbouring axes: fewer, larger Kronecker factors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DataFormat = Literal["channels_first", "channels_last"]
 
 
 def merge_shape(shape: Sequence[int], max_dim: int) -> tuple[int, ...]:
-    """Multiply neighbouring sizes, from the left, as long as the product is at most `max_dim`.
+    """Multiply neighbouring sizes from the left while the product is at most `max_dim`.
 
     Source: Vyas et al. 2024 (arXiv 2409.11321), official implementation.
 
@@ -41,12 +41,12 @@ def merge_shape(shape: Sequence[int], max_dim: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class MergeDims(PreconditionerGroup):
-    """Treat each parameter by itself, with neighbouring axes merged while their product is small.
+    """Make each parameter a unit, with neighbouring axes merged while their product is small.
 
     Args:
         max_dim: The largest product of merged axes, at least 1. Default: 10000.
-        data_format: "channels_last" for 4-d tensors stored as `(out, height, width, in)`: they are
-            treated as `(out, in, height, width)`. Default: "channels_first".
+        data_format: "channels_last" permutes 4-d tensors from `(out, height, width, in)` to
+            `(out, in, height, width)`. Default: "channels_first".
 
     Raises:
         GroupError: If an argument is out of range.

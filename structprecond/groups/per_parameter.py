@@ -1,4 +1,4 @@
-"""Every parameter by itself: the default rule."""
+"""Makes each parameter a unit: the default grouping."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from structprecond.groups.base import PreconditionerGroup, squeeze_axes
 
 @dataclass(frozen=True)
 class PerParameter(PreconditionerGroup):
-    """Treat each parameter by itself, as a tensor without its axes of size 1.
+    """Make each parameter a unit, without its axes of size 1.
 
     Example:
         >>> PerParameter().group([torch.zeros(4, 1, 3)]).shape

@@ -1,4 +1,4 @@
-"""One parameter as several independent problems: attention heads, fused projections."""
+"""Splits a parameter into independent rows: attention heads, fused projections."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from structprecond.groups.base import PreconditionerGroup
 
 @dataclass(frozen=True)
 class SplitHeads(PreconditionerGroup):
-    """Treat the heads (or fused blocks) of a parameter as independent rows of a stack.
+    """Split the heads (or fused blocks) of a parameter into independent rows of a stack.
 
-    A weight `(heads * d, in)` becomes a stack `(heads, d, in)` whose rows have Kronecker factors of
-    their own, and a bias `(heads * d,)` a stack `(heads, d)`. Three blocks split a fused
-    query-key-value projection; `3 * num_heads` split it into its heads. With `axis=1` the heads are
-    along the input, as in an output projection `(out, heads * d)`.
+    A weight `(heads * d, in)` becomes a stack `(heads, d, in)` whose rows have their own Kronecker
+    factors, and a bias `(heads * d,)` a stack `(heads, d)`. For a fused query-key-value projection,
+    `heads=3` splits q, k and v, and `heads=3 * num_heads` splits all their heads. `axis=1` splits
+    the input axis, as for an output projection `(out, heads * d)`.
 
     Args:
-        pattern: Names of parameters, as in `model.named_parameters()`, with shell wildcards.
+        pattern: A pattern of parameter names, with shell wildcards.
         heads: The number of equal pieces, at least 1.
-        axis: The axis that is split, 0 or 1.
+        axis: The axis to split, 0 or 1. Default: 0.
 
     Raises:
-        GroupError: If `heads` or `axis` is out of range, nothing matches the pattern, or an axis
-            cannot be split evenly.
+        GroupError: If `heads` or `axis` is out of range, no parameter matches the pattern, or the
+            axis cannot be split evenly.
 
     Example:
         >>> SplitHeads("*.qkv.weight", heads=3).group([torch.zeros(12, 4)]).shape
@@ -46,16 +46,16 @@ class SplitHeads(PreconditionerGroup):
             raise GroupError(f"{self}: heads must be at least 1, and axis 0 or 1.")
 
     def identify(self, model: nn.Module) -> list[list[nn.Parameter]]:
-        """Return every parameter whose name fits the pattern."""
+        """Return every parameter whose name matches the pattern."""
         named = dict(model.named_parameters(remove_duplicate=False))
         found = {name: p for name, p in named.items() if fnmatchcase(name, self.pattern)}
         if not found:
-            raise GroupError(f"{self}: no parameter has such a name. Names are {', '.join(named)}.")
+            raise GroupError(f"{self} matches no parameter. Match one of {', '.join(named)}.")
         for name, p in found.items():
             if p.ndim <= self.axis or p.shape[self.axis] % self.heads:
                 raise GroupError(
-                    f"{self}: axis {self.axis} of {name} {tuple(p.shape)} has no {self.heads} "
-                    "equal pieces."
+                    f"{self} cannot split axis {self.axis} of {name} {tuple(p.shape)} into "
+                    f"{self.heads} equal pieces. Choose a divisor of its size."
                 )
         return [[p] for p in dict.fromkeys(found.values())]
 
@@ -71,7 +71,7 @@ class SplitHeads(PreconditionerGroup):
         return stack
 
     def ungroup(self, grouped_tensor: Tensor, tensor_shapes: list[Size]) -> list[Tensor]:
-        """Put the pieces together again."""
+        """Join the pieces."""
         (shape,) = tensor_shapes
         if self.axis == 0:
             return [grouped_tensor.reshape(shape)]

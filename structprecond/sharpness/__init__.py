@@ -1,1 +1,1 @@
-"""Sharpness-aware steps, which take two gradients."""
+"""Sharpness-aware minimization: SAM, its perturbation, and batch norm in its second pass."""

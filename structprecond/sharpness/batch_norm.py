@@ -1,4 +1,4 @@
-"""Batch norm during passes that should leave no trace in its statistics."""
+"""Batch norm during passes that must not update its statistics."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @contextmanager
 def freeze_batch_norm(model: nn.Module) -> Iterator[None]:
-    """Leave the running statistics of batch norm as they are, also in training mode.
+    """Freeze the running statistics of batch norm, also in training mode.
 
-    The outputs are the same: of the batch's own statistics in training, of the running ones in
-    evaluation. For the second pass of `SAM`, whose activations belong to perturbed parameters.
+    Outputs do not change: training mode still uses the batch's statistics, evaluation mode the
+    running ones. Meant for the second pass of `SAM`, whose activations come from perturbed
+    parameters.
 
     Args:
-        model: The model. Its modules are as before after the context, also after an exception.
+        model: The model. Its modules are restored after the context, also after an exception.
 
     Example:
         >>> from structprecond import freeze_batch_norm

@@ -1,4 +1,4 @@
-"""How far SAM goes: the norm of the gradients of all parameters, and the step along them."""
+"""SAM's perturbation: the norm of all gradients, and the step along them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from torch import Tensor
 
 @dataclass
 class Part:
-    """The parameters of one group, dtype and device that are perturbed, and their gradients.
-
-    Gradients of low precision come in float32.
-    """
+    """Parameters of one group, dtype and device, and their gradients (low precision in float32)."""
 
     rho: float  # negative where the base maximizes
     adaptive: bool
@@ -33,23 +30,23 @@ class Part:
             self.directions = [*torch._foreach_mul(self.params, grads)]
 
     def norm(self, order: float = 2.0) -> Tensor:
-        """Return the norm of the directions, of the gradients if the order is infinite."""
+        """Return the 2-norm of the directions, or the infinity norm of the gradients."""
         tensors = self.directions if order == 2 else self.grads
         norms: Tensor = torch.stack(torch._foreach_norm(tensors, order))
         return torch.linalg.vector_norm(norms, order)  # type: ignore[no-any-return]
 
     def perturb(self, norm: float) -> None:
-        """Add e, where the norm of T g is given; uses up the directions."""
+        """Add e, given the norm of T g; overwrites the directions."""
         if self.adaptive:
             torch._foreach_mul_(self.directions, self.params)
         torch._foreach_add_(self.params, self.directions, alpha=self.rho / norm)
 
 
 def total_norm(parts: list[Part]) -> tuple[float, float]:
-    """Return the norm of all directions, and the unit it is measured in.
+    """Return the norm of all directions, and its unit.
 
-    The unit is 1 unless squares overflow. Then the gradients of the parts are divided by their
-    largest entry, the unit, on which the perturbation does not depend.
+    The unit is 1 unless squares overflow. Then it is the largest entry of the gradients, which are
+    divided by it; the perturbation does not depend on their scale.
     """
     norm = _combine(parts, 2.0)
     if math.isfinite(norm):
@@ -63,7 +60,7 @@ def total_norm(parts: list[Part]) -> tuple[float, float]:
 
 
 def _combine(parts: list[Part], order: float) -> float:
-    """Return a norm over all parts, on whatever devices they are, with one look at one of them."""
+    """Return a norm over all parts on all devices, with one host-device sync."""
     if not parts:
         return 0.0
     norms = [part.norm(order) for part in parts]

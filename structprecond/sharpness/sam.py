@@ -1,4 +1,4 @@
-"""SAM: step from where the parameters are, by the gradient from where the loss is high nearby."""
+"""SAM: steps by the gradient at the perturbed parameters, where the loss is high nearby."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from structprecond.sharpness.perturbation import Part, total_norm
 
 _TINY = 1e-12
 _SETTINGS = ("rho", "adaptive")
-# what copies and pickles carry: the rest belongs to this object (hooks, a scheduler's wrapper)
+# the attributes that copies and pickles keep, without hooks and a scheduler's wrapper
 _COPIED = ("base_optimizer", "skipped", "_own_defaults", "_model", "_old", "_failed", "_warned")
-# the base makes and loads state dicts, so it is the one to run their hooks
+# the base makes and loads state dicts, so it runs their hooks
 _HOOKS_OF_BASE = (
     "_optimizer_state_dict_pre_hooks",
     "_optimizer_state_dict_post_hooks",
@@ -34,7 +34,7 @@ _HOOKS_OF_BASE = (
 
 
 def _of_base(name: str) -> Any:
-    """Return a property that is the base's attribute, which loading may replace."""
+    """Return a property for an attribute of the base, which loading may replace."""
     return property(
         lambda sam: getattr(sam.base_optimizer, name),
         lambda sam, value: setattr(sam.base_optimizer, name, value),
@@ -45,15 +45,15 @@ def _of_base(name: str) -> Any:
 class SAM(Optimizer):
     r"""Sharpness-aware minimization around any optimizer.
 
-    With the gradient g of all parameters together, and \(T = |p|\) elementwise if `adaptive`, else
-    \(T = 1\),
+    With the gradient g of all parameters, and \(T = |p|\) elementwise if `adaptive`, else
+    \(T = 1\), the perturbation is
 
-    \[ e = \frac{\rho}{\|T g\|_2 + 10^{-12}} \, T^2 g, \]
+    \[ e = \frac{\rho}{\|T g\|_2 + 10^{-12}} \, T^2 g. \]
 
-    and the base optimizer steps from p by the gradient at \(p + e\) (at \(p - e\) where it
-    maximizes). A parameter without a gradient in the first pass is not perturbed.
+    The base optimizer steps from p by the gradient at \(p + e\), or at \(p - e\) if it maximizes.
+    A parameter without a gradient in the first pass is not perturbed.
 
-    Either give `step` a closure, or compute both gradients yourself:
+    Pass a closure to `step`, or compute both gradients yourself:
 
     ```python
     for x, y in batches:
@@ -66,7 +66,7 @@ class SAM(Optimizer):
     ```
 
     **Mixed precision.** e does not depend on the scale of the gradients, so only the second pass is
-    unscaled; `scaler.unscale_(sam)`, for clipping, goes right before `scaler.step`:
+    unscaled. To clip, call `scaler.unscale_(sam)` right before `scaler.step`:
 
     ```python
     sam.zero_grad()
@@ -77,9 +77,9 @@ class SAM(Optimizer):
     scaler.update()
     ```
 
-    **Data parallel.** The first backward needs no exchange of gradients: every rank then perturbs
-    by the gradient of its own samples (m-SAM), and only the second gradients are averaged. A
-    closure under DistributedDataParallel has to exchange the gradients in both of its calls.
+    **Data parallel.** The first backward needs no all-reduce: each rank then perturbs by the
+    gradient of its own samples (m-SAM), and only the second gradients are averaged. A closure under
+    DistributedDataParallel must all-reduce in both calls.
 
     ```python
     sam.zero_grad()
@@ -90,37 +90,37 @@ class SAM(Optimizer):
     sam.second_step()
     ```
 
-    **Non-finite gradients**, in either pass, skip the whole step: parameters and state stay as they
-    are. In the second pass a `StructuredOptimizer` decides itself, by its `nonfinite`. If the first
-    pass fails, `first_step(zero_grad=True)` fills the gradients with NaN instead of clearing them,
-    so that a scaler and the other ranks learn of it with the second backward.
+    **Non-finite gradients** in either pass skip the whole step: parameters and state do not change.
+    In the second pass, a `StructuredOptimizer` follows its own `nonfinite`. If the first pass
+    fails, `first_step(zero_grad=True)` fills the gradients with NaN instead of clearing them, so
+    that a scaler and the other ranks notice in the second backward.
 
-    **Whatever goes wrong**, in a closure or in the base's step, the parameters return to the bits
-    that they had. `state_dict` holds no parameters, so it may be called between the two steps, but
-    the model's has the perturbed ones there: call `restore` first.
+    **After an exception** in a closure or in the base's step, the parameters get their exact old
+    values back. Between the two steps, `sam.state_dict()` is safe, since it holds no parameters,
+    but the model's holds perturbed ones: call `restore` first.
 
-    Hooks for state dicts are those of the base, and get it as their argument. Where torch wants to
-    step an optimizer itself (`torch.distributed.checkpoint` does), pass `sam.base_optimizer`.
+    State dict hooks belong to the base, and receive it as their argument. If torch steps the
+    optimizer itself, as `torch.distributed.checkpoint` does, pass `sam.base_optimizer`.
 
     Args:
-        params: What the class `base_optimizer` takes: parameters, named parameters, group dicts, or
-            the model, of which optimizers that do not know models get the parameters. Group dicts
-            may have their own `rho` and `adaptive`. None if `base_optimizer` is an instance.
-        base_optimizer: The optimizer that makes the step: a class, or an instance, such as
-            `SOAP(model, some_of_its_parameters)`, whose param groups keep the `rho` and `adaptive`
-            that they have.
-        rho: The size \(\rho\) of the neighbourhood, at least 0. Default: 0.05. Adaptive SAM wants
-            about ten times the rho of the original.
-        adaptive: Whether the neighbourhood scales with the parameters (adaptive SAM). Default:
-            True.
+        params: Parameters, named parameters, group dicts or the model, for the class
+            `base_optimizer`; torch's optimizers get the parameters of a model. Group dicts may have
+            their own `rho` and `adaptive`. None if `base_optimizer` is an instance.
+        base_optimizer: The optimizer that makes the step: a class, or an instance such as
+            `SOAP(model, some_of_its_parameters)`. The param groups of an instance keep their own
+            `rho` and `adaptive`.
+        rho: The size \(\rho\) of the neighbourhood, at least 0. Adaptive SAM needs about ten times
+            the rho of plain SAM. Default: 0.05.
+        adaptive: Whether the neighbourhood scales with the parameters (adaptive SAM).
+            Default: True.
         **base_kwargs: The other arguments of the class `base_optimizer`.
 
     Attributes:
-        base_optimizer: The base. `param_groups`, `state` and `defaults` are its own.
-        skipped: How many steps were skipped because a gradient was not finite.
+        base_optimizer: The base, which owns `param_groups`, `state` and `defaults`.
+        skipped: The number of steps skipped because of a non-finite gradient.
 
     Raises:
-        StructPrecondError: If an argument is wrong.
+        StructPrecondError: If an argument is invalid.
 
     Source: Foret et al. 2021, "Sharpness-Aware Minimization for Efficiently Improving
     Generalization" (arXiv 2010.01412); adaptive: Kwon et al. 2021, "ASAM" (arXiv 2102.11600).
@@ -154,8 +154,8 @@ class SAM(Optimizer):
         own_defaults = _checked({"rho": rho, "adaptive": adaptive})
         if isinstance(base_optimizer, SAM) or base_optimizer is SAM:
             raise StructPrecondError(
-                "base_optimizer is a SAM, which needs two gradients of its own. Pass the optimizer "
-                "that is to make the step."
+                "base_optimizer is a SAM, expected the optimizer that makes the step. Pass that "
+                "optimizer, or its class."
             )
         if isinstance(base_optimizer, Optimizer):
             base = base_optimizer
@@ -166,20 +166,20 @@ class SAM(Optimizer):
             base = base_optimizer(given, **base_kwargs)
         else:
             raise StructPrecondError(
-                f"base_optimizer takes a class of optimizers or an instance, got "
-                f"{base_optimizer!r}. Pass the class, as in SAM(params, torch.optim.SGD, lr=0.1)."
+                f"base_optimizer takes an optimizer or its class, got {base_optimizer!r}. Pass the "
+                "class, as in SAM(params, torch.optim.SGD, lr=0.1)."
             )
         if clash := sorted(set(_SETTINGS) & set(base.defaults)):
             raise StructPrecondError(
-                f"{type(base).__name__} has hyperparameters {clash} of its own, which would be one "
-                "with those of SAM. Choose another base optimizer."
+                f"{type(base).__name__} has hyperparameters {clash}, as SAM does. Choose another "
+                "base optimizer."
             )
         if len(settings) != len(base.param_groups):
             if any(settings):
                 raise StructPrecondError(
-                    f"{type(base).__name__} made {len(base.param_groups)} param groups of "
-                    f"{len(settings)}, so it is not known which have the rho and adaptive that "
-                    "were given. Set them in the param_groups of an instance, and pass that."
+                    f"{type(base).__name__} made {len(base.param_groups)} param groups from "
+                    f"{len(settings)}, so SAM cannot assign their rho and adaptive. Set these in "
+                    "the param_groups of an instance, and pass that."
                 )
             settings = [{} for _ in base.param_groups]
         for group, own in zip(base.param_groups, settings, strict=True):
@@ -189,16 +189,16 @@ class SAM(Optimizer):
         self.skipped = 0
         self._own_defaults = own_defaults
         self._model = model if isinstance(model, nn.Module) else None
-        # while a first step is pending: the old parameters, and whether the norm was not finite
+        # while a first step is pending: the old parameters, and whether the norm is non-finite
         self._old: dict[Tensor, Tensor] | None = None
         self._failed = self._warned = False
         self.__setstate__({})  # the hooks; Optimizer.__init__ would make groups and state as well
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group to the base; it may have its own `rho` and `adaptive`.
+        """Add a param group to the base, optionally with its own `rho` and `adaptive`.
 
         Raises:
-            StructPrecondError: If the group is wrong; then nothing is added.
+            StructPrecondError: If the group is invalid; then nothing is added.
         """
         if not isinstance(param_group, Mapping):
             raise StructPrecondError(f"A param group is a dict with 'params', got {param_group!r}.")
@@ -218,19 +218,19 @@ class SAM(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Make one step: both passes with a closure, without one the rest after `first_step`.
+        """Make both passes with a closure, or complete the step after `first_step`.
 
         Args:
-            closure: Computes the loss and the gradients. It is called twice, each time after the
-                gradients were cleared. The second call leaves the batch-norm statistics alone if
-                the model is known: as `params`, or as the base's `model`.
+            closure: Computes the loss and the gradients. It is called twice, each time with cleared
+                gradients. The second call freezes batch-norm statistics if the model is known, as
+                `params` or as the base's `model`.
 
         Returns:
-            What the first call of the closure returned.
+            The loss from the first call of the closure.
 
         Raises:
             StructPrecondError: If there is neither a closure nor a pending `first_step`.
-            GradientError: If a gradient cannot be used.
+            GradientError: If a gradient is unusable.
         """
         try:
             loss = None if closure is None else self._both_passes(closure)
@@ -239,22 +239,20 @@ class SAM(Optimizer):
             return loss
         except BaseException:
             self.restore()
-            # it would be multiplied into the scale of the next step
+            # otherwise it would multiply the scale of the next step
             self.__dict__.pop("grad_scale", None)
             raise
 
     @torch.no_grad()
     @without_autocast()
     def first_step(self, zero_grad: bool = False) -> None:
-        """Go from the parameters p to p + e.
-
-        A pending first step is given up: its parameters are restored before.
+        """Go from the parameters p to p + e, after restoring those of a pending first step.
 
         Args:
             zero_grad: Whether to clear the gradients afterwards. Default: False.
 
         Raises:
-            GradientError: If a gradient is sparse or complex; the parameters are the old ones then.
+            GradientError: If a gradient is sparse or complex; the parameters stay at p.
         """
         self.restore()
         parts = self._parts()
@@ -277,7 +275,7 @@ class SAM(Optimizer):
             self.zero_grad()
 
     def second_step(self, zero_grad: bool = False) -> None:
-        """Go back to the parameters p, and let the base step by the gradients at p + e.
+        """Go back to the parameters p, and step by the gradients at p + e.
 
         Args:
             zero_grad: Whether to clear the gradients afterwards. Default: False.
@@ -292,7 +290,7 @@ class SAM(Optimizer):
     @torch.no_grad()
     @without_autocast()
     def restore(self) -> None:
-        """Give up a pending `first_step`: the parameters return to their exact old values."""
+        """Undo a pending `first_step`: the parameters get their exact old values back."""
         self._go_back()
         self._old = None
 
@@ -314,17 +312,17 @@ class SAM(Optimizer):
         return loss
 
     def _complete(self) -> None:
-        """Make the second step; whoever calls restores if it raises."""
+        """Make the second step; the caller restores if it raises."""
         if self._old is None:
             raise StructPrecondError(
-                "There is nothing to complete: no first step is pending. Call first_step() before "
-                "step() or second_step(), or give step() a closure."
+                "SAM has nothing to complete: no first step is pending. Call first_step() before "
+                "step() or second_step(), or pass a closure to step()."
             )
         self._go_back()
         overflow = bool(getattr(self, "found_inf", False))
         if self._failed or overflow or self._base_would_not_notice():
             self.skipped += not self._failed
-            if not overflow:  # which is business as usual under a scaler
+            if not overflow:  # an overflow is normal under a scaler
                 self._warn()
         else:
             self._unscale()
@@ -333,20 +331,20 @@ class SAM(Optimizer):
         self._old = None
 
     def _base_would_not_notice(self) -> bool:
-        """Whether gradients are not finite and the base would use them all the same."""
+        """Return whether gradients are not finite and the base would not check them."""
         params = self._with_gradient()
         own_policy = isinstance(self.base_optimizer, StructuredOptimizer)
         return not own_policy and bool(with_nonfinite_gradient(params))
 
     def _unscale(self) -> None:
-        """Divide by the scale, if `GradScaler` says that the gradients have one."""
+        """Divide the gradients by the scale, if `GradScaler` has set one."""
         scale = getattr(self, "grad_scale", None)
         grads = _grads(self._with_gradient())
         if scale is None or not grads:
             return
         if any(g.dtype == torch.float16 for g in grads):
             raise GradientError(
-                "float16 gradients lose small values when they are unscaled. Keep the parameters "
+                "Gradients are float16, which lose small values when unscaled. Keep the parameters "
                 "in float32 and run the forward pass under torch.autocast."
             )
         torch._foreach_mul_(grads, 1 / float(scale))
@@ -357,12 +355,12 @@ class SAM(Optimizer):
         self._warned = True
         warn(
             f"SAM skipped a step, because a gradient of the {'first' if self._failed else 'second'}"
-            " pass was not finite. Parameters and state stay as they are for this step; further "
-            "steps are skipped without a warning and counted in sam.skipped."
+            " pass was not finite. The step left parameters and state unchanged. Later skips give "
+            "no warning; sam.skipped counts them."
         )
 
     def _parts(self) -> list[Part]:
-        """Return what takes part in the perturbation, in parts that are treated alike."""
+        """Return the perturbed parameters in parts of the same group, device and dtype."""
         base_maximizes = getattr(self.base_optimizer, "maximize", False)
         parts = []
         for group in self.param_groups:
@@ -370,7 +368,7 @@ class SAM(Optimizer):
             sign = -1 if group.get("maximize", base_maximizes) else 1
             alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for p in self._with_gradient([group]):
-                if p.requires_grad:  # else its gradient is an old one
+                if p.requires_grad:  # else its gradient is stale
                     alike.setdefault((p.device, p.dtype), []).append(p)
             for (_, dtype), params in alike.items():
                 grads = _grads(params)
@@ -380,7 +378,7 @@ class SAM(Optimizer):
         return parts
 
     def _with_gradient(self, groups: Iterable[dict[str, Any]] | None = None) -> list[nn.Parameter]:
-        """Return the parameters that have a gradient; raise if it is of a kind that cannot be used.
+        """Return the parameters that have a gradient.
 
         Raises:
             GradientError: If a gradient is sparse or complex.
@@ -393,8 +391,8 @@ class SAM(Optimizer):
                 if p.grad.layout != torch.strided or p.grad.is_complex():
                     raise GradientError(
                         f"The gradient of a parameter of shape {tuple(p.shape)} has the layout "
-                        f"{p.grad.layout} and dtype {p.grad.dtype}; only dense, real gradients "
-                        "work. Build embeddings with sparse=False, and split complex parameters."
+                        f"{p.grad.layout} and dtype {p.grad.dtype}, expected a dense, real one. "
+                        "Build embeddings with sparse=False, and split complex parameters."
                     )
                 found.append(p)
         return found
@@ -402,19 +400,19 @@ class SAM(Optimizer):
     # --- checkpoints and copies ------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state dict of the base, whose param groups have `rho` and `adaptive`."""
+        """Return the base's state dict; its param groups have `rho` and `adaptive`."""
         return self.base_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state dict of a SAM, or of a bare base: then `rho` and `adaptive` stay.
+        """Load the state dict of a SAM, or of a base alone, which keeps `rho` and `adaptive`.
 
         Raises:
-            StructPrecondError: If a first step is pending, whose old parameters would overwrite
-                those of a model that was loaded just before.
+            StructPrecondError: If a first step is pending: its old parameters would overwrite
+                those of a model that was loaded before.
         """
         if self._old is not None:
             raise StructPrecondError(
-                "A state dict cannot be loaded between first_step() and second_step(), where the "
+                "A state dict cannot be loaded between first_step() and second_step(), while the "
                 "parameters are perturbed. Call restore(), then load the model and the optimizer."
             )
         before = self.param_groups
@@ -424,7 +422,7 @@ class SAM(Optimizer):
                 group.setdefault(name, old.get(name, default))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles need, a pending first step included."""
+        """Return the attributes for copies and pickles, a pending first step included."""
         return {name: self.__dict__[name] for name in _COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -444,17 +442,17 @@ def _grads(params: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _checked(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `rho` and `adaptive` of a param group, as far as it has them.
+    """Return the `rho` and `adaptive` of a param group, if it has them.
 
     Raises:
-        HyperparameterError: If one has a wrong value.
+        HyperparameterError: If a value is invalid.
     """
     settings = {name: group[name] for name in _SETTINGS if name in group}
     if "rho" in settings:
         rho = settings["rho"]
         if isinstance(rho, bool) or not isinstance(rho, Real) or not 0 <= float(rho) < math.inf:
             raise HyperparameterError(f"rho must be a finite number of at least 0, got {rho!r}.")
-        settings["rho"] = float(rho)  # numpy's numbers do not belong into checkpoints
+        settings["rho"] = float(rho)  # checkpoints hold no numpy numbers
     if "adaptive" in settings and not isinstance(settings["adaptive"], bool):
         raise HyperparameterError(f"adaptive must be True or False, got {settings['adaptive']!r}.")
     return settings
@@ -467,7 +465,7 @@ def _without_settings(group: Mapping[str, Any]) -> dict[str, Any]:
 def _taken_apart(
     params: nn.Module | Iterable[Any] | None, base: type[Optimizer]
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """Return what a class of optimizers takes, and the settings of every param group."""
+    """Return the arguments for an optimizer class, and the settings of every param group."""
     if params is None:
         raise StructPrecondError(
             f"params is None, but the base optimizer is a class. Pass parameters, or an instance "
@@ -491,11 +489,11 @@ def _check_instance(base: Optimizer, params: Any, base_kwargs: Mapping[str, Any]
     name = type(base).__name__
     if params is not None:
         raise StructPrecondError(
-            f"base_optimizer is an instance of {name}, which has its parameters, but params is a "
+            f"base_optimizer is an instance of {name} with its own parameters, but params is a "
             f"{type(params).__name__}. Pass SAM(None, optimizer), or the class {name}."
         )
     if base_kwargs:
         raise StructPrecondError(
-            f"base_optimizer is an instance of {name}, so the arguments {sorted(base_kwargs)} "
-            f"cannot be passed on. Give them to {name}, or pass the class."
+            f"base_optimizer is an instance of {name}, which cannot take the arguments "
+            f"{sorted(base_kwargs)}. Give them to {name}, or pass the class."
         )

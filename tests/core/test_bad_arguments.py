@@ -133,19 +133,19 @@ ARGUMENTS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     ),
     "route of nothing": (
         lambda m: Muon(m, routes={"2.wieght": "adamw"}),
-        r"'2\.wieght' apply to no parameter.*infer_roles\(model\)",
+        r"'2\.wieght' match no parameter.*infer_roles\(model\)",
     ),
     "misspelt role": (
         lambda m: StructuredOptimizer(
             m, strategy={"default": AdamWStrategy(), "matrices": MuonStrategy()}
         ),
-        "'matrices' apply to no parameter. A rule is a role.*matrix",
+        "'matrices' match no parameter. A route's key is a role.*matrix",
     ),
     "two patterns for one": (
         lambda m: StructuredOptimizer(
             m, strategy={"default": AdamWStrategy(), "0.*": SOAPStrategy(), "*ht": SOAPStrategy()}
         ),
-        r"Several rules apply to 0\.weight: '0\.\*', '\*ht'",
+        r"Several routes match 0\.weight: '0\.\*', '\*ht'",
     ),
     "pattern for a part of a unit": (
         lambda m: StructuredOptimizer(
@@ -153,7 +153,7 @@ ARGUMENTS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
             strategy={"default": AdamWStrategy(), "0.bias": SOAPStrategy()},
             combine_params=(LinearWeightBias(), PerParameter()),
         ),
-        r"'0\.bias' applies to a parameter of 0\.weight \+ 0\.bias",
+        r"'0\.bias' matches a parameter of 0\.weight \+ 0\.bias",
     ),
     "no default": (
         lambda m: StructuredOptimizer(m, strategy={"matrix": MuonStrategy()}),

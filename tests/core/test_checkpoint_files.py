@@ -307,7 +307,7 @@ MISFITS: dict[str, tuple[Callable[[Any], None], str]] = {
     "unhashable names": (_set(*GROUP, "param_names", to=[[1]] * 8), "damaged.*unhashable"),
     "unknown format": (_set(*GROUP, "format", to=3), r"has format \[3\].*reads.*\[1, 2\]"),
     "format of another kind": (_set(*GROUP, "format", to="new"), r"has format \['new'\]"),
-    "fewer parameters": (_set(*GROUP, "params", to=[0]), r"param groups of \[1\].*of \[8\]"),
+    "fewer parameters": (_set(*GROUP, "params", to=[0]), r"param groups have \[1\].*have \[8\]"),
 }  # fmt: skip
 
 

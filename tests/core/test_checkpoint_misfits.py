@@ -161,9 +161,9 @@ MISFITS: dict[str, tuple[Build, Callable[[dict[str, Any]], Any], str]] = {
     "no groups": (_build(), _without_groups, "param_groups"),
     "later format": (_build(), _of_the_future, "999"),
     "a model's": (_build(), _of_a_model, "param_groups"),
-    "Adam's": (_build(), _of_adam, "no checkpoint of a structured optimizer"),
-    "Adam's with names": (_build(), _of_adam_with_names, "no checkpoint of a structured"),
-    "a list": (_build(), _no_dict, "no checkpoint of a structured optimizer"),
+    "Adam's": (_build(), _of_adam, "not a checkpoint of a structured optimizer"),
+    "Adam's with names": (_build(), _of_adam_with_names, "not a checkpoint of a structured"),
+    "a list": (_build(), _no_dict, "not a checkpoint of a structured optimizer"),
 }
 
 

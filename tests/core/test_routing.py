@@ -184,7 +184,7 @@ def test_grouping_rules_come_first_and_the_first_parameter_decides() -> None:
         "0.weight + 0.bias": ("soap", "matrix"),
         "2.weight + 2.bias": ("adamw", "head"),
     }
-    with pytest.raises(GroupError, match=r"'0\.bias' applies to a parameter of 0\.weight \+ 0\.b"):
+    with pytest.raises(GroupError, match=r"'0\.bias' matches a parameter of 0\.weight \+ 0\.b"):
         StructuredOptimizer(
             model,
             strategy={"0.bias": AdamWStrategy(), "default": SOAPStrategy()},
@@ -266,7 +266,7 @@ def test_groups_name_a_strategy_of_the_optimizer_and_share_its_settings() -> Non
     assert eps["hidden.weight"] == 1e-3
     copied = copy.deepcopy(optimizer)
     copied.load_state_dict(optimizer.state_dict())
-    with pytest.raises(StructPrecondError, match="strategy is 'sgd', which is not the name"):
+    with pytest.raises(StructPrecondError, match="strategy is 'sgd', expected one of 'muon'"):
         Muon(model, [{"params": model.head.parameters(), "strategy": "sgd"}])
 
 

@@ -30,19 +30,19 @@ from tests.core.routed import MIXED, net, routes_of
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        ({"*.gate": MuonStrategy(), "default": AdamWStrategy()}, r"'\*\.gate' apply to no param"),
+        ({"*.gate": MuonStrategy(), "default": AdamWStrategy()}, r"'\*\.gate' match no param"),
         (
             {"experts": MuonStrategy(), "default": AdamWStrategy()},
-            "'experts' apply to no parameter",
+            "'experts' match no parameter",
         ),
         (
             {"conv1.*": MuonStrategy(), "conv*": MuonStrategy(), "default": AdamWStrategy()},
-            r"Several rules apply to conv1\.weight: 'conv1\.\*', 'conv\*'",
+            r"Several routes match conv1\.weight: 'conv1\.\*', 'conv\*'",
         ),
         (
             # all convolutions are taken by the pattern
             {"conv?.*": MuonStrategy(), "conv": SOAPStrategy(), "default": AdamWStrategy()},
-            "'conv' apply to no parameter",
+            "'conv' match no parameter",
         ),
     ],
 )
@@ -57,7 +57,7 @@ def test_rules_of_a_param_group_have_to_apply_in_it() -> None:
     model = net()
     optimizer = Muon(model, model.hidden.parameters())
     rules: Any = {"conv": SOAPStrategy(), "default": AdamWStrategy()}
-    with pytest.raises(GroupError, match="'conv' apply to no parameter"):
+    with pytest.raises(GroupError, match="'conv' match no parameter"):
         optimizer.add_param_group({"params": model.head.parameters(), "strategy": rules})
     assert len(optimizer.param_groups) == 1
     optimizer.add_param_group({"params": model.conv1.parameters(), "strategy": rules})
@@ -68,11 +68,11 @@ def test_rules_of_a_param_group_have_to_apply_in_it() -> None:
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        ({}, "goes from roles, name patterns and 'default'"),
-        ({"conv": SOAPStrategy()}, "goes from roles, name patterns and 'default'"),
-        ({1: SOAPStrategy(), "default": SOAPStrategy()}, "goes from roles"),
+        ({}, "from roles, name patterns and 'default'"),
+        ({"conv": SOAPStrategy()}, "from roles, name patterns and 'default'"),
+        ({1: SOAPStrategy(), "default": SOAPStrategy()}, "from roles"),
         ({"conv": SOAPStrategy, "default": AdamWStrategy()}, "Did you pass the class"),
-        ("muon", "strategy takes an instance of Strategy"),
+        ("muon", "strategy= takes an instance of Strategy"),
     ],
 )
 def test_what_is_no_routing_is_refused(strategy: Any, message: str) -> None:

@@ -89,9 +89,9 @@ def test_split_heads_rows_are_the_heads() -> None:
 
 def test_split_heads_refuses_what_cannot_be_split() -> None:
     model = _mixed_model()
-    with pytest.raises(GroupError, match=r"no parameter has such a name.*1\.weight"):
+    with pytest.raises(GroupError, match=r"matches no parameter.*1\.weight"):
         SplitHeads("nothing", heads=2).identify(model)
-    with pytest.raises(GroupError, match=r"1\.weight .* has no 4 equal pieces"):
+    with pytest.raises(GroupError, match=r"axis 0 of 1\.weight .* into 4 equal pieces"):
         SplitHeads("1.weight", heads=4).identify(model)
     with pytest.raises(GroupError, match="heads must be at least 1"):
         SplitHeads("1.weight", heads=0)

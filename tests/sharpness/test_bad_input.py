@@ -69,10 +69,10 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: SAM(None, _sgd(rho=-2)), HyperparameterError, "at least 0, got -2."),
     "base that is a function": (
         lambda: SAM([P], lambda params: SGD(params)), StructPrecondError,  # type: ignore[arg-type]
-        "base_optimizer takes a class of optimizers or an instance, got <function"),
+        "base_optimizer takes an optimizer or its class, got <function"),
     "base that is another class": (
         lambda: SAM([P], nn.Linear), StructPrecondError,  # type: ignore[arg-type]
-        "base_optimizer takes a class of optimizers or an instance, got <class"),
+        "base_optimizer takes an optimizer or its class, got <class"),
     "base that is a name": (
         lambda: SAM([P], "sgd"), StructPrecondError,  # type: ignore[arg-type]
         "got 'sgd'. Pass the class, as in SAM(params, torch.optim.SGD, lr=0.1)."),
@@ -81,25 +81,25 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "params is None, but the base optimizer is a class."),
     "instance and params": (
         lambda: SAM([P], _sgd()), StructPrecondError,
-        "base_optimizer is an instance of SGD, which has its parameters, but params is a list."),
+        "base_optimizer is an instance of SGD with its own parameters, but params is a list."),
     "instance and keywords": (
         lambda: SAM(None, _sgd(), lr=0.1, rho=0.1), StructPrecondError,
-        "base_optimizer is an instance of SGD, so the arguments ['lr'] cannot be passed on."),
+        "base_optimizer is an instance of SGD, which cannot take the arguments ['lr']."),
     "a tensor": (
         lambda: SAM(P, SGD), StructPrecondError,
         "params takes parameters, named parameters, group dicts or a model, got a Parameter."),
     "a number": (
         lambda: SAM(3, SGD), StructPrecondError, "got a int."),  # type: ignore[arg-type]
     "SAM around SAM": (
-        lambda: SAM(None, SAM([P], SGD)), StructPrecondError, "base_optimizer is a SAM, which"),
+        lambda: SAM(None, SAM([P], SGD)), StructPrecondError, "base_optimizer is a SAM, expected"),
     "SAM around the class SAM": (
-        lambda: SAM([P], SAM), StructPrecondError, "base_optimizer is a SAM, which"),
+        lambda: SAM([P], SAM), StructPrecondError, "base_optimizer is a SAM, expected"),
     "base with a rho of its own": (
         lambda: SAM([P], torch.optim.Adadelta), StructPrecondError,
-        "Adadelta has hyperparameters ['rho'] of its own"),
+        "Adadelta has hyperparameters ['rho'], as SAM does"),
     "base that makes groups of its own": (
         lambda: SAM([{"params": [P, one(1.0)], "rho": 1}], Splitting, lr=0.1), StructPrecondError,
-        "Splitting made 2 param groups of 1"),
+        "Splitting made 2 param groups from 1"),
     "unknown keyword": (
         lambda: SAM([P], SGD, momentom=0.9), TypeError, "momentom"),
     "unknown keyword of a structured base": (
@@ -153,10 +153,13 @@ def test_bad_group_is_not_added(group: Any, message: str) -> None:
 
 
 STRUCTURED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
-    "a name for the base": (lambda m: SAM(m, "soap"), "takes a class.*got 'soap'"),  # type: ignore[arg-type]
-    "a strategy for the base": (lambda m: SAM(m, SOAPStrategy()), "takes a class"),  # type: ignore[arg-type]
+    "a name for the base": (
+        lambda m: SAM(m, "soap"),  # type: ignore[arg-type]
+        "takes an optimizer or its class.*got 'soap'",
+    ),
+    "a strategy for the base": (lambda m: SAM(m, SOAPStrategy()), "takes an optimizer"),  # type: ignore[arg-type]
     "no parameters": (lambda m: SAM(None, SOAP), "params is None"),
-    "parameters twice": (lambda m: SAM(m, SOAP(m)), "which has its parameters, but params is"),
+    "parameters twice": (lambda m: SAM(m, SOAP(m)), "with its own parameters, but params is"),
     "SAM around SAM": (lambda m: SAM(None, SAM(m, SOAP)), "base_optimizer is a SAM"),
     "rho": (lambda m: SAM(m, SOAP, rho=-1.0), r"rho must be.*got -1\.0"),
     "a hyperparameter of the base": (lambda m: SAM(m, SOAP, lr=-1.0), r"lr must be.*got -1\.0"),
