@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from math import prod
 from typing import Any, ClassVar
 
@@ -80,8 +80,9 @@ class KLShampooStrategy(RotatedStrategy):
        X_{k,(k)}^\top), \]
 
     \(p \leftarrow p - \eta U\), \(p \leftarrow p - \eta \lambda p\). Whenever
-    `precondition_frequency` divides the step, \(Q_k \leftarrow \mathrm{qr}(S_k Q_k)\). The
-    published code knows two axes; here any number.
+    `precondition_frequency` divides the step, \(Q_k \leftarrow \mathrm{qr}(S_k Q_k)\), but for
+    columns of null spaces (`structprecond.linalg.improve_eigenbasis`). The published code knows two
+    axes; here any number.
 
     A unit without any factor, such as a vector by default, follows AdamW from its first step on.
 
@@ -140,7 +141,7 @@ class KLShampooStrategy(RotatedStrategy):
             if factor is not None:
                 X = matricize(grad, axis) * _per_column(grad, axis)
                 factor.add_inner_(X, factor_decay(hp), 1 - factor_decay(hp))
-        refresh_rows(self._find_bases, state, ALL_ROWS, ctx)
+        refresh_rows(partial(self._find_bases, grad), state, ALL_ROWS, ctx)
 
     def update(
         self, state: KLState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
