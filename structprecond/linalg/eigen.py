@@ -92,7 +92,7 @@ def off_diagonal_ratio(
 ) -> Tensor:  # (*b,)
     r"""Measure how stale a basis is: \(\|\mathrm{offdiag}(Q^\top A Q)\|_F / \|A\|_F\).
 
-    Zero for an eigenbasis, at most 1; zero for \(A = 0\).
+    Zero for an eigenbasis, at most 1; zero for \(A = 0\). Does not depend on the scale of A.
 
     Source: Eschenhagen et al. 2025 (arXiv 2506.03595), adaptive refresh of Shampoo's eigenbases.
 
@@ -101,6 +101,9 @@ def off_diagonal_ratio(
         tensor(0.)
     """
     A, Q = at_least_float32(matrix), at_least_float32(basis)
+    # squares of entries would leave the range of float32 long before the entries do
+    largest = A.abs().amax((-2, -1), keepdim=True)
+    A = A / torch.where(largest > 0, largest, 1.0)
     with full_precision():
         rotated = matmul(matmul(Q.mT, A), Q)
     norm = torch.linalg.matrix_norm(A)

@@ -15,7 +15,7 @@ from structprecond.linalg import (
     refresh_eigenbasis,
 )
 from structprecond.linalg.product import matmul
-from structprecond.structures.base import EntrywiseMatrix
+from structprecond.structures.base import EntrywiseMatrix, _per_matrix
 
 
 class BlockwiseMatrix(EntrywiseMatrix):
@@ -92,10 +92,13 @@ class BlockwiseMatrix(EntrywiseMatrix):
         Args:
             basis: The bases \(Q\).
         """
+        dtype = torch.promote_types(basis.dtype, torch.float32)
+        # squares of entries would leave the range of float32 long before the entries do
+        largest = self.infinity_vector_norm()
+        largest = torch.where(largest > 0, largest, 1.0).to(dtype)
+        scaled = self.to(dtype=dtype)._map(lambda S: S / _per_matrix(largest, S))
         with full_precision():
-            rotated = basis.to(dtype=torch.promote_types(basis.dtype, torch.float32))._map(
-                lambda Q, S: matmul(matmul(Q.mT, S.to(Q.dtype)), Q), self
-            )
+            rotated = basis.to(dtype=dtype)._map(lambda Q, S: matmul(matmul(Q.mT, S), Q), scaled)
         norm = rotated.frobenius_norm()
         for block in rotated.named_tensors().values():
             block.diagonal(dim1=-2, dim2=-1).zero_()

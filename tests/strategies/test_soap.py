@@ -337,6 +337,30 @@ def test_bases_within_the_tolerance_are_not_refreshed() -> None:
     assert all(c[1] for c in changed)
 
 
+@pytest.mark.parametrize("structures", ["dense", "block3diagonal"])
+def test_the_tolerance_decides_alike_at_any_scale_of_gradients(structures: str) -> None:
+    def refreshed(scale: float) -> list[bool]:
+        torch.manual_seed(1)
+        p = nn.Parameter(torch.randn(6, 5))
+        optimizer = SOAP(
+            [p], precondition_frequency=1, refresh_tolerance=0.1, structures=structures
+        )
+        grad, changed = torch.randn(6, 5), []
+        for step in range(16):
+            before = optimizer.state[p][name].clone()
+            # the same gradient but for now and then another one
+            p.grad = scale * (torch.randn(6, 5) if step % 5 == 2 else grad)
+            optimizer.step()
+            changed.append(not torch.equal(before, optimizer.state[p][name]))
+        return changed
+
+    name = "bases.0.mat" if structures == "dense" else "bases.0.blocks"
+    expected = refreshed(1.0)
+    assert {*expected[1:]} == {True, False}
+    for scale in (1e-12, 1e12):
+        assert refreshed(scale) == expected
+
+
 def test_transport_carries_the_second_moment_by_the_squared_overlap() -> None:
     p = nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
     optimizer = SOAP([p], transport=True, precondition_frequency=3)
