@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -335,6 +336,22 @@ def test_bases_within_the_tolerance_are_not_refreshed() -> None:
         changed.append([not torch.equal(optimizer.state[p]["bases.1.mat"], q) for p, q in pairs])
     assert [c[0] for c in changed] == [True] + [False] * 5
     assert all(c[1] for c in changed)
+
+
+@pytest.mark.parametrize("make", [SOAP, KLShampoo])
+def test_a_row_that_missed_a_refresh_before_its_first_gradient_needs_none(make) -> None:
+    early, late = (nn.Parameter(torch.randn(6, 5)) for _ in range(2))
+    optimizer = make([early, late], precondition_frequency=lambda step: step in (1, 5))
+    bases = []
+    for step in range(7):
+        early.grad = torch.randn(6, 5)
+        # the first gradient comes after the refresh of step 1
+        late.grad = torch.randn(6, 5) if step >= 3 else None
+        optimizer.step()
+        bases.append(optimizer.state[late]["bases.0.mat"].clone())
+    changed = [not torch.equal(*pair) for pair in pairwise(bases)]
+    # found at step 3, and refreshed at step 5
+    assert changed == [False, False, True, False, True, False]
 
 
 @pytest.mark.parametrize("structures", ["dense", "block3diagonal"])
