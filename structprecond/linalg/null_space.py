@@ -224,13 +224,16 @@ def _iterate(
     limit = level * largest
     null = quotients <= limit  # not where these are NaN: the decomposition is to fail
     better, distances, order = _orthonormalize(basis, product, quotients, ranks, null)
-    # rounding in the columns before may make distances from their space larger than the limit
     rows = _rows_with(distances <= level**0.75 * largest)
     while len(rows):
-        # a column of rounding is nearer than the limit, or null if the others span the range
-        found = (matrix[rows] @ better[rows] * better[rows]).sum(-2) <= limit[rows]
-        found |= distances[rows] <= limit[rows]
-        found &= ~null[rows].gather(-1, order[rows])
+        leading = ~null[rows].gather(-1, order[rows])
+        found = (distances[rows] <= limit[rows]) & leading
+        # rounding in the columns before may make distances from their space larger than the limit
+        unclear = _rows_with(~found.any(-1, keepdim=True))
+        if len(unclear):
+            part = rows[unclear]
+            small = (matrix[part] @ better[part] * better[part]).sum(-2) <= limit[part]
+            found[unclear] |= small & leading[unclear]
         null[rows] |= torch.zeros_like(found).scatter_(-1, order[rows], found)
         rows = rows[_rows_with(found)]
         if not len(rows):
