@@ -25,6 +25,8 @@ from structprecond.structures.spec import per_axis, resolve_structures
 # 16 MB in float32
 _MOST_ENTRIES = 2**22
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# factors hold squares of gradients, which leave the range of float16 and of anything shorter
+_FACTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def make_buckets(
@@ -172,6 +174,11 @@ def _bucket_key(unit: Unit, group: Mapping[str, Any], strategy: Strategy[Any]) -
         if entry is not None and not (isinstance(entry, torch.dtype) and entry.is_floating_point):
             raise StructPrecondError(
                 f"preconditioner_dtypes takes floating-point dtypes and None, got {entry!r}."
+            )
+        if entry not in (None, *_FACTOR_DTYPES):
+            raise StructPrecondError(
+                f"preconditioner_dtypes holds {entry} for {label}, whose range squares of "
+                "gradients leave. Use torch.bfloat16, torch.float32 or torch.float64."
             )
     dtypes = tuple(own if entry is None else entry for entry in given)
     return BucketKey(unit.rule, unit.shape, structures, dtypes, dtype, device)

@@ -7,8 +7,12 @@ from structprecond.linalg.eigen import (
     off_diagonal_ratio,
     orthogonal_iteration,
     rayleigh_quotients,
-    refresh_eigenbasis,
     sort_eigenbasis_by_approx_eigvals,
+)
+from structprecond.linalg.null_space import (
+    improve_eigenbasis,
+    left_eigenbasis,
+    refresh_eigenbasis,
 )
 from structprecond.linalg.polar import (
     COEFFICIENTS,
@@ -27,6 +31,8 @@ __all__ = [
     "get_eigenbasis_eigh",
     "get_eigenbasis_qr",
     "has_inverse_root",
+    "improve_eigenbasis",
+    "left_eigenbasis",
     "matrix_inverse_root",
     "newton_schulz",
     "off_diagonal_ratio",

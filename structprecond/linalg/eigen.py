@@ -8,7 +8,7 @@ from torch import Tensor
 from structprecond.linalg.decompose import decompose
 from structprecond.linalg.precision import at_least_float32, full_precision
 from structprecond.linalg.product import matmul
-from structprecond.linalg.qr import orthogonal_factor, transposed
+from structprecond.linalg.qr import orthogonal_factor
 
 
 def eigh(
@@ -71,40 +71,6 @@ def orthogonal_iteration(
     return Q
 
 
-def refresh_eigenbasis(
-    matrix: Tensor,  # (*b, n, n) symmetric
-    basis: Tensor,  # (*b, n, n) orthogonal
-) -> tuple[Tensor, Tensor]:  # (*b, n, n), (*b, n)
-    r"""Sort a basis by \(\mathrm{diag}(Q^\top A Q)\), then improve it: one product for both.
-
-    Args:
-        matrix: The stack \(A\).
-        basis: The bases \(Q\).
-
-    Returns:
-        The orthogonal factor of \(A Q P\), and the order of the columns that the permutation
-        \(P\) brings about: descending Rayleigh quotients.
-
-    Raises:
-        DecompositionError: If a product cannot be decomposed in float64 either; names the rows.
-
-    Source: Vyas et al. 2024 (arXiv 2409.11321), algorithm 4 and official implementation.
-
-    Example:
-        >>> refresh_eigenbasis(torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2))[1]
-        tensor([1, 0])
-    """
-    A, Q = at_least_float32(matrix), at_least_float32(basis)
-    with full_precision():
-        product = A @ Q
-        order = (product * Q).sum(-2).argsort(dim=-1, descending=True)
-        # columns are sorted as rows of the transpose: LAPACK needs that layout anyway
-        columns = transposed(product).flatten(0, -2)
-        first = torch.arange(0, len(columns), A.shape[-1], device=A.device)
-        rows = order + first.view(*order.shape[:-1], 1)
-        return orthogonal_factor(columns[rows].mT), order
-
-
 def rayleigh_quotients(
     matrix: Tensor,  # (*b, n, n) symmetric
     basis: Tensor,  # (*b, n, n)
@@ -126,7 +92,7 @@ def off_diagonal_ratio(
 ) -> Tensor:  # (*b,)
     r"""Measure how stale a basis is: \(\|\mathrm{offdiag}(Q^\top A Q)\|_F / \|A\|_F\).
 
-    Zero for an eigenbasis, at most 1; zero for \(A = 0\).
+    Zero for an eigenbasis, at most 1; zero for \(A = 0\). Does not depend on the scale of A.
 
     Source: Eschenhagen et al. 2025 (arXiv 2506.03595), adaptive refresh of Shampoo's eigenbases.
 
@@ -135,6 +101,9 @@ def off_diagonal_ratio(
         tensor(0.)
     """
     A, Q = at_least_float32(matrix), at_least_float32(basis)
+    # squares of entries would leave the range of float32 long before the entries do
+    largest = A.abs().amax((-2, -1), keepdim=True)
+    A = A / torch.where(largest > 0, largest, 1.0)
     with full_precision():
         rotated = matmul(matmul(Q.mT, A), Q)
     norm = torch.linalg.matrix_norm(A)

@@ -26,8 +26,6 @@ CoefficientType: TypeAlias = (
 )
 MatmulPrecision: TypeAlias = Literal["highest", "high", "medium"]
 
-_SMALLEST_NORM = 1e-15
-_OVERFLOW_GUARD = 2.0**-70
 # Without a restart the rounding errors of R = XX' grow: 1e-3 after 5 steps, 1e-1 after 8 of Polar
 # Express. The first segment is the shortest, since its steps change the singular values the most.
 _FIRST_SEGMENT, _SEGMENT = 3, 4
@@ -176,13 +174,14 @@ def newton_schulz(
 ) -> Tensor:  # (*b, m, n)
     r"""Approximate the polar factor \(U V^\top\) of each matrix \(U \Sigma V^\top\) in a stack.
 
-    \[ X \leftarrow M / \max(\|M\|_F, 10^{-15}), \quad
+    \[ X \leftarrow M / \|M\|_F, \quad
        X \leftarrow a X + (b A + c A^2) X, \; A = X X^\top \quad \text{for each step}, \]
 
-    on the transpose if M is tall. Zero gives zero. Directions whose singular values are far below
-    \(\|M\|_F\) are not brought to 1 by few steps. Where it takes fewer operations, for matrices
-    that are long enough, the same polynomial is applied to \(R = X X^\top\) alone, from which X is
-    restored every few steps (the Gram form).
+    on the transpose if M is tall. Zero gives zero. The published rule divides by at least
+    \(10^{-15}\); here tiny matrices have polar factors like those of all others. Directions whose
+    singular values are far below \(\|M\|_F\) are not brought to 1 by few steps. Where it takes
+    fewer operations, for matrices that are long enough, the same polynomial is applied to
+    \(R = X X^\top\) alone, from which X is restored every few steps (the Gram form).
 
     Args:
         matrix: The stack M, of any scale. Half precision is computed in float32.
@@ -228,16 +227,23 @@ def newton_schulz(
 
 
 def _normalized(matrix: Tensor) -> Tensor:
-    """Divide by the Frobenius norm, also where its square overflows."""
-    norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
-    if matrix.device.type == "cpu" and bool(norm.isfinite().all()):
-        return matrix / norm.clamp_(min=_SMALLEST_NORM)
+    """Divide by the Frobenius norm, also where its square overflows or underflows."""
+    if matrix.device.type == "cpu":
+        norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
+        smallest = torch.finfo(matrix.dtype).tiny ** 0.25
+        if bool(((norm > smallest) & (norm < torch.inf)).all()):
+            return matrix / norm
     # without a look at the values, which would stall an accelerator
-    small = matrix * _OVERFLOW_GUARD
-    small_norm: Tensor = torch.linalg.vector_norm(small, dim=(-2, -1), keepdim=True)
-    finite = norm.isfinite()
-    X: Tensor = torch.where(finite, matrix, small)
-    return X.div_(torch.where(finite, norm, small_norm).clamp_(min=_SMALLEST_NORM))
+    X = _scaled(matrix)
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    return X.div_(torch.where(norm > 0, norm, 1.0))
+
+
+def _scaled(matrix: Tensor) -> Tensor:
+    """Divide by the largest absolute entry, so that squares and sums stay in range."""
+    largest = matrix.abs().amax((-2, -1), keepdim=True)
+    # of a zero matrix there is nothing to scale
+    return matrix / torch.where(largest > 0, largest, 1.0)
 
 
 def _iterate(X: Tensor, polynomials: Sequence[Coefficients], precision: MatmulPrecision) -> Tensor:
@@ -347,7 +353,7 @@ def polar_factor(
         )
     if not matrix.numel():
         return matrix.clone()
-    X = at_least_float32(matrix)
+    X = _scaled(at_least_float32(matrix))
     svd = torch.linalg.svd(X, full_matrices=False)
     zero = svd.S[..., :1] * max(matrix.shape[-2:]) * torch.finfo(X.dtype).eps
     kept = torch.gt(svd.S, zero).to(X.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor
 from structprecond.linalg.cholesky_qr import cholesky_qr2
 from structprecond.linalg.decompose import decompose
 from structprecond.linalg.precision import full_precision
+from structprecond.linalg.product import matmul
 
 # Measured on 2 cores, float32: three times as fast as LAPACK from this size on, whose panels are
 # narrower and whose products are slower; below, panels are too small for fast products.
@@ -37,24 +38,47 @@ def orthogonal_factor(
         tensor([[0., 1.],
                 [1., 0.]])
     """
+    return factor_and_diagonal(matrix)[0]
+
+
+def factor_and_diagonal(
+    matrix: Tensor,  # (*b, n, n)
+) -> tuple[Tensor, Tensor]:  # (*b, n, n), (*b, n)
+    r"""Return Q and the diagonal of R of \(A = Q R\), as `orthogonal_factor`.
+
+    \(|R_{jj}|\) is the distance of column j from the space that the columns before it span.
+
+    Args:
+        matrix: The stack \(A\), of any scale, in float32 or float64.
+
+    Raises:
+        DecompositionError: If a matrix cannot be decomposed in float64 either; names the rows.
+
+    Example:
+        >>> factor_and_diagonal(torch.tensor([[1.0, 1.0], [0.0, 2.0]]))[1].abs()
+        tensor([1., 2.])
+    """
     # columns of 1e-30 would underflow inside; one scale per matrix does not change the factor
     largest, smallest = matrix.amax((-2, -1), keepdim=True), matrix.amin((-2, -1), keepdim=True)
     scale = torch.maximum(largest, -smallest)
-    scaled = matrix / torch.where(scale > 0, scale, 1.0)
     with full_precision():
-        return decompose(_orthogonal_factor, scaled)[0]
+        factor, diagonal = decompose(
+            _factor_and_diagonal, matrix / torch.where(scale > 0, scale, 1.0)
+        )
+    return factor, diagonal * scale.squeeze(-1)
 
 
-def _orthogonal_factor(matrix: Tensor) -> tuple[Tensor]:
+def _factor_and_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if not _reflections_are_slow(matrix.device):
-        return (_reflect(matrix),)
+        return _reflect(matrix)
     flat = matrix.reshape(-1, *matrix.shape[-2:])
     factor, reliable = cholesky_qr2(flat)
+    diagonal = (factor * flat).sum(-2)
     # the one look at the device, besides that for success
     if not bool(reliable.all()):
         others = (~reliable).nonzero().squeeze(1)
-        factor[others] = _reflect(flat[others])
-    return (factor.view(matrix.shape),)
+        factor[others], diagonal[others] = _reflect(flat[others])
+    return factor.view(matrix.shape), diagonal.view(matrix.shape[:-1])
 
 
 def _reflections_are_slow(device: torch.device) -> bool:
@@ -62,28 +86,25 @@ def _reflections_are_slow(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _reflect(matrix: Tensor) -> Tensor:
+def _reflect(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Do what `torch.linalg.qr` does, but for the triangular factor, which takes half as long."""
-    factor: Tensor
-    if matrix.device.type == "cpu" and matrix.shape[-1] >= _SMALLEST_BLOCKED:
-        factor = matrix.new_empty(matrix.shape)
-        flat, flat_factor = (t.reshape(-1, *t.shape[-2:]) for t in (matrix, factor))
-        for one, own_factor in zip(flat.unbind(), flat_factor.unbind(), strict=True):
-            _reflect_by_panels(one, own_factor)
-    else:
-        factor = torch.linalg.householder_product(*torch.geqrf(matrix))
-    return factor
+    if matrix.device.type != "cpu" or matrix.shape[-1] < _SMALLEST_BLOCKED:
+        reflected, tau = torch.geqrf(matrix)
+        factor: Tensor = torch.linalg.householder_product(reflected, tau)
+        return factor, reflected.diagonal(dim1=-2, dim2=-1)
+    factor, diagonal = matrix.new_empty(matrix.shape), matrix.new_empty(matrix.shape[:-1])
+    flat, flat_factor = (t.reshape(-1, *t.shape[-2:]) for t in (matrix, factor))
+    stacks = (flat, flat_factor, diagonal.view(-1, diagonal.shape[-1]))
+    for one in zip(*stacks, strict=True):
+        _reflect_by_panels(*one)
+    return factor, diagonal
 
 
-def _reflect_by_panels(matrix: Tensor, factor: Tensor) -> None:
-    r"""Write the orthogonal factor of one matrix.
+def _reflect_by_panels(matrix: Tensor, factor: Tensor, diagonal: Tensor) -> None:
+    """Write the orthogonal factor of one matrix, and the diagonal of the triangular one.
 
-    The reflections of a panel of columns are applied at once, as \(I - V T V^\top\) with the
-    reflection vectors V and \(T^{-1} = \mathrm{striu}(V^\top V) + \mathrm{diag}(1 / \tau)\). So
-    nearly all operations are products of large matrices.
-
-    Source: Schreiber and Van Loan 1989, "A storage-efficient WY representation"; Puglisi 1992 for
-        the inverse of T.
+    The reflections of a panel of columns are applied at once, so that nearly all operations are
+    products of large matrices.
     """
     # the rows are the columns of the matrix: a panel is contiguous, as LAPACK wants it
     columns = matrix.mT.clone(memory_format=torch.contiguous_format)
@@ -91,14 +112,8 @@ def _reflect_by_panels(matrix: Tensor, factor: Tensor) -> None:
     for start in range(0, len(columns), _PANEL):
         stop = start + _PANEL
         reflected, tau = torch.geqrf(columns[start:stop, start:].mT)
-        rows = reflected.mT.triu(1)  # V transposed
-        rows.diagonal().fill_(1.0)
-        inverse = (rows @ rows.mT).triu_(1)
-        # a column of zeros has no reflection: tau = 0, and T has a row and column of zeros
-        inverse.diagonal().copy_(1 / tau)
-        T = torch.linalg.solve_triangular(
-            inverse, torch.eye(len(tau), dtype=tau.dtype, device=tau.device), upper=True
-        )
+        diagonal[start:stop] = reflected.diagonal()
+        rows, T = block_reflector(reflected, tau)
         rest = columns[stop:, start:]
         if len(rest):
             rest.addmm_((rest @ rows.mT) @ T, rows, alpha=-1)
@@ -107,6 +122,37 @@ def _reflect_by_panels(matrix: Tensor, factor: Tensor) -> None:
     for i, (rows, T) in reversed(list(enumerate(panels))):
         corner = factor[i * _PANEL :, i * _PANEL :]
         corner.addmm_(rows.mT, T @ (rows @ corner), alpha=-1)
+
+
+def block_reflector(
+    reflected: Tensor,  # (*b, n, k)
+    tau: Tensor,  # (*b, k)
+) -> tuple[Tensor, Tensor]:  # (*b, k, n), (*b, k, k)
+    r"""Return \(V^\top\) and T of \(H_1 \dots H_k = I - V T V^\top\), as `torch.geqrf` has them.
+
+    V holds the reflection vectors, and
+    \(T^{-1} = \mathrm{striu}(V^\top V) + \mathrm{diag}(1 / \tau)\).
+
+    Args:
+        reflected: The vectors, below the diagonal.
+        tau: The factors of the reflections; 0 for none.
+
+    Source: Schreiber and Van Loan 1989, "A storage-efficient WY representation"; Puglisi 1992 for
+        the inverse of T.
+
+    Example:
+        >>> rows, T = block_reflector(*torch.geqrf(torch.tensor([[3.0], [4.0]])))
+        >>> torch.eye(2) - rows.mT @ T @ rows
+        tensor([[-0.6000, -0.8000],
+                [-0.8000,  0.6000]])
+    """
+    rows = reflected.mT.triu(1)
+    rows.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    inverse = matmul(rows, rows.mT).triu_(1)
+    # a column of zeros has no reflection: tau = 0, and T has a row and column of zeros
+    inverse.diagonal(dim1=-2, dim2=-1).copy_(1 / tau)
+    eye = torch.eye(tau.shape[-1], dtype=tau.dtype, device=tau.device)
+    return rows, torch.linalg.solve_triangular(inverse, eye.expand_as(inverse), upper=True)
 
 
 def transposed(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from math import prod
 from typing import Any, ClassVar
 
@@ -75,15 +75,21 @@ class KLShampooStrategy(RotatedStrategy):
        X_{k,(k)}^\top), \]
 
     \(p \leftarrow p - \eta U\), \(p \leftarrow p - \eta \lambda p\). Whenever
-    `precondition_frequency` divides the step, \(Q_k \leftarrow \mathrm{qr}(S_k Q_k)\). The
-    published code knows two axes; here any number.
+    `precondition_frequency` divides the step, \(Q_k \leftarrow \mathrm{qr}(S_k Q_k)\), but for
+    columns of null spaces (`structprecond.linalg.improve_eigenbasis`).
+
+    The factors of a step are made of values from before it, for any number of axes. The published
+    code does the same with two axes. With three it updates one after the other: \(\lambda_3\)
+    first, \(\lambda_2\) with the new \(\lambda_3\), and \(S_1\) and \(\lambda_1\) with the old
+    \(\lambda_3\) and the new \(\lambda_2\).
 
     A unit without any factor, such as a vector by default, follows AdamW from its first step on.
 
     Args:
         init_factor: The eigenvalues at the start. Default: 0.1.
-        clamping: Whether \(\lambda_k^{-1/2}\) is at most \(\max(10, \min(d_k, 4000))\).
-            Default: True.
+        clamping: Whether \(\lambda_k\) is raised to at least \(c_k^{-2}\) after each average,
+            with \(c_k = \max(10, \min(d_k, 4000))\). The raised value is what the next average
+            starts from; the initial value is not raised. Default: True.
 
     Source: Lin et al. 2025 (arXiv 2509.03378) and its official implementation.
     """
@@ -131,7 +137,7 @@ class KLShampooStrategy(RotatedStrategy):
             if factor is not None:
                 X = matricize(grad, axis) * _per_column(grad, axis)
                 factor.add_inner_(X, factor_decay(hp), 1 - factor_decay(hp))
-        refresh_rows(self._find_bases, state, ALL_ROWS, ctx)
+        refresh_rows(partial(self._find_bases, grad), state, ALL_ROWS, ctx)
         return any(values is not None for values in state.eigenvalues)
 
     def update(
@@ -165,12 +171,10 @@ class KLShampooStrategy(RotatedStrategy):
     def _inverse_roots(self, eigenvalues: Tensor | None) -> Tensor | None:
         if eigenvalues is None:
             return None
-        roots = eigenvalues.rsqrt().nan_to_num_(nan=0.0, posinf=0.0)
-        return roots.clamp_(max=max(10, min(roots.shape[-1], 4000))) if self.clamping else roots
+        return eigenvalues.rsqrt().nan_to_num_(nan=0.0, posinf=0.0)
 
-    @staticmethod
     def _accumulate(
-        state: KLState, rotated: Tensor, roots: Sequence[Tensor | None], decay: float
+        self, state: KLState, rotated: Tensor, roots: Sequence[Tensor | None], decay: float
     ) -> None:
         for axis, eigenvalues in enumerate(state.eigenvalues):
             if eigenvalues is None:
@@ -184,6 +188,8 @@ class KLShampooStrategy(RotatedStrategy):
             whitened = rotated * (_product(others) * scale if others else scale)
             X = matricize(whitened, axis)
             eigenvalues.lerp_(X.square().sum(-1), 1 - decay)
+            if self.clamping:
+                eigenvalues.clamp_(min=_smallest_eigenvalue(eigenvalues.shape[-1]))
             factor, basis = state.factors[axis], state.bases[axis]
             if factor is not None and basis is not None:
                 factor.add_inner_(basis.to(X.dtype).matmat(X), decay, 1 - decay)
@@ -235,6 +241,11 @@ class KLSOAPStrategy(KLShampooStrategy):
         )
 
 
+def _smallest_eigenvalue(dim: int) -> float:
+    """Return what clamping raises eigenvalues of a factor of size `dim` to."""
+    return 1.0 / max(10, min(dim, 4000)) ** 2
+
+
 def _per_column(stack: Tensor, axis: int) -> float:
     """Return the scale that makes the inner product of a matricization a mean over its columns."""
     dims = stack.shape[1:]
@@ -270,7 +281,7 @@ class KLShampoo(StructuredOptimizer):
         refresh_tolerance: Rows whose bases still have off-diagonal ratios of at most this are not
             refreshed. Default: 0.0, refresh all.
         init_factor: The eigenvalues of the factors at the start. Default: 0.1.
-        clamping: Whether inverse roots of eigenvalues are clamped. Default: True.
+        clamping: Whether eigenvalues are kept from falling below a limit. Default: True.
         max_precond_dim: Axes longer than this get no factor. Default: 10000.
         precondition_1d: Whether parameters with one axis get a factor; without, they follow AdamW.
             Default: False.

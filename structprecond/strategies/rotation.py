@@ -12,7 +12,7 @@ from torch import Tensor
 
 from structprecond.checks import check_flags, check_positive
 from structprecond.core.refresh import refresh_rows
-from structprecond.core.state import Rows
+from structprecond.core.state import Rows, on_device_of
 from structprecond.core.strategy import (
     Hyperparameter,
     StepContext,
@@ -23,7 +23,7 @@ from structprecond.core.strategy import (
 )
 from structprecond.structures import DiagonalMatrix, StructuredMatrix
 from structprecond.structures.blockwise import BlockwiseMatrix
-from structprecond.structures.mode_product import multiply_axes
+from structprecond.structures.mode_product import matricize, multiply_axes
 from structprecond.structures.spec import Structure
 
 RotatedFactors = tuple[BlockwiseMatrix | None, ...]
@@ -84,9 +84,15 @@ class RotatedStrategy(FactoredStrategy):
     }
 
     @staticmethod
-    def _find_bases(state: Any, rows: Rows) -> None:
-        """Let the bases be the eigenbases of the factors."""
-        overwrite(state.bases, [None if S is None else S.eigenbasis() for S in state.factors])
+    def _find_bases(grad: Tensor, state: Any, rows: Rows) -> None:
+        """Let the bases be the eigenbases of factors that come from one gradient."""
+        part = grad[on_device_of(rows, grad)]
+        found: list[BlockwiseMatrix | None] = [None] * len(state.factors)
+        for axis, S in enumerate(state.factors):
+            if S is not None:
+                X = matricize(part, axis).to(torch.promote_types(S.dtype, part.dtype))
+                found[axis] = S.eigenbasis_of_inner(X)
+        overwrite(state.bases, found)
 
     @abstractmethod
     def _refresh(self, state: Any, rows: Rows) -> None:

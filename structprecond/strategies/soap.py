@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -72,7 +73,10 @@ class SOAPStrategy(RotatedStrategy):
 
     Whenever `precondition_frequency` divides t, the columns of \(Q_k\), and v alike, are sorted by
     descending \(\mathrm{diag}(Q_k^\top S_k Q_k)\), and \(Q_k\) becomes the orthogonal factor of
-    \(S_k Q_k\). m is rotated only then, which is the same mathematics as rotating it at every step.
+    \(S_k Q_k\); columns of the null space of \(S_k\), such as the first gradient leaves for the
+    longer axis of a matrix, stay as they are (`structprecond.linalg.refresh_eigenbasis`), so that
+    rounding does not choose the coordinates there. m is rotated only then, which is the same
+    mathematics as rotating it at every step.
 
     An axis with the structure `diagonal` or `none` is not rotated and stores nothing; with no
     rotated axis the rule is Adam's, but for the place of epsilon and the skipped first step.
@@ -131,7 +135,7 @@ class SOAPStrategy(RotatedStrategy):
     ) -> bool:
         """Initialize the factors and their eigenbases from the first gradient."""
         average_inner_(state.factors, grad, factor_decay(hp))
-        refresh_rows(self._find_bases, state, ALL_ROWS, ctx)
+        refresh_rows(partial(self._find_bases, grad), state, ALL_ROWS, ctx)
         return self.skip_first
 
     def update(

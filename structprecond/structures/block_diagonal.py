@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import Self
 
+from structprecond.linalg import left_eigenbasis
 from structprecond.structures.base import _per_matrix, is_transposed, matmul_like
 from structprecond.structures.blockwise import BlockwiseMatrix
 
@@ -131,6 +132,18 @@ class BlockDiagonalMatrix(BlockwiseMatrix):
             full = blocks.new_empty(*blocks.shape[:-3], 0, cls.block_size, cls.block_size)
         rest = blocks[..., -1, :left, :left] if left else blocks.new_empty(*blocks.shape[:-3], 0, 0)
         return cls(full.contiguous(), rest.contiguous())
+
+    @classmethod
+    def eigenbasis_of_inner(cls, X: Tensor) -> Self:
+        r"""Return the eigenbasis of each diagonal block of \(X X^\top\), from its rows of X."""
+        n, k = X.shape[-2], cls.block_size
+        basis = cls.zeros(n, X.shape[:-2], X.dtype, X.device)
+        split = n // k * k
+        if split:
+            basis.blocks = left_eigenbasis(X[..., :split, :].unflatten(-2, (-1, k)))
+        if split < n:
+            basis.rest = left_eigenbasis(X[..., split:, :])
+        return basis
 
     def from_inner(self, X: Tensor | None = None) -> Self:
         r"""Return the diagonal blocks of \(A^\top X X^\top A\), with X the identity if None."""

@@ -10,12 +10,12 @@ from structprecond.linalg import (
     RootMethod,
     eigh,
     full_precision,
+    improve_eigenbasis,
     matrix_inverse_root,
-    orthogonal_iteration,
     refresh_eigenbasis,
 )
 from structprecond.linalg.product import matmul
-from structprecond.structures.base import EntrywiseMatrix
+from structprecond.structures.base import EntrywiseMatrix, _per_matrix
 
 
 class BlockwiseMatrix(EntrywiseMatrix):
@@ -33,11 +33,27 @@ class BlockwiseMatrix(EntrywiseMatrix):
         """
         return self._map(lambda block: eigh(block)[1] if block.numel() else block)
 
+    @classmethod
+    def eigenbasis_of_inner(cls, X: Tensor) -> Self:
+        r"""Return the eigenbasis of \(\Pi(X X^\top)\), with null spaces that follow a rule.
+
+        Subclasses that know the rows of X in each block find them as
+        `structprecond.linalg.left_eigenbasis` does; here LAPACK fills the null spaces.
+
+        Args:
+            X: The stack `(*b, n, m)`.
+
+        Raises:
+            DecompositionError: If a block cannot be decomposed in float64 either.
+        """
+        return cls.from_mat_inner(X).eigenbasis()
+
     def refresh_eigenbasis(self, basis: Self) -> tuple[Self, Tensor]:
         r"""Improve the eigenbasis of symmetric matrices by one step of orthogonal iteration.
 
         In each block, the columns of Q are ordered by descending \(\mathrm{diag}(Q^\top S Q)\), and
-        Q becomes the orthogonal factor of \(S Q\).
+        Q becomes the orthogonal factor of \(S Q\); but for null columns, which
+        `structprecond.linalg.refresh_eigenbasis` leaves alone.
 
         Args:
             basis: The bases \(Q\) so far.
@@ -63,10 +79,12 @@ class BlockwiseMatrix(EntrywiseMatrix):
     def orthogonal_iteration(self, basis: Self) -> Self:
         r"""Improve the eigenbasis of symmetric matrices: \(Q \leftarrow \mathrm{qr}(S Q)\).
 
+        Null columns are left alone, see `structprecond.linalg.improve_eigenbasis`.
+
         Args:
             basis: The bases \(Q\) so far; their columns are not sorted.
         """
-        return self._map(lambda S, Q: orthogonal_iteration(S, Q) if S.numel() else Q, basis)
+        return self._map(lambda S, Q: improve_eigenbasis(S, Q) if S.numel() else Q, basis)
 
     def off_diagonal_ratio(self, basis: Self) -> Tensor:
         r"""Measure how stale a basis is: \(\|\mathrm{offdiag}(Q^\top S Q)\|_F / \|S\|_F\), `(*b,)`.
@@ -74,10 +92,13 @@ class BlockwiseMatrix(EntrywiseMatrix):
         Args:
             basis: The bases \(Q\).
         """
+        dtype = torch.promote_types(basis.dtype, torch.float32)
+        # squares of entries would leave the range of float32 long before the entries do
+        largest = self.infinity_vector_norm()
+        largest = torch.where(largest > 0, largest, 1.0).to(dtype)
+        scaled = self.to(dtype=dtype)._map(lambda S: S / _per_matrix(largest, S))
         with full_precision():
-            rotated = basis.to(dtype=torch.promote_types(basis.dtype, torch.float32))._map(
-                lambda Q, S: matmul(matmul(Q.mT, S.to(Q.dtype)), Q), self
-            )
+            rotated = basis.to(dtype=dtype)._map(lambda Q, S: matmul(matmul(Q.mT, S), Q), scaled)
         norm = rotated.frobenius_norm()
         for block in rotated.named_tensors().values():
             block.diagonal(dim1=-2, dim2=-1).zero_()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from structprecond.linalg import left_eigenbasis
 from structprecond.linalg.product import as_stack
 from structprecond.linalg.symmetric import baddgram
 from structprecond.structures.base import _per_matrix, matmul_like
@@ -76,6 +77,11 @@ class DenseMatrix(BlockwiseMatrix):
             return super().add_inner_(X, beta, alpha)
         _add_gram_(self.mat, X, beta, alpha)
         return self
+
+    @classmethod
+    def eigenbasis_of_inner(cls, X: Tensor) -> Self:
+        r"""Return the eigenbasis of \(X X^\top\), from the side of X that is shorter."""
+        return cls(left_eigenbasis(X))
 
     def diag_add_(self, value: float | Tensor) -> Self:
         """Add to the diagonal in place."""

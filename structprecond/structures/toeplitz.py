@@ -91,9 +91,10 @@ class TriangularToeplitzMatrix(StructuredMatrix):
     def from_mat_inner(cls, X: Tensor) -> Self:
         r"""Return \(\Pi(X X^\top)\): for few long columns, from their autocorrelations."""
         (n, m), dtype = X.shape[-2:], X.dtype
-        X = X.to(_compute_dtype(dtype))
         if n * n <= _MOST_PAIRS * m or m == 0:
+            X = X.to(_compute_dtype(dtype))
             return cls._from_diagonal_sums(2 * _sum_diagonals(matmul(X, X.mT))).to(dtype)
+        X = X.to(_sum_dtype(X.device))
         length = _fft_length(n)
         spectrum = torch.view_as_real(torch.fft.rfft(X, n=length, dim=-2))
         # the frequencies are innermost in memory, next to real and imaginary parts
@@ -105,10 +106,10 @@ class TriangularToeplitzMatrix(StructuredMatrix):
         if X is not None:
             return self.from_mat_inner(self.rmatmat(X))
         # n - u rows of A hold the product of the coefficients u and u - d
-        c = self.coefficients
+        c = self.coefficients.to(_sum_dtype(self.device))
         weights = torch.arange(c.shape[-1], 0, -1, dtype=c.dtype, device=c.device)
         sums = _multiply(c, (weights * c).unsqueeze(-1), lower=False).squeeze(-1)
-        return self._from_diagonal_sums(2 * sums)
+        return self._from_diagonal_sums(2 * sums).to(self.dtype)
 
     def diag_add_(self, value: float | Tensor) -> Self:
         """Add to the diagonal in place."""
@@ -173,6 +174,16 @@ def _sum_diagonals(
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half precision has no FFT, and no fast matrix product on CPUs."""
     return dtype if dtype == torch.float64 else torch.float32
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of transforms whose results are divided by numbers from n down to 1.
+
+    A transform rounds all sums alike, as much as the largest. The last of them have few terms and
+    are divided by few, so they would have errors n times as large as the first.
+    """
+    # Apple's accelerators have no float64
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _fft_length(n: int) -> int:

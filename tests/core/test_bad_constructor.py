@@ -153,6 +153,21 @@ CONSTRUCTORS: dict[str, Case] = {
     ),
     "dtype that is none": ({"preconditioner_dtypes": "float32"}, StructPrecondError, "'float32'"),
     "integer dtype": ({"preconditioner_dtypes": torch.int32}, StructPrecondError, r"torch\.int32"),
+    "float16 factors": (
+        {"preconditioner_dtypes": torch.float16},
+        StructPrecondError,
+        r"torch\.float16 for 0\.weight.*Use torch\.bfloat16",
+    ),
+    "float16 factor of one axis": (
+        {"preconditioner_dtypes": {1: None, 2: (torch.bfloat16, torch.float16), 3: None}},
+        StructPrecondError,
+        r"torch\.float16 for 0\.weight",
+    ),
+    "float8 factors": (
+        {"preconditioner_dtypes": torch.float8_e5m2},
+        StructPrecondError,
+        r"torch\.float8_e5m2 for",
+    ),
     "dtypes without an order": (
         {"preconditioner_dtypes": {1: torch.float32}},
         StructPrecondError,

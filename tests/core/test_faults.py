@@ -194,11 +194,11 @@ def test_what_fails_in_float32_is_computed_in_float64(
 
 
 @pytest.mark.parametrize("make", [SOAP, KLShampoo, KLSOAP])
-@pytest.mark.parametrize("size", [6, 4])
+@pytest.mark.parametrize("function", ["svd", "eigh"], ids=["long axis", "short axis"])
 def test_rows_that_fail_at_the_first_gradient_start_from_the_identity(
-    make: Make, size: int
+    make: Make, function: str
 ) -> None:
-    fault = Fault(torch.linalg, "eigh", [0, 2], size=size)
+    fault = Fault(torch.linalg, function, [0, 2], size=4)
     with pytest.warns(UserWarning, match="Matrices of 0, 2 could not be decomposed at step 0"):
         model, optimizer, _ = _train(make, fault=fault, at=(0,))
 

@@ -59,6 +59,25 @@ def test_stochastic_rounding_is_unbiased_between_neighbours(dtype: torch.dtype) 
     assert torch.equal(round_stochastically(exact.float(), dtype), exact)
 
 
+@pytest.mark.parametrize("start", [1.0, -1.0, 1.5, 3e-3])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_stochastic_rounding_has_the_probability_of_the_distance(
+    dtype: torch.dtype, start: float
+) -> None:
+    torch.manual_seed(0)
+    near = torch.tensor(start, dtype=dtype)
+    for direction in (-torch.inf, torch.inf):
+        far = torch.nextafter(near, torch.tensor(direction, dtype=dtype))
+        for fraction in (0.1, 0.3, 0.5, 0.8):
+            value = near.float() + fraction * (far.float() - near.float())
+            draws = round_stochastically(value.expand(200_000), dtype)
+            share = (draws == far).double().mean().item()
+            # 5 standard deviations are less than a tenth of each fraction
+            deviation = (fraction * (1 - fraction) / 200_000) ** 0.5
+            assert share == pytest.approx(fraction, abs=5 * deviation)
+            assert bool(((draws == far) | (draws == near)).all())
+
+
 @pytest.mark.parametrize("special", [torch.inf, -torch.inf, torch.nan])
 def test_stochastic_rounding_keeps_what_is_not_finite(special: float) -> None:
     rounded = round_stochastically(torch.tensor([special]), torch.bfloat16)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from structprecond import DecompositionError
+from structprecond import DecompositionError, DenseMatrix
 from structprecond.linalg import (
     eigh,
     get_eigenbasis_eigh,
@@ -145,6 +145,17 @@ def test_off_diagonal_ratio_on_a_matrix_worked_by_hand() -> None:
     A = torch.tensor([[[3.0, 4.0], [4.0, 0.0]], [[1.0, 0.0], [0.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]]])
     expected = torch.tensor([(32 / 41) ** 0.5, 0.0, 0.0])
     assert torch.allclose(off_diagonal_ratio(A, torch.eye(2).expand(3, 2, 2)), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-24, 1e24, 1e36])
+def test_off_diagonal_ratio_does_not_depend_on_scale(scale: float) -> None:
+    A, Q = _psd(3, 5, 5, dtype=torch.float32), torch.linalg.qr(torch.randn(3, 5, 5))[0]
+    rotated = Q.mT.double() @ A.double() @ Q.double()
+    rest = rotated - rotated.diagonal(dim1=1, dim2=2).diag_embed()
+    expected = torch.linalg.matrix_norm(rest) / torch.linalg.matrix_norm(A.double())
+    assert torch.allclose(off_diagonal_ratio(scale * A, Q).double(), expected, rtol=1e-5)
+    blocks = DenseMatrix(scale * A).off_diagonal_ratio(DenseMatrix(Q))
+    assert torch.allclose(blocks.double(), expected, rtol=1e-5)
 
 
 def test_global_precision_settings_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

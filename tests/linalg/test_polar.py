@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -171,24 +172,40 @@ def test_wrong_precision_is_refused() -> None:
 def test_scale_does_not_matter_and_nothing_is_infinite(precision: str, coefficients: str) -> None:
     matrix = torch.randn(4, 24, generator=torch.Generator().manual_seed(0))
     expected = newton_schulz(matrix, 5, coefficients, precision)  # type: ignore[arg-type]
-    for scale in (1e-12, 1e15, 1e37):
+    for scale in (1e-37, 1e-20, 1e-12, 1e15, 1e37):
         found = newton_schulz(scale * matrix, 5, coefficients, precision)  # type: ignore[arg-type]
         assert torch.allclose(found, expected, atol=2e-2 if precision == "medium" else 1e-4)
     zero = newton_schulz(torch.zeros(4, 24), 5, coefficients, precision)  # type: ignore[arg-type]
     assert torch.equal(zero, torch.zeros(4, 24))
-    # the published rule divides by at least 1e-15
-    tiny = newton_schulz(1e-20 * matrix, 5, coefficients, precision)  # type: ignore[arg-type]
-    assert tiny.isfinite().all()
-    assert 0 < tiny.norm() < 0.1 * expected.norm()
     low_rank = matrix[:, :1] * torch.randn(1, 24)
     assert newton_schulz(low_rank, 8, coefficients, precision).isfinite().all()  # type: ignore[arg-type]
 
 
-def test_tiny_matrices_are_divided_by_the_smallest_norm() -> None:
-    matrix = 1e-20 * torch.tensor([[3.0, 0.0], [0.0, 4.0]])
-    # so small that only the linear term counts
-    found = newton_schulz(matrix, 2, [(2.0, -1.5, 0.5), (1.5, -0.5, 0.0)])
-    assert torch.allclose(found, 3.0 * 1e15 * matrix, rtol=1e-5)
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (6, 40)])
+@pytest.mark.parametrize(
+    ("dtype", "scales", "tolerance"),
+    [(torch.float64, (1e200, 1e-200), 1e-12), (torch.float32, (3e37, 1e-37), 1e-5)],
+)
+def test_scales_whose_squares_are_out_of_range(
+    shape: tuple[int, int], dtype: torch.dtype, scales: tuple[float, ...], tolerance: float
+) -> None:
+    # entries of at least 1/2, so that none falls out of the range of normal numbers
+    entries = 0.5 + torch.rand(shape, dtype=torch.float64)
+    matrix = entries * torch.where(torch.rand(shape) < 0.5, -1.0, 1.0)
+    U, singular, V = np.linalg.svd(matrix.numpy(), full_matrices=False)
+    exact = torch.from_numpy(U @ V)
+    fraction = singular / np.linalg.norm(singular)
+    for a, b, c in 5 * [(3.4445, -4.7750, 2.0315)]:
+        fraction = a * fraction + b * fraction**3 + c * fraction**5
+    expected = torch.from_numpy(U * fraction @ V)
+    mixed = torch.stack([matrix * scale for scale in (1.0, *scales, 0.0)]).to(dtype)
+    for found, target in (
+        (polar_factor(mixed), exact),
+        (newton_schulz(mixed, 5, "simple"), expected),
+    ):
+        assert found.dtype == dtype
+        assert (found[:3].double() - target).abs().max() < tolerance
+        assert torch.equal(found[3], torch.zeros(shape, dtype=dtype))
 
 
 def test_stacks_are_their_matrices() -> None:

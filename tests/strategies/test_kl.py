@@ -63,10 +63,7 @@ class _DenseKL:
             self.values.append(torch.full((dim,), init, dtype=p.dtype))
 
     def roots(self) -> list[Tensor]:
-        roots = [values**-0.5 for values in self.values]
-        if self.clamping:
-            roots = [r.clamp(max=max(10, min(len(r), 4000))) for r in roots]
-        return roots
+        return [values**-0.5 for values in self.values]
 
     def step(self, grad: Tensor, refresh: bool) -> None:
         order, roots = grad.ndim, self.roots()
@@ -96,7 +93,9 @@ class _DenseKL:
             outer = G @ W.mT / G.shape[1]
             self.S[axis] = self.beta2 * self.S[axis] + (1 - self.beta2) * outer
             estimate = (self.Q[axis].mT @ outer @ self.Q[axis]).diagonal()
-            new_values.append(self.beta2 * self.values[axis] + (1 - self.beta2) * estimate)
+            average = self.beta2 * self.values[axis] + (1 - self.beta2) * estimate
+            floor = max(10, min(grad.shape[axis], 4000)) ** -2 if self.clamping else 0.0
+            new_values.append(torch.maximum(average, torch.full_like(average, floor)))
         self.values = new_values
         if refresh:
             self.Q = [torch.linalg.qr(S @ Q)[0] for S, Q in zip(self.S, self.Q, strict=True)]
@@ -123,7 +122,7 @@ def test_tensors_of_any_order_follow_the_dense_formulas(
 
 @pytest.mark.parametrize("clamping", [True, False])
 def test_small_eigenvalues_are_clamped_or_not(clamping: bool) -> None:
-    # roots of 100, where clamping allows 11 and 12
+    # roots of 100 at the start, where clamping allows 11 and 12 later
     p = nn.Parameter(torch.randn(11, 12, dtype=torch.float64))
     optimizer = KLShampoo(
         [p], lr=0.01, clamping=clamping, init_factor=1e-4, precondition_frequency=10**6
@@ -136,6 +135,31 @@ def test_small_eigenvalues_are_clamped_or_not(clamping: bool) -> None:
         oracle.step(p.grad, refresh=False)
         optimizer.step()
         assert (p - oracle.p).norm() < 1e-9 * oracle.p.norm()
+
+
+@pytest.mark.parametrize("clamping", [True, False])
+@pytest.mark.parametrize("make", [KLShampoo, KLSOAP])
+@pytest.mark.parametrize("shape", [(12, 12), (11, 12)])
+def test_clamped_eigenvalues_are_what_the_next_average_starts_from(
+    shape: tuple[int, int], make: type[KLShampoo], clamping: bool
+) -> None:
+    p = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    optimizer = make([p], lr=0.01, clamping=clamping, precondition_frequency=10**6)
+    p.grad = 1e-4 * torch.randn_like(p)
+    oracle = _DenseKL(p.detach(), p.grad, make is KLSOAP, clamping)
+    optimizer.step()
+    # after 400 small gradients the average alone is at 3e-5, the limits are from 1 / 144 to 1 / 100
+    lowest = torch.inf
+    for scale in [1e-4] * 400 + [1e-2] * 30:
+        p.grad = scale * torch.randn_like(p)
+        oracle.step(p.grad, refresh=False)
+        optimizer.step()
+        assert (p - oracle.p).norm() < 1e-9 * oracle.p.norm()
+        lowest = min(lowest, *(values.min().item() for values in oracle.values))
+    assert lowest == pytest.approx(1 / 144) if clamping else lowest < 1e-3
+    for axis, values in enumerate(oracle.values):
+        found = optimizer.state[p][f"eigenvalues.{axis}"]
+        assert torch.allclose(found, values, rtol=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (3, 4, 5)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def _orthogonal(n: int) -> Tensor:
 
 
 def test_a_rotated_quadratic_from_a_rotated_start_gives_the_rotated_trajectory() -> None:
-    # square, because the basis of a null space, where one exists at the start, is arbitrary
+    # square, because the basis of a null space depends on the axes
     A, B, C = (torch.randn(5, 5, dtype=torch.float64) for _ in range(3))
     U, V = _orthogonal(5), _orthogonal(5)
     plain = nn.Parameter(torch.randn(5, 5, dtype=torch.float64))
@@ -131,9 +132,10 @@ def test_an_ordinary_step_takes_six_matrix_products_per_bucket() -> None:
         with _Products() as products:
             _step(model, optimizer, grads)
         counts.append(products.count)
-    # step 0 initializes (2 outer products); every 4th update turns the first moment into the new
-    # bases (4) and takes one product for each basis (2)
-    assert counts == [2, 6, 6, 6, 12, 6, 6, 6, 12, 6]
+    # step 0 initializes (2 outer products, 1 more for the basis of the short axis, 3 to complete
+    # that of the long one); every 4th update turns the first moment into the new bases (4) and
+    # takes one product for each basis (2)
+    assert counts == [6, 6, 6, 6, 12, 6, 6, 6, 12, 6]
 
 
 def _low_rank(shape: tuple[int, int]) -> Tensor:
@@ -334,6 +336,46 @@ def test_bases_within_the_tolerance_are_not_refreshed() -> None:
         changed.append([not torch.equal(optimizer.state[p]["bases.1.mat"], q) for p, q in pairs])
     assert [c[0] for c in changed] == [True] + [False] * 5
     assert all(c[1] for c in changed)
+
+
+@pytest.mark.parametrize("make", [SOAP, KLShampoo])
+def test_a_row_that_missed_a_refresh_before_its_first_gradient_needs_none(make) -> None:
+    early, late = (nn.Parameter(torch.randn(6, 5)) for _ in range(2))
+    optimizer = make([early, late], precondition_frequency=lambda step: step in (1, 5))
+    bases = []
+    for step in range(7):
+        early.grad = torch.randn(6, 5)
+        # the first gradient comes after the refresh of step 1
+        late.grad = torch.randn(6, 5) if step >= 3 else None
+        optimizer.step()
+        bases.append(optimizer.state[late]["bases.0.mat"].clone())
+    changed = [not torch.equal(*pair) for pair in pairwise(bases)]
+    # found at step 3, and refreshed at step 5
+    assert changed == [False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("structures", ["dense", "block3diagonal"])
+def test_the_tolerance_decides_alike_at_any_scale_of_gradients(structures: str) -> None:
+    def refreshed(scale: float) -> list[bool]:
+        torch.manual_seed(1)
+        p = nn.Parameter(torch.randn(6, 5))
+        optimizer = SOAP(
+            [p], precondition_frequency=1, refresh_tolerance=0.1, structures=structures
+        )
+        grad, changed = torch.randn(6, 5), []
+        for step in range(16):
+            before = optimizer.state[p][name].clone()
+            # the same gradient but for now and then another one
+            p.grad = scale * (torch.randn(6, 5) if step % 5 == 2 else grad)
+            optimizer.step()
+            changed.append(not torch.equal(before, optimizer.state[p][name]))
+        return changed
+
+    name = "bases.0.mat" if structures == "dense" else "bases.0.blocks"
+    expected = refreshed(1.0)
+    assert {*expected[1:]} == {True, False}
+    for scale in (1e-12, 1e12):
+        assert refreshed(scale) == expected
 
 
 def test_transport_carries_the_second_moment_by_the_squared_overlap() -> None:

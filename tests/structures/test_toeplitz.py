@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -48,3 +49,31 @@ def test_large_matrices_against_dense_ones(name: str, n: int, columns: int, layo
     uneven = dense * torch.randn(n, n, dtype=torch.float64)
     expected = _average_diagonals(uneven)
     close(structure.from_dense(uneven).coefficients, expected)
+
+
+def _diagonal_sums(X: Tensor, Y: Tensor) -> Tensor:
+    """Return the sums over the d-th diagonals of X Y', by numpy's direct convolution."""
+    pairs = zip(X.mT.double().numpy(), Y.mT.double().numpy(), strict=True)
+    return torch.from_numpy(sum(np.convolve(x, y[::-1])[len(x) - 1 :] for x, y in pairs))
+
+
+@pytest.mark.parametrize("sign", ["positive", "any sign"])
+@pytest.mark.parametrize("n", [300, 1500, 4096])
+@pytest.mark.parametrize("name", ["triltoeplitz", "triutoeplitz"])
+def test_inner_products_in_float32_are_right_on_all_diagonals(name: str, n: int, sign: str) -> None:
+    structure = structure_class(name)
+    assert issubclass(structure, TriangularToeplitzMatrix)
+    random = torch.rand if sign == "positive" else torch.randn
+    c, X = random(n), random(n, 3)
+    counts = torch.arange(n, 0, -1, dtype=torch.float64)
+    both = torch.where(counts == n, 1.0, 2.0) / counts
+    # the d-th sum over the coefficients u and u - d, of which n - u rows hold the product
+    expected = both * _diagonal_sums((counts * c)[:, None], c[:, None])
+    found = structure(c).from_inner().coefficients
+    assert found.dtype == torch.float32
+    assert (found.double() - expected).abs().max() < 2e-7 * expected.abs().max()
+    expected = both * _diagonal_sums(X, X)
+    found = structure.from_mat_inner(X).coefficients
+    assert found.dtype == torch.float32
+    assert (found.double() - expected).abs().max() < 2e-7 * expected.abs().max()
+    assert structure(c.bfloat16()).from_inner().dtype == torch.bfloat16
