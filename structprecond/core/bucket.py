@@ -14,7 +14,7 @@ from structprecond.core.counters import Counters
 from structprecond.core.layout import Layout
 from structprecond.core.rounding import Rounding, is_low_precision
 from structprecond.core.routing import hyperparameters_of
-from structprecond.core.state import Rows, State
+from structprecond.core.state import Rows, State, on_device_of
 from structprecond.core.strategy import Strategy
 from structprecond.core.units import Unit
 from structprecond.errors import StructPrecondError
@@ -192,6 +192,29 @@ class Bucket:
         if self.compensation is not None:
             self.compensation = self.compensation.to(self.device)
         return True
+
+    def keep(self, units: Sequence[bool], renewed: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Drop the other units with their state, and replace parameters.
+
+        Makes all views of the state stale.
+
+        Args:
+            units: Whether each unit stays.
+            renewed: The parameters that stay, and for each the one that is updated from now on.
+        """
+        if not all(units):
+            rows = self.layout.live_rows(units).nonzero().squeeze(1)
+            self.state = self.state.map(lambda t: t[on_device_of(rows, t)])
+            self.counters = self.counters.map(lambda t: t[rows])
+            if self.compensation is not None:
+                self.compensation = self.compensation[on_device_of(rows, self.compensation)]
+            self.rules = [rule for rule, on in zip(self.rules, units, strict=True) if on]
+        left = [unit for unit, on in zip(self.units, units, strict=True) if on]
+        if left:
+            self.layout = Layout([unit.renewed(renewed) for unit in left])
+            self.rows = self.layout.rows
+        else:
+            self.layout.units.clear()
 
     # --- gradients and parameters ----------------------------------------------------------------
 

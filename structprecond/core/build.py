@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
 from structprecond.core.naming import BareParameters
@@ -16,6 +15,7 @@ from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Route, Routing
 from structprecond.core.strategy import Strategy
 from structprecond.core.units import Unit, find_units
+from structprecond.core.usable import problem_of
 from structprecond.errors import GroupError, StructPrecondError, StructureError
 from structprecond.groups import PreconditionerGroup, StackExperts
 from structprecond.roles import Role, infer_roles
@@ -24,7 +24,6 @@ from structprecond.structures.spec import per_axis, resolve_structures
 
 # 16 MB in float32
 _MOST_ENTRIES = 2**22
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # factors hold squares of gradients, which leave the range of float16 and of anything shorter
 _FACTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -49,15 +48,9 @@ def make_buckets(
         StructPrecondError: If the group's settings do not fit its parameters.
     """
     for p, name in names.items():
-        if is_lazy(p):
-            raise GroupError(
-                f"{name} has no shape yet. Run one forward pass before building the optimizer."
-            )
-        if p.dtype not in _DTYPES or p.layout != torch.strided:
-            raise GroupError(
-                f"{name} has {p.dtype} and the layout {p.layout}, expected a dense real "
-                "floating-point parameter of at least 16 bits. Convert it or leave it out."
-            )
+        problem = problem_of(p)
+        if problem is not None:
+            raise GroupError(f"{name} {problem}")
     if group["structures"] != "dense" and not any(s.structures for s in routing.strategies):
         raise StructureError(
             f"structures={group['structures']!r} is given, but "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from structprecond.core.plain import plain_value
 from structprecond.core.routing import Routing, as_routing
@@ -27,6 +28,7 @@ _LATER_ROLES = ("depthwise", "router")
 _COMPARED = ("strategy", "structures", "combine_params")
 _NOT_LOADED = {*_COMPARED, "preconditioner_dtypes", "params", "param_names", "format"}
 
+_T = TypeVar("_T")
 Groups: TypeAlias = Sequence[dict[str, Any]]
 State: TypeAlias = Mapping[Tensor, Mapping[str, Tensor]]
 
@@ -45,12 +47,22 @@ def save(param_groups: Groups, state: State) -> dict[str, Any]:
     saved = {
         index[p]: {name: tensor.clone() for name, tensor in entry.items()}
         for p, entry in state.items()
+        if p in index  # looking up any other key has made an entry
     }
     return {"state": saved, "param_groups": groups}
 
 
+def hooked(optimizer: Optimizer, hooks: Mapping[int, Callable[..., Any]], state_dict: _T) -> _T:
+    """Return a state dict after an optimizer's hooks."""
+    for hook in hooks.values():
+        result = hook(optimizer, state_dict)
+        state_dict = state_dict if result is None else result
+    return state_dict
+
+
 def load(
     param_groups: Groups,
+    used: Groups,
     state: State,
     names: Mapping[nn.Parameter, str],
     checkpoint: Mapping[str, Any],
@@ -62,6 +74,7 @@ def load(
 
     Args:
         param_groups: The live param groups.
+        used: The same groups, with the configuration and the names that the optimizer uses.
         state: The live state of each parameter by name.
         names: The names of the parameters, for messages.
         checkpoint: The return value of `save`.
@@ -70,7 +83,7 @@ def load(
         CheckpointError: If the checkpoint does not fit; the message lists the differences.
     """
     try:
-        copies, changes = _plan(param_groups, state, names, checkpoint)
+        copies, changes = _plan(used, state, names, checkpoint)
     except CheckpointError:
         raise
     # a damaged or foreign file may hold anything

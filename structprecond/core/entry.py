@@ -131,6 +131,14 @@ class Entries:
                 shapes of an entry have changed.
         """
         self.show([bucket for bucket in buckets if bucket.follow_device(names)], state)
+        self.adopt(state)
+
+    def adopt(self, state: MutableMapping[Any, Any]) -> None:
+        """Adopt entries that were replaced.
+
+        Raises:
+            StructPrecondError: If names or shapes of an entry have changed.
+        """
         if list(map(id, state.values())) == list(map(id, self._entries.values())):
             return
         for p, entry in self._entries.items():
@@ -138,3 +146,18 @@ class Entries:
             if shown is not entry:
                 entry.adopt(shown)
                 state[p] = entry
+
+    def renew(
+        self, params: Mapping[nn.Parameter, nn.Parameter], state: MutableMapping[Any, Any]
+    ) -> None:
+        """Move entries to other parameters, and remove those of all others.
+
+        Args:
+            params: The parameters that keep their entries, and for each the one that has it next.
+            state: The optimizer's state; what is not from this library stays.
+        """
+        gone = self._entries.keys() - params.keys()
+        for entries in (state, self._entries):
+            left = {params.get(p, p): entry for p, entry in entries.items() if p not in gone}
+            entries.clear()
+            entries.update(left)

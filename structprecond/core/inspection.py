@@ -11,15 +11,20 @@ from torch import Tensor, nn
 from structprecond.core.bucket import Bucket
 from structprecond.core.naming import enumerate_names
 from structprecond.core.routing import as_routing
-from structprecond.errors import GradientError, StructPrecondError
+from structprecond.errors import GradientError, HyperparameterError, StructPrecondError
 
 
 def check_values(group: Mapping[str, Any]) -> None:
-    """Raise `HyperparameterError` unless all hyperparameters of a param group are valid.
+    """Raise `HyperparameterError` unless a param group has all hyperparameters, and valid ones.
 
     Tensors on an accelerator are not checked: that would need a host-device sync.
     """
     for name, hyperparameter in as_routing(group["strategy"]).hyperparameters.items():
+        if name not in group:
+            raise HyperparameterError(
+                f"A param group has no {name!r} any more. Set it, for example to the default, "
+                f"{hyperparameter.default!r}."
+            )
         value = group[name]
         if not (isinstance(value, Tensor) and value.device.type not in ("cpu", "meta")):
             hyperparameter.validate(name, value)

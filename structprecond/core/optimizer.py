@@ -19,10 +19,11 @@ from structprecond.core.build import make_buckets
 from structprecond.core.compiler import leave_to_python
 from structprecond.core.entry import Entries
 from structprecond.core.finite import exclude_unusable
+from structprecond.core.follow import Follower
 from structprecond.core.inspection import check_batch_size, check_tensors, check_values
-from structprecond.core.naming import enumerate_names, unwrap
+from structprecond.core.naming import unwrap
 from structprecond.core.options import Nonfinite, Refresh
-from structprecond.core.refresh import RefreshSchedule
+from structprecond.core.refresh import RefreshSchedule, warning_about
 from structprecond.core.report import describe
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routes, as_routing, check_names
@@ -35,7 +36,7 @@ from structprecond.structures.spec import PerAxis, StructureSpec
 # the attributes that copies and pickles keep: no views, nothing that other code adds
 _COPIED = (
     "defaults param_groups model refresh nonfinite maximize rounding buckets "
-    "_names _global_step _samples _warned"
+    "_names _global_step _samples _warned _follower"
 ).split()
 
 
@@ -125,6 +126,7 @@ class StructuredOptimizer(Optimizer):
         self._samples = Samples(self.model)
         self._warned: set[str] = set()
         self._used_rules: set[str] = set()
+        self._follower = Follower(self.buckets, self._names)
         self._start_anew()
         routing = as_routing(strategy)
         defaults = {
@@ -155,6 +157,7 @@ class StructuredOptimizer(Optimizer):
         Raises:
             StructPrecondError: If the group is wrong; then nothing is added.
         """
+        self._follow(quiet=True)
         model = None if self.model is None else unwrap(self.model)
         group = param_groups.with_names(model, param_group)
         routing = param_groups.routing_of(group, as_routing(self.defaults["strategy"]))
@@ -170,6 +173,7 @@ class StructuredOptimizer(Optimizer):
             used = {rule for bucket in buckets for rule in bucket.rules}
             if own_routing:
                 routing.check_used(used)
+            self._follower.add(self.model, group)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -217,6 +221,7 @@ class StructuredOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as `torch.optim.Optimizer.zero_grad`."""
+        self._follow(quiet=True)
         super().zero_grad(set_to_none)
         self._samples.watch(self)
         self._samples.clear()
@@ -251,17 +256,12 @@ class StructuredOptimizer(Optimizer):
     @step_precision()
     def _step(self) -> None:
         plans = self.plan()
+        self._warn_once("idle", self._follower.idle([plan.live for plan in plans]))
         if self.nonfinite != "ignore":
             problem = exclude_unusable(plans, self._names, refuse=self.nonfinite == "raise")
             self._warn_once("skipped", problem)
         failed = [label for plan in plans for label in plan.apply()]
-        if failed:
-            self._warn_once(
-                "failed",
-                f"Matrices of {enumerate_names(failed)} could not be decomposed at step "
-                f"{self.global_step}. They keep their last basis or inverse root until the next "
-                "refresh. Later failures give no warning; optimizer.failed counts them.",
-            )
+        self._warn_once("failed", warning_about(failed, self.global_step))
         self.count_step()
 
     def plan(self) -> list[Plan]:
@@ -271,8 +271,8 @@ class StructuredOptimizer(Optimizer):
             StructPrecondError: If a hyperparameter, a parameter or a gradient is invalid.
         """
         self._samples.watch(self)
-        for group in self.param_groups:
-            check_values(group)
+        self._follow()
+        self._follower.check_groups()
         live = [bucket.layout.live() for bucket in self.buckets]
         for bucket, alive in zip(self.buckets, live, strict=True):
             check_tensors(bucket, alive, self._names)
@@ -284,6 +284,10 @@ class StructuredOptimizer(Optimizer):
             Plan(bucket, alive, every, step, batch_size, self.maximize)
             for bucket, alive, every in zip(self.buckets, live, intervals, strict=True)
         ]
+
+    def _follow(self, quiet: bool = False) -> None:
+        """Follow changes of `param_groups` and of the model; refuse others, or wait if `quiet`."""
+        self._follower.update(self.model, self.param_groups, self._entries, self.state, quiet)
 
     def count_step(self) -> None:
         """Count a step after its plans were applied."""
@@ -305,9 +309,9 @@ class StructuredOptimizer(Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        saved = checkpoint.save(self.param_groups, self.state)
-        hooked: dict[str, Any] = self._hooked(self._optimizer_state_dict_post_hooks, saved)
-        return hooked
+        self._follow()
+        saved = checkpoint.save(self._follower.used_groups(), self.state)
+        return checkpoint.hooked(self, self._optimizer_state_dict_post_hooks, saved)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state dict as a whole or not at all.
@@ -319,18 +323,13 @@ class StructuredOptimizer(Optimizer):
             CheckpointError: If it does not fit; the message lists the differences.
         """
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
-        state_dict = self._hooked(self._optimizer_load_state_dict_pre_hooks, state_dict)
+        state_dict = checkpoint.hooked(self, self._optimizer_load_state_dict_pre_hooks, state_dict)
+        self._follow()
+        used = self._follower.used_groups()
         with self._samples.loading():
-            checkpoint.load(self.param_groups, self.state, self._names, state_dict)
+            checkpoint.load(self.param_groups, used, self.state, self._names, state_dict)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
-
-    def _hooked(self, hooks: Mapping[int, Callable[..., Any]], state_dict: Any) -> Any:
-        """Return the state dict after the hooks."""
-        for hook in hooks.values():
-            result = hook(self, state_dict)
-            state_dict = state_dict if result is None else result
-        return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the stacks themselves for copies and pickles, not hundreds of views."""

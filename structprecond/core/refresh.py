@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from structprecond.core.bucket import Bucket
+from structprecond.core.naming import enumerate_names
 from structprecond.core.state import Rows, rows_of, select
 from structprecond.core.strategy import StepContext
 from structprecond.errors import DecompositionError
@@ -38,6 +39,22 @@ def refresh_rows(
             failed = remaining.nonzero().squeeze(1)[error.rows]
             remaining[failed] = False
             ctx.failed[failed] = True
+
+
+def warning_about(failed: Sequence[str], global_step: int) -> str | None:
+    """Return a warning about units whose matrices could not be decomposed; None if there is none.
+
+    Args:
+        failed: The labels of the units.
+        global_step: The number of steps that the optimizer has made before this one.
+    """
+    if not failed:
+        return None
+    return (
+        f"Matrices of {enumerate_names(failed)} could not be decomposed at step {global_step}. "
+        "They keep their last basis or inverse root until the next refresh. Later failures give no "
+        "warning; optimizer.failed counts them."
+    )
 
 
 class RefreshSchedule:

@@ -154,6 +154,7 @@ def describe(optimizer: Optimizer) -> Description:
             f"describe takes an optimizer of this library, got a {type(optimizer).__name__}. Build "
             "one, such as SOAP(model)."
         )
+    optimizer._follow()  # type: ignore[union-attr]
     numbers = {id(group): i for i, group in enumerate(optimizer.param_groups)}
     roles = _roles(buckets, getattr(optimizer, "model", None))
     rows = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Size, nn
@@ -40,6 +40,10 @@ class Unit:
     def shapes(self) -> list[Size]:
         """The shapes of the parameters."""
         return [p.shape for p in self.params]
+
+    def renewed(self, params: Mapping[nn.Parameter, nn.Parameter]) -> Unit:
+        """Return the unit with other parameters of the same shapes."""
+        return replace(self, params=tuple(params[p] for p in self.params))
 
 
 def find_units(
