@@ -58,6 +58,8 @@ class Bucket:
             unless they have low precision and rounding is "kahan".
         refresh_decomposes: Whether a refresh decomposes matrices, which needs a host-device sync;
             None before the first refresh.
+        staggered_over: The interval for which the rows' phase offsets were assigned; None if that
+            is not known.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Bucket:
         if rounding == "kahan" and is_low_precision(key.param_dtype):
             self.compensation = torch.zeros(self.shape, dtype=key.param_dtype, device=key.device)
         self.refresh_decomposes: bool | None = None
+        self.staggered_over: int | None = None
         self._check_names()
 
     def _check_names(self) -> None:

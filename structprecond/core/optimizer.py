@@ -328,6 +328,7 @@ class StructuredOptimizer(Optimizer):
         used = self._follower.used_groups()
         with self._samples.loading():
             checkpoint.load(self.param_groups, used, self.state, self._names, state_dict)
+        self._schedule.adopt(self.buckets)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

@@ -78,7 +78,7 @@ class Plan:
         if isinstance(self.every, bool):
             counters.overdue |= self.every
             return counters.overdue & live
-        offsets = counters.phase_offset
+        offsets = counters.phase_offset.clamp(min=0)  # some may be unassigned
         return self.bucket.strategy.due(counters.step, offsets, self.every) & live
 
     # --- apply -----------------------------------------------------------------------------------
