@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -111,6 +112,7 @@ def _plan(
         Pairs (target, source) of tensors to copy, and the new values of each group.
     """
     saved_groups, saved_state = _parts(checkpoint)
+    saved_groups = _in_live_order(saved_groups, live_groups)
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in live_groups]:
         raise CheckpointError(
             f"The checkpoint's param groups have {[len(g['params']) for g in saved_groups]} "
@@ -180,23 +182,54 @@ def _up_to_date(theirs: Mapping[str, Any], mine: Mapping[str, Tensor]) -> Mappin
     return kept | {_RENAMED_IN_2.get(name, name): value for name, value in theirs.items()}
 
 
+def _names_in(group: Mapping[str, Any]) -> Sequence[str] | None:
+    """Return the name of each parameter of a group; None if it has none."""
+    # torch.distributed.checkpoint puts names into params in the live order; param_names are saved
+    if group["params"] and all(isinstance(p, str) for p in group["params"]):
+        return list(group["params"])
+    return group.get("param_names") or None
+
+
+def _in_live_order(
+    saved_groups: Sequence[Mapping[str, Any]], live_groups: Groups
+) -> Sequence[Mapping[str, Any]]:
+    """Return saved groups in the order of the live groups with the same names, if all have one."""
+    if len(saved_groups) != len(live_groups):
+        return saved_groups
+    waiting: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for group in saved_groups:
+        waiting.setdefault(tuple(sorted(_names_in(group) or ())), []).append(group)
+    found = []
+    for group in live_groups:
+        same = waiting.get(tuple(sorted(_names_in(group) or ())))
+        if not same:
+            return saved_groups
+        found.append(same.pop(0))
+    return found
+
+
 def _match(saved: Mapping[str, Any], live: Mapping[str, Any]) -> Iterable[Any]:
-    """Return the saved index of every live parameter: by name if both sides have names."""
-    theirs, mine = saved.get("param_names"), live.get("param_names")
-    if theirs and mine and set(theirs) == set(mine):
-        by_name = dict(zip(theirs, saved["params"], strict=True))
-        return [by_name[name] for name in mine]
-    return list(saved["params"])
+    """Return the saved index of every live parameter: by name if both sides have names.
+
+    Parameters of the same name are matched by order.
+    """
+    theirs, mine = _names_in(saved), _names_in(live)
+    if theirs is None or mine is None or sorted(theirs) != sorted(mine):
+        return list(saved["params"])
+    by_name: dict[str, list[Any]] = {}
+    for name, i in zip(theirs, saved["params"], strict=True):
+        by_name.setdefault(name, []).append(i)
+    return [by_name[name].pop(0) for name in mine]
 
 
 def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
-    problems = []
     theirs, mine = saved.get("param_names"), live.get("param_names")
-    if theirs and mine and set(theirs) != set(mine):
-        problems += [f"{n}: not in the checkpoint" for n in mine if n not in set(theirs)]
-        problems += [f"{n}: not in the optimizer" for n in theirs if n not in set(mine)]
+    problems = []
+    if theirs and mine:
+        problems += [f"{n}: not in the checkpoint" for n in (Counter(mine) - Counter(theirs))]
+        problems += [f"{n}: not in the optimizer" for n in (Counter(theirs) - Counter(mine))]
     for key in _COMPARED:
-        theirs, mine = saved.get(key), plain_value(live.get(key))
+        theirs, mine = _with_tuples(saved.get(key)), plain_value(live.get(key))
         if key == "combine_params":  # None means the strategy's default groupings
             usual = plain_value(as_routing(live["strategy"]).main.combine_params)
             theirs, mine = theirs or usual, mine or usual
@@ -206,6 +239,11 @@ def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, An
                 "optimizer"
             )
     return problems
+
+
+def _with_tuples(value: Any) -> Any:
+    """Return a value with tuples for lists: torch.distributed.checkpoint makes lists of tuples."""
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _older(value: Any) -> Any:
@@ -268,7 +306,7 @@ def _check_numbers(number: int, saved: Mapping[str, Any], live: Mapping[str, Any
         try:
             hyperparameter.validate(name, value)
             if isinstance(live[name], Tensor):
-                torch.as_tensor(value).reshape(live[name].shape)
+                _tensor_like(live[name], value)
         except (StructPrecondError, RuntimeError, TypeError, ValueError) as error:
             problems.append(f"param group {number}: {error}")
     return problems
@@ -291,10 +329,17 @@ def _numbers(
     for key in saved.keys() - _NOT_LOADED:
         value, current = saved[key], live.get(key)
         if isinstance(current, Tensor):
-            copies.append((current, torch.as_tensor(value).reshape(current.shape)))
+            copies.append((current, _tensor_like(current, value)))
         elif callable(current) or (isinstance(value, str) and not isinstance(current, str)):
             continue  # callables stay live; the checkpoint describes them in strings
         else:
             # a copy: the caller keeps the dict and its contents
-            values[key] = value.item() if isinstance(value, Tensor) else deepcopy(value)
+            value = value.item() if isinstance(value, Tensor) else deepcopy(value)
+            values[key] = _with_tuples(value) if isinstance(current, tuple) else value
     return copies, values
+
+
+def _tensor_like(current: Tensor, value: Any) -> Tensor:
+    """Return a saved value in the shape of a live tensor, and numbers with all their digits."""
+    dtype = None if isinstance(value, Tensor) else torch.float64
+    return torch.as_tensor(value, dtype=dtype).reshape(current.shape)

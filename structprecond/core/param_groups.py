@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from structprecond.core.naming import plain_name, unwrap
+from structprecond.core.plain import plain_number
 from structprecond.core.routing import Routing, as_routing
 from structprecond.errors import GroupError, HyperparameterError, StructPrecondError
 from structprecond.groups import PreconditionerGroup
@@ -76,7 +77,7 @@ def routing_of(group: dict[str, Any], usual: Routing) -> Routing:
 
 
 def complete(group: dict[str, Any], routing: Routing, defaults: Mapping[str, Any]) -> set[str]:
-    """Add missing hyperparameters to a group; return the names of the given ones.
+    """Add missing hyperparameters to a group, as plain numbers; return the names of given ones.
 
     Raises:
         HyperparameterError: If it has unknown keys.
@@ -95,6 +96,7 @@ def complete(group: dict[str, Any], routing: Routing, defaults: Mapping[str, Any
         shared = name == "lr" or name not in routing.main.hyperparameters
         shared = (shared or type(routing.main) is type(usual.main)) and name in defaults
         group.setdefault(name, defaults[name] if shared else hyperparameter.default)
+        group[name] = plain_number(group[name])
     rules = group.setdefault("combine_params", defaults["combine_params"])
     group["combine_params"] = _as_tuple(rules)
     return given
