@@ -15,14 +15,14 @@ from structprecond.checks import check_choice, check_flags
 from structprecond.core import checkpoint, options, param_groups
 from structprecond.core.batch_size import GetBatchSize, Samples
 from structprecond.core.bucket import Bucket
-from structprecond.core.build import make_buckets
+from structprecond.core.build import RoutedUnit, make_buckets, route_units, thaw
 from structprecond.core.compiler import leave_to_python
 from structprecond.core.entry import Entries
 from structprecond.core.finite import exclude_unusable
-from structprecond.core.inspection import check_batch_size, check_tensors, check_values
-from structprecond.core.naming import enumerate_names, unwrap
+from structprecond.core.inspection import check_batch_size, check_step, check_values
+from structprecond.core.naming import unwrap
 from structprecond.core.options import Nonfinite, Refresh
-from structprecond.core.refresh import RefreshSchedule
+from structprecond.core.refresh import RefreshSchedule, warning_of_failures
 from structprecond.core.report import describe
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routes, as_routing, check_names
@@ -34,7 +34,7 @@ from structprecond.structures.spec import PerAxis, StructureSpec
 
 # the attributes that copies and pickles keep: no views, nothing that other code adds
 _COPIED = (
-    "defaults param_groups model refresh nonfinite maximize rounding buckets "
+    "defaults param_groups model refresh nonfinite maximize rounding buckets frozen_units "
     "_names _global_step _samples _warned"
 ).split()
 
@@ -120,6 +120,7 @@ class StructuredOptimizer(Optimizer):
         self.refresh, self.nonfinite, self.maximize = refresh, nonfinite, maximize
         self.rounding = rounding
         self.buckets: list[Bucket] = []
+        self.frozen_units: list[RoutedUnit] = []
         self._names: dict[nn.Parameter, str] = {}
         self._global_step = torch.zeros((), dtype=torch.int64, device="cpu")
         self._samples = Samples(self.model)
@@ -165,18 +166,27 @@ class StructuredOptimizer(Optimizer):
             param_groups.drop_unread(group, routing)
             check_values(group)
             names = param_groups.labels_of(group, len(self.param_groups) - 1)
-            buckets = make_buckets(model, group, routing, names, self.rounding)
-            routing.check_read(given, [bucket.strategy for bucket in buckets])
-            used = {rule for bucket in buckets for rule in bucket.rules}
+            units = route_units(model, group, routing, names)
+            routing.check_read(given, [routed.route.strategy for routed in units])
+            used = {routed.route.rule for routed in units}
             if own_routing:
                 routing.check_used(used)
+            buckets = make_buckets((u for u in units if not u.frozen), self.rounding)
         except BaseException:
             self.param_groups.pop()
             raise
         self._used_rules |= used
         self._names |= names
-        self.buckets += buckets
+        frozen = [routed for routed in units if routed.frozen]
+        self.frozen_units += frozen
+        self._show(buckets, frozen)
+
+    def _show(self, buckets: Sequence[Bucket], frozen: Sequence[RoutedUnit] = ()) -> None:
+        """Add buckets, and show their state and that frozen units have none."""
+        self.buckets += [bucket for bucket in buckets if bucket not in self.buckets]
         self._entries.show(buckets, self.state)
+        for routed in frozen:
+            self._entries.show_unit(routed.unit, self.state, {})
 
     def name_of(self, param: nn.Parameter) -> str:
         """Return the name of a parameter in the model, or else its place in `param_groups`."""
@@ -255,13 +265,7 @@ class StructuredOptimizer(Optimizer):
             problem = exclude_unusable(plans, self._names, refuse=self.nonfinite == "raise")
             self._warn_once("skipped", problem)
         failed = [label for plan in plans for label in plan.apply()]
-        if failed:
-            self._warn_once(
-                "failed",
-                f"Matrices of {enumerate_names(failed)} could not be decomposed at step "
-                f"{self.global_step}. They keep their last basis or inverse root until the next "
-                "refresh. Later failures give no warning; optimizer.failed counts them.",
-            )
+        self._warn_once("failed", warning_of_failures(failed, self.global_step))
         self.count_step()
 
     def plan(self) -> list[Plan]:
@@ -271,11 +275,8 @@ class StructuredOptimizer(Optimizer):
             StructPrecondError: If a hyperparameter, a parameter or a gradient is invalid.
         """
         self._samples.watch(self)
-        for group in self.param_groups:
-            check_values(group)
-        live = [bucket.layout.live() for bucket in self.buckets]
-        for bucket, alive in zip(self.buckets, live, strict=True):
-            check_tensors(bucket, alive, self._names)
+        self._show(thaw(self.frozen_units, lambda routed: not routed.frozen, self.rounding))
+        live = check_step(self.param_groups, self.buckets, self._names)
         self._entries.follow(self.buckets, self.state, self._names)
         step, batch_size = self.global_step, self.batch_size
         check_batch_size(batch_size, self.buckets, live)
@@ -306,8 +307,7 @@ class StructuredOptimizer(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         saved = checkpoint.save(self.param_groups, self.state)
-        hooked: dict[str, Any] = self._hooked(self._optimizer_state_dict_post_hooks, saved)
-        return hooked
+        return dict(self._hooked(self._optimizer_state_dict_post_hooks, saved))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state dict as a whole or not at all.
@@ -320,16 +320,17 @@ class StructuredOptimizer(Optimizer):
         """
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         state_dict = self._hooked(self._optimizer_load_state_dict_pre_hooks, state_dict)
+        saved = checkpoint.with_state(self.param_groups, state_dict)
+        self._show(thaw(self.frozen_units, lambda u: u.unit.params[0] in saved, self.rounding))
         with self._samples.loading():
             checkpoint.load(self.param_groups, self.state, self._names, state_dict)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
-    def _hooked(self, hooks: Mapping[int, Callable[..., Any]], state_dict: Any) -> Any:
+    def _hooked(self, hooks: Mapping[int, Any], state_dict: Any) -> Any:
         """Return the state dict after the hooks."""
         for hook in hooks.values():
-            result = hook(self, state_dict)
-            state_dict = state_dict if result is None else result
+            state_dict = hook(self, state_dict) or state_dict
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
@@ -341,7 +342,7 @@ class StructuredOptimizer(Optimizer):
         super().__setstate__({**state, "state": defaultdict(dict), "_used_rules": set()})
         leave_to_python(StructuredOptimizer, "_step")
         self._start_anew()
-        self._entries.show(self.buckets, self.state)
+        self._show(self.buckets, self.frozen_units)
         self._samples.watch(self)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from structprecond.core.bucket import Bucket
+from structprecond.core.naming import enumerate_names
 from structprecond.core.state import Rows, rows_of, select
 from structprecond.core.strategy import StepContext
 from structprecond.errors import DecompositionError
@@ -38,6 +39,17 @@ def refresh_rows(
             failed = remaining.nonzero().squeeze(1)[error.rows]
             remaining[failed] = False
             ctx.failed[failed] = True
+
+
+def warning_of_failures(units: Sequence[str], step: int) -> str | None:
+    """Return the warning about units whose refresh failed in a step; None if there are none."""
+    if not units:
+        return None
+    return (
+        f"Matrices of {enumerate_names(units)} could not be decomposed at step {step}. They keep "
+        "their last basis or inverse root until the next refresh; optimizer.failed counts further "
+        "failures without a warning."
+    )
 
 
 class RefreshSchedule:
