@@ -98,15 +98,15 @@ def run_cell(make: Make, *cells: Cell) -> None:
     at_fork = copy.deepcopy(run.values())
     others = {cell.check: CHECKS[cell.check](run, make, cell) for cell in cells}
     for check, other in others.items():
-        _assert_same(other, at_fork, f"{check} changes what it copies")
+        _assert_same(other, at_fork, f"{check} changes the run that it interrupts")
         other.train_until(STEPS)
-        _assert_same(run, at_fork, f"what goes on after {check} changes what it was made from")
+        _assert_same(run, at_fork, f"the run after {check} changes the first run")
     run.train_until(STEPS)
     for check, other in others.items():
-        _assert_same(other, run.values(), f"after {check} the runs part")
+        _assert_same(other, run.values(), f"the runs differ after {check}")
     difference = first_difference(held, at_fork["optimizer"])
-    assert difference is None, f"what state_dict returned changes with training: {difference}"
-    assert first_difference(run.values()["model"], at_fork["model"]), "nothing was trained"
+    assert difference is None, f"training changes a returned state_dict: {difference}"
+    assert first_difference(run.values()["model"], at_fork["model"]), "no step changed the model"
 
 
 def _assert_same(run: Run, values: dict[str, Any], what: str) -> None:
