@@ -108,13 +108,13 @@ class Run:
             self._backward(step)
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
-            before = Before(self)
+            before = Before(self, skipped=self.scaler is not None and step in _OVERFLOWS)
             if self.scaler is None:
                 self.optimizer.step()
             else:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
-            before.check(self, skipped=self.scaler is not None and step in _OVERFLOWS)
+            before.check(self)
         self.done = end
         self._check_finite()
         return self
@@ -190,41 +190,41 @@ class Before:
 
     Args:
         run: The run, with gradients, before the step.
+        skipped: Whether no unit takes part.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.grads = {n: _copy(p.grad) for n, p in run.model.named_parameters()}
-        self.params = {n: p.detach().clone() for n, p in run.model.named_parameters()}
-        self.units = [u for bucket in run.optimizer.buckets for u in bucket.units]
-        self.states = [self._state(run, unit) for unit in self.units]
+    def __init__(self, run: Run, skipped: bool) -> None:
+        named = list(run.model.named_parameters())
+        units = [unit for bucket in run.optimizer.buckets for unit in bucket.units]
+        units += [routed.unit for routed in run.optimizer.frozen_units]
+        live = [not skipped and all(map(_is_live, unit.params)) for unit in units]
+        pausing = [unit for unit, takes_part in zip(units, live, strict=True) if not takes_part]
+        moving = {p for unit, m in zip(units, live, strict=True) if m for p in unit.params}
+        self.grads = [(name, p, _copy(p.grad)) for name, p in named]
+        self.params = [(name, p, p.detach().clone()) for name, p in named if p not in moving]
+        self.states = [(unit, self._state(run, unit)) for unit in pausing]
 
     @staticmethod
     def _state(run: Run, unit: Unit) -> dict[str, Tensor]:
         entry = run.optimizer.state[unit.params[0]]
         return {name: t.clone() for name, t in entry.items() if name not in _SHARED}
 
-    def check(self, run: Run, skipped: bool) -> None:
-        """Check the values after the step.
-
-        Args:
-            run: The run.
-            skipped: Whether the step is skipped for all units.
-        """
-        live = set()
-        for unit, state in zip(self.units, self.states, strict=True):
-            if not skipped and all(p.requires_grad and p.grad is not None for p in unit.params):
-                live |= {id(p) for p in unit.params}
-            else:
-                difference = first_difference(self._state(run, unit), state)
-                assert difference is None, f"{unit.label} took no part, but {difference}"
-        for name, p in run.model.named_parameters():
-            grad = self.grads[name]
+    def check(self, run: Run) -> None:
+        """Check the values after the step."""
+        for name, p, grad in self.grads:
             if p.grad is None or grad is None:
                 assert p.grad is grad, f"the gradient of {name} came or went in step()"
             else:
                 assert same_bits(p.grad, grad), f"the gradient of {name} was changed by step()"
-            if id(p) not in live:
-                assert same_bits(p, self.params[name]), f"{name} took no part, but moved"
+        for unit, state in self.states:
+            difference = first_difference(self._state(run, unit), state)
+            assert difference is None, f"{unit.label} took no part, but {difference}"
+        for name, p, value in self.params:
+            assert same_bits(p, value), f"{name} took no part, but moved"
+
+
+def _is_live(p: Tensor) -> bool:
+    return p.requires_grad and p.grad is not None
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:
