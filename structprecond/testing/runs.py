@@ -24,7 +24,7 @@ _OVERFLOWS = (5, 16)
 _SLOWED_AT = 3
 """The step at which learning rates are halved, unknown to a new optimizer."""
 
-_SHARED = {"global_step", "batch_size", "overdue"}
+_SHARED = {"global_step", "batch_size", "overdue", "phase_offset"}
 """Values in a state entry that may change in steps without its unit."""
 
 
