@@ -16,13 +16,7 @@ from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.warn import warn
 from structprecond.errors import GradientError, StructPrecondError
 from structprecond.linalg.precision import without_autocast
-from structprecond.sharpness.arguments import (
-    SETTINGS,
-    check_instance,
-    checked_settings,
-    split_params,
-    without_settings,
-)
+from structprecond.sharpness import arguments
 from structprecond.sharpness.batch_norm import freeze_batch_norm
 from structprecond.sharpness.perturbation import Part, total_norm
 
@@ -30,12 +24,8 @@ _TINY = 1e-12
 # the attributes that copies and pickles keep, without hooks and a scheduler's wrapper
 _COPIED = ("base_optimizer", "skipped", "_own_defaults", "_model", "_old", "_failed", "_warned")
 # the base makes and loads state dicts, so it runs their hooks
-_HOOKS_OF_BASE = (
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
+_KINDS = "state_dict_pre state_dict_post load_state_dict_pre load_state_dict_post".split()
+_HOOKS_OF_BASE = tuple(f"_optimizer_{kind}_hooks" for kind in _KINDS)
 
 
 def _of_base(name: str) -> Any:
@@ -122,7 +112,7 @@ class SAM(Optimizer):
         adaptive: bool = True,
         **base_kwargs: Any,
     ) -> None:
-        own_defaults = checked_settings({"rho": rho, "adaptive": adaptive})
+        own_defaults = arguments.checked_settings({"rho": rho, "adaptive": adaptive})
         if isinstance(base_optimizer, SAM) or base_optimizer is SAM:
             raise StructPrecondError(
                 "base_optimizer is a SAM, expected the optimizer that makes the step. Pass that "
@@ -130,17 +120,17 @@ class SAM(Optimizer):
             )
         if isinstance(base_optimizer, Optimizer):
             base = base_optimizer
-            check_instance(base, params, base_kwargs)
-            settings = [checked_settings(group) for group in base.param_groups]
+            arguments.check_instance(base, params, base_kwargs)
+            settings = [arguments.checked_settings(group) for group in base.param_groups]
         elif isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer):
-            given, settings = split_params(params, base_optimizer)
+            given, settings = arguments.split_params(params, base_optimizer)
             base = base_optimizer(given, **base_kwargs)
         else:
             raise StructPrecondError(
                 f"base_optimizer takes an optimizer or its class, got {base_optimizer!r}. Pass the "
                 "class, as in SAM(params, torch.optim.SGD, lr=0.1)."
             )
-        if clash := sorted(set(SETTINGS) & set(base.defaults)):
+        if clash := sorted(set(arguments.SETTINGS) & set(base.defaults)):
             raise StructPrecondError(
                 f"{type(base).__name__} has hyperparameters {clash}, as SAM does. Choose another "
                 "base optimizer."
@@ -173,8 +163,8 @@ class SAM(Optimizer):
         """
         if not isinstance(param_group, Mapping):
             raise StructPrecondError(f"A param group is a dict with 'params', got {param_group!r}.")
-        settings = self._own_defaults | checked_settings(param_group)
-        self.base_optimizer.add_param_group(without_settings(param_group))
+        settings = self._own_defaults | arguments.checked_settings(param_group)
+        self.base_optimizer.add_param_group(arguments.without_settings(param_group))
         self.param_groups[-1].update(settings)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -335,7 +325,7 @@ class SAM(Optimizer):
         base_maximizes = getattr(self.base_optimizer, "maximize", False)
         parts = []
         for group in self.param_groups:
-            settings = self._own_defaults | checked_settings(group)
+            settings = self._own_defaults | arguments.checked_settings(group)
             sign = -1 if group.get("maximize", base_maximizes) else 1
             alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for p in self._with_gradient([group]):
