@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import compiled
@@ -160,7 +161,10 @@ def test_staggered_refreshes_take_part(tiny: str) -> None:
     assert optimizer.refresh == "staggered"
 
 
-def test_growth_is_fitted_and_reported(capsys: pytest.CaptureFixture[str]) -> None:
+def test_growth_is_fitted_and_reported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "import_seconds", partial(scaling.import_seconds, repeats=1))
     assert scaling.exponent([1, 2, 4], [3.0, 24.0, 192.0]) == pytest.approx(3.0)
     threads = torch.get_num_threads()
     arguments = ["--counts", "1", "2", "--widths", "2", "4", "--params", "1", "2"]

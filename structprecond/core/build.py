@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -28,21 +29,19 @@ _MOST_ENTRIES = 2**22
 _FACTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
-def make_buckets(
+def route_units(
     model: nn.Module | None,
     group: dict[str, Any],
     routing: Routing,
     names: Mapping[nn.Parameter, str],
-    rounding: Rounding,
-) -> list[Bucket]:
-    """Group the parameters of a param group, route the units and stack them.
+) -> list[RoutedUnit]:
+    """Group the parameters of a param group into units, and route these.
 
     Args:
         model: The model; None if only parameters are known.
         group: The complete param group.
         routing: The routing from the group's `strategy`.
         names: The names of its parameters.
-        rounding: How low-precision parameters are rounded.
 
     Raises:
         StructPrecondError: If the group's settings do not fit its parameters.
@@ -56,37 +55,99 @@ def make_buckets(
             f"structures={group['structures']!r} is given, but "
             f"{type(routing.main).__name__} has no Kronecker factors. Leave it out."
         )
-    together: dict[tuple[Strategy[Any], BucketKey], list[tuple[Unit, str]]] = {}
-    for unit, route in _find_routes(model, group, routing, names):
-        if unit.shape.numel() and unit.rows:
-            key = (route.strategy, _bucket_key(unit, group, route.strategy))
-            together.setdefault(key, []).append((unit, route.rule))
+    units = [
+        RoutedUnit(group, unit, route, routing.prefix(route.strategy))
+        for unit, route in _find_routes(model, group, routing, names)
+        if unit.shape.numel() and unit.rows
+    ]
+    for routed in units:
+        routed.key()  # raises if the settings do not fit
+    return units
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedUnit:
+    """A unit and its route, before it has any state.
+
+    Args:
+        group: Its param group.
+        unit: The unit.
+        route: Its strategy, and the role or pattern that decided.
+        prefix: What precedes the names of the strategy's hyperparameters in the group.
+    """
+
+    group: dict[str, Any]
+    unit: Unit
+    route: Route
+    prefix: str
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no parameter of the unit requires a gradient."""
+        return not any(p.requires_grad for p in self.unit.params)
+
+    def key(self) -> BucketKey:
+        """Return what the unit shares with those it is stacked with, as its parameters are now."""
+        return _bucket_key(self.unit, self.group, self.route.strategy)
+
+
+def make_buckets(units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:
+    """Stack units, which allocates their state.
+
+    Args:
+        units: The units.
+        rounding: How low-precision parameters are rounded.
+    """
+    together: dict[tuple[int, Strategy[Any], BucketKey], list[RoutedUnit]] = {}
+    for routed in units:
+        key = (id(routed.group), routed.route.strategy, routed.key())
+        together.setdefault(key, []).append(routed)
     return [
         Bucket(
-            group,
+            members[0].group,
             strategy,
-            routing.prefix(strategy),
+            members[0].prefix,
             key,
-            [unit for unit, _ in members],
-            [rule for _, rule in members],
+            [routed.unit for routed in members],
+            [routed.route.rule for routed in members],
             rounding,
         )
-        for (strategy, key), stack in together.items()
+        for (_, strategy, key), stack in together.items()
         for members in _split(key, stack)
     ]
 
 
-def _split(key: BucketKey, stack: Sequence[tuple[Unit, str]]) -> Iterator[list[tuple[Unit, str]]]:
+def thaw(
+    units: list[RoutedUnit], thawed: Callable[[RoutedUnit], bool], rounding: Rounding
+) -> list[Bucket]:
+    """Remove some units from a list of frozen ones, and stack them.
+
+    Args:
+        units: The frozen units.
+        thawed: Whether a unit needs state.
+        rounding: How low-precision parameters are rounded.
+    """
+    awake = [routed for routed in units if thawed(routed)]
+    if not awake:
+        return []
+    buckets = make_buckets(awake, rounding)
+    units[:] = [routed for routed in units if routed not in awake]
+    for bucket in buckets:
+        bucket.counters.overdue[:] = True  # they missed all refreshes so far
+    return buckets
+
+
+def _split(key: BucketKey, stack: Sequence[RoutedUnit]) -> Iterator[list[RoutedUnit]]:
     """Split a long stack of units on the CPU, where it would gain nothing and leave the caches."""
     most = _MOST_ENTRIES // _largest(key) if key.device.type == "cpu" else None
-    part: list[tuple[Unit, str]] = []
+    part: list[RoutedUnit] = []
     rows = 0
-    for unit, rule in stack:
-        if part and most is not None and rows + unit.rows > most:
+    for routed in stack:
+        if part and most is not None and rows + routed.unit.rows > most:
             yield part
             part, rows = [], 0
-        part.append((unit, rule))
-        rows += unit.rows
+        part.append(routed)
+        rows += routed.unit.rows
     yield part
 
 

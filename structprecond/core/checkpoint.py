@@ -27,6 +27,7 @@ _NEW_IN_2 = {"phase_offset", "seed"}
 _MOST_PROBLEMS = 20
 _LATER_ROLES = ("depthwise", "router")
 _COMPARED = ("strategy", "structures", "combine_params")
+_SHARED = {"global_step", "batch_size"}
 _NOT_LOADED = {*_COMPARED, "preconditioner_dtypes", "params", "param_names", "format"}
 
 _T = TypeVar("_T")
@@ -54,11 +55,12 @@ def save(param_groups: Groups, state: State) -> dict[str, Any]:
 
 
 def hooked(optimizer: Optimizer, hooks: Mapping[int, Callable[..., Any]], state_dict: _T) -> _T:
-    """Return a state dict after an optimizer's hooks."""
+    """Return a state dict after an optimizer's hooks, which may change a copy of it."""
+    changed: Any = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
     for hook in hooks.values():
-        result = hook(optimizer, state_dict)
-        state_dict = state_dict if result is None else result
-    return state_dict
+        result = hook(optimizer, changed)
+        changed = changed if result is None else result
+    return changed  # type: ignore[no-any-return]
 
 
 def load(
@@ -100,6 +102,23 @@ def load(
         group.update(values)
 
 
+def with_state(param_groups: Groups, checkpoint: Any) -> set[Tensor]:
+    """Return the parameters that a checkpoint holds state of their own for.
+
+    Others were frozen, or belong to the unit of another parameter.
+    """
+    try:
+        groups, state = _parts(checkpoint)
+        pairs = [
+            (i, p)
+            for saved, live in zip(_in_live_order(groups, param_groups), param_groups, strict=True)
+            for i, p in zip(_match(saved, live), live["params"], strict=True)
+        ]
+        return {p for i, p in pairs if set(state.get(i, {})) - _SHARED}
+    except (CheckpointError, AttributeError, LookupError, TypeError, ValueError):
+        return set()  # loading says what is wrong with it
+
+
 def _plan(
     live_groups: Groups,
     state: State,
@@ -129,6 +148,8 @@ def _plan(
             mine, theirs = dict(state.get(p, {})), saved_state.get(i, {})
             if not theirs and not p.requires_grad:
                 continue  # torch's distributed checkpoints omit frozen parameters
+            if not set(theirs) - _SHARED and _is_fresh(mine):
+                mine = {name: mine[name] for name in theirs}  # it was frozen when it was saved
             theirs = _up_to_date(theirs, mine)
             problems += _compare_entries(names[p], theirs, mine)
             copies += [(target, theirs[name]) for name, target in mine.items() if name in theirs]
@@ -172,6 +193,11 @@ def _parts(checkpoint: Any) -> tuple[Sequence[Mapping[str, Any]], Mapping[Any, A
             f"{sorted(_FORMATS)}. Use the version of the library that wrote it."
         )
     return groups, state
+
+
+def _is_fresh(mine: Mapping[str, Tensor]) -> bool:
+    """Return whether a unit has state, but no gradient has come so far."""
+    return "initialized" in mine and not bool(mine["initialized"].any())
 
 
 def _up_to_date(theirs: Mapping[str, Any], mine: Mapping[str, Tensor]) -> Mapping[str, Any]:

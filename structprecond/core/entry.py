@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from structprecond.core.bucket import Bucket
 from structprecond.core.memory import keep_freed_memory
+from structprecond.core.units import Unit
 from structprecond.errors import StructPrecondError
 
 
@@ -114,9 +115,15 @@ class Entries:
         for bucket in buckets:
             keep_freed_memory(bucket.device)
             for unit, tensors in zip(bucket.units, bucket.unit_tensors(), strict=True):
-                for p in unit.params:
-                    own = tensors if p is unit.params[0] else {}
-                    state[p] = self._entries[p] = Entry(unit.label, own | self._shared)
+                self.show_unit(unit, state, tensors)
+
+    def show_unit(
+        self, unit: Unit, state: MutableMapping[Any, Any], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Show the state of one unit, of which there is none while it is frozen."""
+        for p in unit.params:
+            own = tensors if p is unit.params[0] else {}
+            state[p] = self._entries[p] = Entry(unit.label, {**own, **self._shared})
 
     def follow(
         self,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from structprecond.core.bucket import Bucket
+from structprecond.core.build import RoutedUnit
 from structprecond.core.entry import Entries
 from structprecond.core.followed import Followed
-from structprecond.core.inspection import check_values
 from structprecond.core.naming import enumerate_names
 from structprecond.core.places import Places
+from structprecond.core.units import Unit
 from structprecond.core.usable import problem_of
 from structprecond.errors import GroupError, StructPrecondError
 
@@ -39,11 +40,14 @@ class Follower:
 
     Args:
         buckets: The buckets of all groups, changed in place.
+        frozen: The units without state of all groups, changed in place.
         names: The names of all parameters, changed in place.
     """
 
-    def __init__(self, buckets: list[Bucket], names: dict[nn.Parameter, str]) -> None:
-        self._buckets, self._names = buckets, names
+    def __init__(
+        self, buckets: list[Bucket], frozen: list[RoutedUnit], names: dict[nn.Parameter, str]
+    ) -> None:
+        self._buckets, self._frozen, self._names = buckets, frozen, names
         self._groups: list[Followed] = []
         # the names of each parameter in the model; several if modules share it
         self._known_as: dict[nn.Parameter, list[str]] = {}
@@ -76,20 +80,20 @@ class Follower:
             self._known_as |= {p: self._places.names_of(p) for p in params}
             self._watches = False
 
-    def used_groups(self) -> list[dict[str, Any]]:
-        """Return the groups with the configuration and the names that are used, for checkpoints."""
+    def used_groups(self, check: bool = False) -> list[dict[str, Any]]:
+        """Return the groups with the configuration and the names that are used, for checkpoints.
+
+        Args:
+            check: Whether to raise as `check_groups`. Default: False.
+        """
+        if check:
+            self.check_groups()
         return [followed.used(self._names) for followed in self._groups]
 
     def check_groups(self) -> None:
-        """Check the groups before a step.
-
-        Raises:
-            StructPrecondError: If the configuration of a group was changed, or if a hyperparameter
-                is invalid.
-        """
+        """Raise `StructPrecondError` if the configuration of a group was changed."""
         for number, followed in enumerate(self._groups):
             followed.check_configuration(number)
-            check_values(followed.group)
 
     def idle(self, live: Sequence[Sequence[bool]]) -> str | None:
         """Count steps in a row without any gradient; return a warning about too many."""
@@ -139,6 +143,7 @@ class Follower:
             matches = self._match(param_groups, fates)
             new = {p: q for match in matches for p, q in zip(match.known, match.now, strict=True)}
             kept = [_kept_units(bucket, new, self._names) for bucket in self._buckets]
+            frozen = [r for r in self._frozen if _stays(r.unit, new, self._names)]
             entries.adopt(state)
         except StructPrecondError as error:
             self._refusal = error
@@ -153,8 +158,12 @@ class Follower:
             if not all(units) or any(new[p] is not p for p in bucket.params):
                 bucket.keep(units, new)
                 changed.append(bucket)
+            # none if the group was popped
             bucket.group = groups.get(id(bucket.group), bucket.group)
         self._buckets[:] = [bucket for bucket in self._buckets if bucket.units]
+        self._frozen[:] = [
+            replace(r, group=groups[id(r.group)], unit=r.unit.renewed(new)) for r in frozen
+        ]
         entries.renew(new, state)
         entries.show([bucket for bucket in changed if bucket.units], state)
         names = {q: self._names[p] for p, q in new.items()}
@@ -319,16 +328,7 @@ def _kept_units(
     Raises:
         StructPrecondError: If a part of a unit was removed, or if a shape has changed.
     """
-    kept = []
-    for unit in bucket.units:
-        present = [p in new for p in unit.params]
-        if any(present) and not all(present):
-            lost = [names[p] for p, here in zip(unit.params, present, strict=True) if not here]
-            raise GroupError(
-                f"{enumerate_names(lost)} was removed from param_groups, but is in one unit with "
-                f"others: {unit.label}. Remove the whole unit, or build a new optimizer."
-            )
-        kept.append(all(present))
+    kept = [_stays(unit, new, names) for unit in bucket.units]
     for p, shape in zip(bucket.params, bucket.layout.shapes, strict=True):
         if p in new and p.shape != shape:
             raise StructPrecondError(
@@ -336,3 +336,18 @@ def _kept_units(
                 "optimizer."
             )
     return kept
+
+
+def _stays(unit: Unit, new: Container[nn.Parameter], names: Mapping[nn.Parameter, str]) -> bool:
+    """Return whether the parameters of a unit stay.
+
+    Raises:
+        GroupError: If only some of them were removed.
+    """
+    lost = [names[p] for p in unit.params if p not in new]
+    if lost and len(lost) < len(unit.params):
+        raise GroupError(
+            f"{enumerate_names(lost)} was removed from param_groups, but is in one unit with "
+            f"others: {unit.label}. Remove the whole unit, or build a new optimizer."
+        )
+    return not lost

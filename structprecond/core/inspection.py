@@ -30,6 +30,24 @@ def check_values(group: Mapping[str, Any]) -> None:
             hyperparameter.validate(name, value)
 
 
+def check_step(
+    param_groups: Sequence[Mapping[str, Any]],
+    buckets: Sequence[Bucket],
+    names: Mapping[nn.Parameter, str],
+) -> list[list[bool]]:
+    """Check hyperparameters and tensors; return the live units of each bucket.
+
+    Raises:
+        StructPrecondError: If a hyperparameter, a parameter or a gradient cannot be used.
+    """
+    for group in param_groups:
+        check_values(group)
+    live = [bucket.layout.live() for bucket in buckets]
+    for bucket, alive in zip(buckets, live, strict=True):
+        check_tensors(bucket, alive, names)
+    return live
+
+
 def check_tensors(bucket: Bucket, live: Sequence[bool], names: Mapping[nn.Parameter, str]) -> None:
     """Check that the parameters still fit the bucket, and that the gradients fit the parameters.
 

@@ -35,7 +35,7 @@ def enumerate_names(names: Sequence[str]) -> str:
 
 
 class BareParameters(nn.Module):
-    """Replaces the model if only parameters are known; builds its modules from their names.
+    """A stand-in for the model if only parameters are known; their names define its modules.
 
     Args:
         names: The parameters, which may be plain tensors, and their names.

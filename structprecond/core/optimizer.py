@@ -11,31 +11,31 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from structprecond.checks import check_choice, check_flags
+from structprecond.checks import check_flags
 from structprecond.core import checkpoint, options, param_groups
 from structprecond.core.batch_size import GetBatchSize, Samples
 from structprecond.core.bucket import Bucket
-from structprecond.core.build import make_buckets
+from structprecond.core.build import RoutedUnit, make_buckets, route_units, thaw
 from structprecond.core.compiler import leave_to_python
 from structprecond.core.entry import Entries
 from structprecond.core.finite import exclude_unusable
 from structprecond.core.follow import Follower
-from structprecond.core.inspection import check_batch_size, check_tensors, check_values
+from structprecond.core.inspection import check_batch_size, check_step, check_values
 from structprecond.core.naming import unwrap
 from structprecond.core.options import Nonfinite, Refresh
-from structprecond.core.refresh import RefreshSchedule, warning_about
+from structprecond.core.refresh import RefreshSchedule, warning_of_failures
 from structprecond.core.report import describe
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routes, as_routing, check_names
 from structprecond.core.step import Plan
-from structprecond.core.warn import warn
+from structprecond.core.warn import warn_once
 from structprecond.groups import PreconditionerGroup
 from structprecond.linalg.precision import step_precision
 from structprecond.structures.spec import PerAxis, StructureSpec
 
 # the attributes that copies and pickles keep: no views, nothing that other code adds
 _COPIED = (
-    "defaults param_groups model refresh nonfinite maximize rounding buckets "
+    "defaults param_groups model refresh nonfinite maximize rounding buckets frozen_units "
     "_names _global_step _samples _warned _follower"
 ).split()
 
@@ -112,21 +112,20 @@ class StructuredOptimizer(Optimizer):
         maximize: bool = False,
         verbose_init: bool = False,
     ) -> None:
-        check_choice("nonfinite", nonfinite, Nonfinite)
-        check_choice("refresh", refresh, Refresh)
-        check_choice("rounding", rounding, Rounding)
+        options.check_choices(nonfinite=nonfinite, refresh=refresh, rounding=rounding)
         check_flags(maximize=maximize, verbose_init=verbose_init)
         given = param_groups.parameters_of(model, params, type(self).__name__)
         self.model = model if isinstance(model, nn.Module) else None
         self.refresh, self.nonfinite, self.maximize = refresh, nonfinite, maximize
         self.rounding = rounding
         self.buckets: list[Bucket] = []
+        self.frozen_units: list[RoutedUnit] = []
         self._names: dict[nn.Parameter, str] = {}
         self._global_step = torch.zeros((), dtype=torch.int64, device="cpu")
         self._samples = Samples(self.model)
         self._warned: set[str] = set()
         self._used_rules: set[str] = set()
-        self._follower = Follower(self.buckets, self._names)
+        self._follower = Follower(self.buckets, self.frozen_units, self._names)
         self._start_anew()
         routing = as_routing(strategy)
         defaults = {
@@ -168,19 +167,27 @@ class StructuredOptimizer(Optimizer):
             param_groups.drop_unread(group, routing)
             check_values(group)
             names = param_groups.labels_of(group, len(self.param_groups) - 1)
-            buckets = make_buckets(model, group, routing, names, self.rounding)
-            routing.check_read(given, [bucket.strategy for bucket in buckets])
-            used = {rule for bucket in buckets for rule in bucket.rules}
+            units = route_units(model, group, routing, names)
+            routing.check_read(given, [routed.route.strategy for routed in units])
+            used = {routed.route.rule for routed in units}
             if own_routing:
                 routing.check_used(used)
+            buckets = make_buckets((u for u in units if not u.frozen), self.rounding)
             self._follower.add(self.model, group)
         except BaseException:
             self.param_groups.pop()
             raise
         self._used_rules |= used
         self._names |= names
-        self.buckets += buckets
+        self._show(buckets, [routed for routed in units if routed.frozen])
+
+    def _show(self, buckets: Sequence[Bucket], frozen: Sequence[RoutedUnit] = ()) -> None:
+        """Add what is new, and show the state of buckets, and that frozen units have none."""
+        self.frozen_units += [routed for routed in frozen if routed not in self.frozen_units]
+        self.buckets += [bucket for bucket in buckets if bucket not in self.buckets]
         self._entries.show(buckets, self.state)
+        for routed in frozen:
+            self._entries.show_unit(routed.unit, self.state, {})
 
     def name_of(self, param: nn.Parameter) -> str:
         """Return the name of a parameter in the model, or else its place in `param_groups`."""
@@ -256,12 +263,12 @@ class StructuredOptimizer(Optimizer):
     @step_precision()
     def _step(self) -> None:
         plans = self.plan()
-        self._warn_once("idle", self._follower.idle([plan.live for plan in plans]))
+        warn_once(self._warned, "idle", self._follower.idle([plan.live for plan in plans]))
         if self.nonfinite != "ignore":
             problem = exclude_unusable(plans, self._names, refuse=self.nonfinite == "raise")
-            self._warn_once("skipped", problem)
+            warn_once(self._warned, "skipped", problem)
         failed = [label for plan in plans for label in plan.apply()]
-        self._warn_once("failed", warning_about(failed, self.global_step))
+        warn_once(self._warned, "failed", warning_of_failures(failed, self.global_step))
         self.count_step()
 
     def plan(self) -> list[Plan]:
@@ -273,9 +280,8 @@ class StructuredOptimizer(Optimizer):
         self._samples.watch(self)
         self._follow()
         self._follower.check_groups()
-        live = [bucket.layout.live() for bucket in self.buckets]
-        for bucket, alive in zip(self.buckets, live, strict=True):
-            check_tensors(bucket, alive, self._names)
+        self._show(thaw(self.frozen_units, lambda routed: not routed.frozen, self.rounding))
+        live = check_step(self.param_groups, self.buckets, self._names)
         self._entries.follow(self.buckets, self.state, self._names)
         step, batch_size = self.global_step, self.batch_size
         check_batch_size(batch_size, self.buckets, live)
@@ -293,11 +299,6 @@ class StructuredOptimizer(Optimizer):
         """Count a step after its plans were applied."""
         self._samples.use()
         self._global_step += 1
-
-    def _warn_once(self, kind: str, message: str | None) -> None:
-        if message is not None and kind not in self._warned:
-            self._warned.add(kind)
-            warn(message)
 
     # --- checkpoints and copies ------------------------------------------------------------------
 
@@ -322,10 +323,11 @@ class StructuredOptimizer(Optimizer):
         Raises:
             CheckpointError: If it does not fit; the message lists the differences.
         """
-        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         state_dict = checkpoint.hooked(self, self._optimizer_load_state_dict_pre_hooks, state_dict)
         self._follow()
-        used = self._follower.used_groups()
+        used = self._follower.used_groups(check=True)
+        saved = checkpoint.with_state(used, state_dict)
+        self._show(thaw(self.frozen_units, lambda u: u.unit.params[0] in saved, self.rounding))
         with self._samples.loading():
             checkpoint.load(self.param_groups, used, self.state, self._names, state_dict)
         self._schedule.adopt(self.buckets)
@@ -341,7 +343,7 @@ class StructuredOptimizer(Optimizer):
         super().__setstate__({**state, "state": defaultdict(dict), "_used_rules": set()})
         leave_to_python(StructuredOptimizer, "_step")
         self._start_anew()
-        self._entries.show(self.buckets, self.state)
+        self._show(self.buckets, self.frozen_units)
         self._samples.watch(self)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict, TypeVar, get_args, get_origin
 import torch
 from typing_extensions import Unpack
 
+from structprecond.checks import check_choice
 from structprecond.core.rounding import Rounding
 from structprecond.core.strategy import Strategy
 from structprecond.groups import PreconditionerGroup
@@ -84,6 +85,13 @@ def from_keywords(strategy: type[_T], given: Mapping[str, Any]) -> tuple[_T, dic
     """
     static = {f.name: given[f.name] for f in fields(strategy) if f.name in given}
     return strategy(**static), {n: given[n] for n in strategy.hyperparameters if n in given}
+
+
+def check_choices(**given: object) -> None:
+    """Raise `StructPrecondError` unless all values are among the choices of their keywords."""
+    choices = {"nonfinite": Nonfinite, "refresh": Refresh, "rounding": Rounding}
+    for name, value in given.items():
+        check_choice(name, value, choices[name])
 
 
 def check_keywords(cls: type, given: Mapping[str, Any]) -> None:

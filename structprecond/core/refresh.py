@@ -43,19 +43,14 @@ def refresh_rows(
             ctx.failed[failed] = True
 
 
-def warning_about(failed: Sequence[str], global_step: int) -> str | None:
-    """Return a warning about units whose matrices could not be decomposed; None if there is none.
-
-    Args:
-        failed: The labels of the units.
-        global_step: The number of steps that the optimizer has made before this one.
-    """
-    if not failed:
+def warning_of_failures(units: Sequence[str], step: int) -> str | None:
+    """Return the warning about units whose refresh failed in a step; None if there are none."""
+    if not units:
         return None
     return (
-        f"Matrices of {enumerate_names(failed)} could not be decomposed at step {global_step}. "
-        "They keep their last basis or inverse root until the next refresh. Later failures give no "
-        "warning; optimizer.failed counts them."
+        f"Matrices of {enumerate_names(units)} could not be decomposed at step {step}. They keep "
+        "their last basis or inverse root until the next refresh; optimizer.failed counts further "
+        "failures without a warning."
     )
 
 

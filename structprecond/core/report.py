@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from structprecond.core.bucket import Bucket
-from structprecond.core.build import roles_of
+from structprecond.core.bucket import Bucket, BucketKey
+from structprecond.core.build import RoutedUnit, roles_of
 from structprecond.core.naming import unwrap
 from structprecond.core.plain import describe_object
+from structprecond.core.strategy import Strategy
+from structprecond.core.units import Unit
 from structprecond.errors import StructPrecondError
 from structprecond.roles import ROLES, Role
 from structprecond.tables import lay_out
@@ -155,32 +158,58 @@ def describe(optimizer: Optimizer) -> Description:
             "one, such as SOAP(model)."
         )
     optimizer._follow()  # type: ignore[union-attr]
-    numbers = {id(group): i for i, group in enumerate(optimizer.param_groups)}
-    roles = _roles(buckets, getattr(optimizer, "model", None))
-    rows = [
-        Row(
-            group=numbers[id(bucket.group)],
-            strategy=type(bucket.strategy).__name__,
-            roles=tuple(roles[u.params[0]].role for u in bucket.units if u.params[0] in roles),
-            reasons=tuple(roles[u.params[0]].reason for u in bucket.units if u.params[0] in roles),
-            rules=tuple(dict.fromkeys(bucket.rules)),
-            rule=describe_object(bucket.key.rule),
-            names=tuple(unit.label for unit in bucket.units),
-            shape=tuple(bucket.key.shape),
-            rows=bucket.rows,
-            structures=tuple("none" if s is None else s.name for s in bucket.key.structures),
-            dtypes=tuple(str(d).removeprefix("torch.") for d in bucket.key.dtypes),
-            state_bytes=sum(t.numel() * t.element_size() for t in bucket.named_tensors().values()),
-            live=any(p.requires_grad for p in bucket.params),
-        )
-        for bucket in buckets
+    stacks = [
+        _Stack(b.group, b.strategy, b.key, b.units, b.rules, b.named_tensors().values())
+        for b in buckets
     ]
+    frozen: dict[Any, list[RoutedUnit]] = {}
+    for routed in getattr(optimizer, "frozen_units", ()):
+        key = (id(routed.group), routed.route.strategy, routed.key())
+        frozen.setdefault(key, []).append(routed)
+    stacks += [
+        _Stack(same[0].group, strategy, key, [r.unit for r in same], [r.route.rule for r in same])
+        for (_, strategy, key), same in frozen.items()
+    ]
+    numbers = {id(group): i for i, group in enumerate(optimizer.param_groups)}
+    roles = _roles(stacks, getattr(optimizer, "model", None))
+    rows = tuple(stack.row(numbers[id(stack.group)], roles) for stack in stacks)
     parameters = (p for group in optimizer.param_groups for p in group["params"])
-    return Description(tuple(rows), sum(p.numel() * p.element_size() for p in parameters))
+    return Description(rows, sum(p.nbytes for p in parameters))
 
 
-def _roles(buckets: Sequence[Bucket], model: nn.Module | None) -> dict[nn.Parameter, Role]:
-    units = [unit for bucket in buckets for unit in bucket.units]
+@dataclass(frozen=True)
+class _Stack:
+    """Units that are stacked, or will be when they are thawed."""
+
+    group: dict[str, Any]
+    strategy: Strategy[Any]
+    key: BucketKey
+    units: Sequence[Unit]
+    rules: Sequence[str]
+    tensors: Iterable[Tensor] = ()
+
+    def row(self, number: int, roles: Mapping[nn.Parameter, Role]) -> Row:
+        """Return the row of the table, in the param group of a number."""
+        known = [roles[unit.params[0]] for unit in self.units if unit.params[0] in roles]
+        return Row(
+            group=number,
+            strategy=type(self.strategy).__name__,
+            roles=tuple(role.role for role in known),
+            reasons=tuple(role.reason for role in known),
+            rules=tuple(dict.fromkeys(self.rules)),
+            rule=describe_object(self.key.rule),
+            names=tuple(unit.label for unit in self.units),
+            shape=tuple(self.key.shape),
+            rows=sum(unit.rows for unit in self.units),
+            structures=tuple("none" if s is None else s.name for s in self.key.structures),
+            dtypes=tuple(str(d).removeprefix("torch.") for d in self.key.dtypes),
+            state_bytes=sum(t.nbytes for t in self.tensors),
+            live=any(p.requires_grad for unit in self.units for p in unit.params),
+        )
+
+
+def _roles(stacks: Sequence[_Stack], model: nn.Module | None) -> dict[nn.Parameter, Role]:
+    units = [unit for stack in stacks for unit in stack.units]
     names = {p: name for u in units for p, name in zip(u.params, u.names, strict=True)}
     try:
         return roles_of(None if model is None else unwrap(model), names)

@@ -183,6 +183,25 @@ def test_parameters_without_a_model_are_followed_too() -> None:
     assert _moved(model, optimizer) == [False] * 5 + [True] * 3
 
 
+def test_frozen_parameters_are_followed_before_they_have_state() -> None:
+    model = mlp().requires_grad_(False)
+    optimizer = AdamW(model, _halves(model), combine_params=(LinearWeightBias(), PerParameter()))
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.0}
+    params = optimizer.param_groups[1]["params"]
+    del params[:2]
+    set_grads(list(model.parameters()), 0)
+    optimizer.step()
+    assert [r.unit.label for r in optimizer.frozen_units] == [
+        f"{i}.weight + {i}.bias" for i in (0, 2, 6)
+    ]
+    model.requires_grad_(True)
+    assert _moved(model, optimizer) == [False] * 6 + [True] * 2
+    del params[0]
+    with pytest.raises(GroupError, match=r"6\.weight was removed"):
+        optimizer.step()
+
+
 # --- refused -------------------------------------------------------------------------------------
 
 
@@ -340,7 +359,8 @@ def test_changed_configuration_raises_and_is_not_saved(
         optimizer.step()
     assert same_bits(values(model), before)
     assert same_bits(optimizer.state_dict(), saved)
-    optimizer.load_state_dict(saved)
+    with pytest.raises(StructPrecondError, match="group 0 was changed"):
+        optimizer.load_state_dict(saved)
     optimizer.param_groups[0].update({key: group[key] for key in group.keys() - change.keys()})
     optimizer.param_groups[0].update(structures="dense", preconditioner_dtypes=None)
     optimizer.param_groups[0].update(strategy=SOAPStrategy(), combine_params=None)

@@ -29,10 +29,10 @@ import torch
 from torch import nn
 from structprecond import AdamW
 
-models = [nn.Linear(2048, 2048, bias=False) for _ in range(8)] + [nn.Linear(2048, 5120, bias=False)]
+models = [nn.Linear(2048, 2048, bias=False) for _ in range(3)] + [nn.Linear(2048, 5120, bias=False)]
 optimizer = AdamW(nn.ModuleList(models))
 faults = []
-for _ in range(12):
+for _ in range(8):
     for model in models:
         model.weight.grad = torch.ones_like(model.weight)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -46,6 +46,11 @@ def _numbers(optimizer: StructuredOptimizer) -> Iterator[Tensor]:
         yield from bucket.state.named_tensors().values()
 
 
+def _all_finite(optimizer: StructuredOptimizer) -> bool:
+    numbers = [t.flatten() for t in _numbers(optimizer) if t.is_floating_point()]
+    return bool(torch.cat(numbers).isfinite().all())
+
+
 @pytest.mark.parametrize("make", ROBUST.values(), ids=ROBUST.keys())
 @pytest.mark.parametrize("size", HUGE + TINY)
 @pytest.mark.filterwarnings("ignore:The gradients of .* are too large to compute with")
@@ -62,7 +67,7 @@ def test_everything_stays_finite_and_training_goes_on(make: Make, size: float) -
                     p.grad.sign_().mul_(size)
             before = [p.detach().clone() for p in model.parameters()]
             optimizer.step()
-            assert all(t.isfinite().all() for t in _numbers(optimizer)), (when, step)
+            assert _all_finite(optimizer), (when, step)
         moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
         # what a second moment of 1e37 divides may be too small a step to see, as with torch's AdamW
         assert size >= 1e10 or all(moved)

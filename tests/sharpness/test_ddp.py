@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from structprecond import SAM, SOAP
-from tests import helpers
+from tests import helpers, processes
 from tests.helpers import assert_close, same_bits
 from tests.sharpness.helpers import square
 
@@ -74,7 +74,7 @@ def work(rank: int, folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, list[Tensor]]]:
     """Return what every rank ended with."""
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(work, (str(folder),), nprocs=RANKS)
+    start_processes(work, (str(folder),), nprocs=RANKS, start_method=processes.METHOD)
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(RANKS)]
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import copy
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from inspect import getdoc, signature
@@ -18,6 +16,7 @@ from torch import nn
 
 from structprecond import SOAP, Shampoo, StructuredOptimizer, StructureError
 from structprecond.testing.table import Usage
+from tests import processes
 from tests.every_strategy import OPTIMIZERS, PROTOCOL, Make, every_strategy, strategy_of
 from tests.helpers import by_pickle, same_bits, through_a_file, values
 
@@ -194,29 +193,27 @@ def test_order_of_registration_does_not_matter(make: Make) -> None:
         assert (models[0][name] - models[1][name]).norm() < 1e-10
 
 
+def _check_that_settings_of_precision_stay(setting: str) -> None:
+    if setting == "legacy":
+        torch.set_float32_matmul_precision("medium")
+    else:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    model = nn.Linear(3, 2)
+    optimizer = SOAP(model, precondition_frequency=1)
+    for _ in range(4):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    if setting == "legacy":
+        assert torch.get_float32_matmul_precision() == "medium"
+    else:
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 @pytest.mark.parametrize("setting", ["legacy", "new"])
 def test_decompositions_run_in_full_precision_whatever_the_settings(setting: str) -> None:
     # in a process of its own: torch refuses to go back from the new settings to the old ones
-    script = f"""
-import torch
-from torch import nn
-from structprecond import SOAP
-if {setting!r} == "legacy":
-    torch.set_float32_matmul_precision("medium")
-else:
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-model = nn.Linear(3, 2)
-optimizer = SOAP(model, precondition_frequency=1)
-for _ in range(4):
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    optimizer.step()
-if {setting!r} == "legacy":
-    assert torch.get_float32_matmul_precision() == "medium"
-else:
-    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
+    processes.result_of(_check_that_settings_of_precision_stay, setting)
 
 
 def test_staggered_shampoo_preconditions_every_row_from_the_start_step() -> None:
