@@ -141,7 +141,7 @@ def test_published_tables_bring_singular_values_near_one(
         ("cubic5", 4, "exactly 5 steps, got 4"),
         ("cubic5", 6, "exactly 5 steps, got 6"),
         ("aol", 5, "at most 4 steps, got 5"),
-        ("quintik", 5, "Unknown Newton-Schulz coefficients 'quintik'. Known are simple"),
+        ("quintik", 5, "Unknown Newton-Schulz coefficients 'quintik'. Use simple"),
         ("quintic", 0, "integer of at least 1, got 0"),
         ("quintic", True, "integer of at least 1, got True"),
         ("quintic", 2.5, "integer of at least 1, got 2.5"),
