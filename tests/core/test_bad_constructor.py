@@ -277,7 +277,7 @@ CONSTRUCTORS: dict[str, Case] = {
     "order in quotes": (
         {"structures": {"1": "dense"}},
         StructureError,
-        r"has the keys \['1'\]; keys are numbers of axes",
+        r"has the keys \['1'\]; keys must be numbers of axes",
     ),
     "instance of a structure": (
         {"structures": DiagonalMatrix(torch.ones(1, 3))},
