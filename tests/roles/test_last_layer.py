@@ -32,7 +32,7 @@ def test_unet():
     }  # fmt: skip
     body = at(*parts, conv=CONV, norm=NORM)
     roles = check(Bag(**parts, last=nn.Conv2d(4, 2, 1)), body | at("", last=HEAD))
-    reason = "output layer: last convolution, of size 1, outside of blocks"
+    reason = "output layer: last 1x1 convolution outside repeated blocks"
     assert roles["last.weight"].reason == reason
     check(Bag(**parts, outc=Bag(conv=nn.Conv2d(4, 2, 1))), body | at("outc", conv=HEAD))
     # a wider one may be one of many

@@ -123,7 +123,7 @@ def test_table_is_aligned():
     lines = [
         "parameter    shape    role   reason",
         "--------------------------------------------------------------------------------",
-        "scale        scalar   other  a vector or scalar, in Bag; to change it, match 'scale'",
+        "scale        scalar   other  a vector or scalar, in Bag; to route it, match 'scale'",
         "conv.weight  4x3x2x2  conv   weight of Conv2d",
         "conv.bias    4        bias   bias of Conv2d",
     ]
