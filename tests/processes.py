@@ -1,4 +1,4 @@
-"""Processes of their own, for tests that need one: forked from one that has imported torch."""
+"""Separate processes for tests, forked from one that has imported torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-# importing takes seconds, and is no part of what these tests are about
+# importing takes seconds, and these tests do not measure it
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 _CONTEXT: Any = multiprocessing.get_context(METHOD)
 if METHOD == "forkserver":
@@ -21,11 +21,11 @@ def start(function: Callable[..., None], *args: Any) -> tuple[BaseProcess, Conne
     """Start a process.
 
     Args:
-        function: What runs in it. Its last argument is the end of a pipe to send objects by.
+        function: The function to run. Its last argument is the pipe end to send objects through.
         args: Its other arguments.
 
     Returns:
-        The process, and the end of the pipe to receive objects by.
+        The process, and the pipe end to receive objects from.
     """
     receiver, sender = _CONTEXT.Pipe(duplex=False)
     process: BaseProcess = _CONTEXT.Process(target=function, args=(*args, sender))
@@ -35,7 +35,7 @@ def start(function: Callable[..., None], *args: Any) -> tuple[BaseProcess, Conne
 
 
 def result_of(function: Callable[..., Any], *args: Any) -> Any:
-    """Return the result of a function that runs in a process of its own, or raise its error."""
+    """Run a function in a separate process; return its result or raise its error."""
     process, receiver = start(_send_result, function, args)
     try:
         result, error = receiver.recv()

@@ -1,4 +1,4 @@
-"""The benchmarks run, shortened, and their figures mean what they say."""
+"""The benchmarks run, shortened, and their figures are correct."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_races_have_the_same_rules_for_all(tiny: str) -> None:
-    # what is timed is the same step: ours and torch's Muon end up in the same place
+    # both time the same step: our Muon and torch's end up in the same place
     ours = workloads.WORKLOADS[tiny]()
     theirs = copy.deepcopy(ours)
     pairs = [
@@ -51,7 +51,7 @@ def test_races_have_the_same_rules_for_all(tiny: str) -> None:
         for model, optimizer in pairs:
             workloads.fill_gradients(model, seed)
             optimizer.step()
-    # but for epsilons and the settings of AdamW, which has the embedding and the biases
+    # except for epsilons and the settings of AdamW for the embedding and the biases
     for p, q, before in zip(ours.parameters(), theirs.parameters(), start, strict=True):
         if p.shape == (4, 6):
             assert (p - q).norm() < 1e-3 * (q - before).norm()

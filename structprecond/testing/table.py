@@ -112,7 +112,7 @@ STRATEGIES: dict[str, Usage] = {
         {"lr": 0.02, "precondition_frequency": every_fourth, "precondition_1d": True},
         protocol=False,
     ),
-    "SOAP in turns": _with_bases(
+    "SOAP staggered, options": _with_bases(
         SOAP,
         {
             "lr": 0.02,

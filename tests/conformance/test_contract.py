@@ -1,4 +1,4 @@
-"""The contract finds what it is there to find: strategies of one's own, sound and broken ones."""
+"""The contract accepts sound strategies and finds the faults of broken ones."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ CALLS: list[int] = []
 
 @dataclass(frozen=True)
 class ForgetfulStrategy(SignStrategy):
-    """Counts outside of the state."""
+    """Counts outside its state."""
 
     def update(self, state: SignState, grad: Tensor, hp: Any, ctx: StepContext) -> Tensor:
         CALLS.append(1)
@@ -225,7 +225,7 @@ def test_what_a_checkpoint_loses_is_missed(
 
 
 class Shares(AdamW):
-    """Copies of it have the state in common."""
+    """Shares its state with its copies."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         shared = {id(b.state): b.state for b in self.buckets}

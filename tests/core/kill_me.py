@@ -1,4 +1,4 @@
-"""A training job that saves every few steps and goes on from there: `test_kill.py` kills it."""
+"""A training job that saves every few steps and resumes; `test_kill.py` kills it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Net(nn.Module):
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a file that is always whole: the old one or the new one."""
+    """Write a file atomically: it is always the old or the new one."""
     new = path.with_suffix(".new")
     with new.open("wb") as file:
         torch.save(checkpoint, file)
@@ -51,12 +51,12 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def main(path: Path, steps: int, progress: Connection) -> None:
-    """Train one model with each optimizer, from the last checkpoint on if there is one.
+    """Train one model with each optimizer, from the last checkpoint if there is one.
 
     Args:
         path: The file of the checkpoint.
         steps: The step to train up to.
-        progress: Gets the number of every step that was made.
+        progress: Receives the number of each finished step.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Wrong arguments of optimizers, strategies and rules are refused by name."""
+"""Wrong arguments of optimizers, strategies and groupings raise errors that name them."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_callable_in_the_checkpoint_leaves_a_live_number_alone() -> None:
 
 
 def test_counted_batch_size_of_a_checkpoint_without_steps_leaves_a_given_one_alone() -> None:
-    # was: the count of 0 replaces the given number: the next step "needs the batch size".
+    # regression: a counted 0 replaced the given number, and the next step failed
     fresh = sirf(mlp(), batch_size=32)
     fresh.load_state_dict(sirf(mlp()).state_dict())
     assert fresh.batch_size == 32

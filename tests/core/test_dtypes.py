@@ -1,4 +1,4 @@
-"""Parameters and factors train in the dtypes that they have or are asked for."""
+"""Parameters train in their dtypes, factors in the requested ones."""
 
 from __future__ import annotations
 

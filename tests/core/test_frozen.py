@@ -20,7 +20,7 @@ COUNTERS = {"global_step", "batch_size"}
 
 
 class Adapted(nn.Module):
-    """A frozen layer with a low-rank adapter beside it, as LoRA has it."""
+    """A frozen layer with a low-rank adapter, as in LoRA."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def test_a_thawed_layer_trains_as_in_an_optimizer_of_its_own() -> None:
             for p, q in zip(alone.parameters(), model[2].parameters(), strict=True):
                 p.grad = q.grad
             fresh.step()
-    # stacked with nothing here, beside others there: up to rounding
+    # equal up to rounding: alone in a stack here, with others there
     for p, q in zip(alone.parameters(), model[2].parameters(), strict=True):
         assert (p - q).abs().max() <= 1e-12
 

@@ -1,4 +1,4 @@
-"""A job that is killed at any moment and started again ends up with the same bits."""
+"""A job that is killed at any time and restarted ends up with the same bits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _job(path: Path) -> Job:
 
 
 def _finish(job: Job, path: Path) -> dict[str, Any]:
-    """Let a job end, and return what it came to."""
+    """Let a job finish, and return its result."""
     process, _ = job
     process.join()
     assert process.exitcode == 0
@@ -38,7 +38,7 @@ def _finish(job: Job, path: Path) -> dict[str, Any]:
 def _killed(job: Job, rng: random.Random) -> bool:
     """Kill a job in or after one of its steps, unless it has ended before."""
     process, progress = job
-    # counted in steps, so that a busy machine does not end all jobs before their first one
+    # counted in steps, since a busy machine could kill all jobs before their first step
     for _ in range(rng.randint(1, 25)):
         try:
             progress.recv()
@@ -60,7 +60,7 @@ def test_killed_job_comes_to_the_same_bits(kills: int, tmp_path: Path) -> None:
         job = _job(path)
         if _killed(job, rng):
             starts.append(torch.load(path)["step"] if path.exists() else 0)
-        else:  # all over again
+        else:  # from the start
             assert same_bits(_finish(job, path), expected)
             path.unlink()
     assert any(0 < start < STEPS for start in starts)

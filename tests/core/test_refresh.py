@@ -1,4 +1,4 @@
-"""Refreshes come at the interval that was asked for, also after a unit missed one."""
+"""Refreshes follow the requested interval, also after a unit missed one."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_staggered_refreshes_take_turns_and_keep_the_interval() -> None:
     for steps in refreshed.values():
         assert steps == list(range(steps[0], 12, 4))
         assert steps[0] < 4
-    # 8 units take 4 turns, and the two 4x4 weights do not share one
+    # 8 units have 4 phase offsets, and those of the two 4x4 weights differ
     assert {steps[0] for steps in refreshed.values()} == {0, 1, 2, 3}
     assert refreshed[2] != refreshed[4]
 
@@ -116,7 +116,7 @@ def test_unit_that_missed_its_refresh_is_refreshed_at_its_next_live_step(
     T: Any = 3 if kind == "int" else lambda step: step % 3 == 0
     optimizer = SIRFShampoo(model, T=T, batch_size=6, **SETTINGS)
     dense, victim = dense_units(twin), model[4].weight
-    # steps 3 and 4 are missed; an integer goes by the unit's own steps: 0, 3, 6 are 0, 5, 8
+    # steps 3 and 4 are missed; an integer counts the unit's own steps: 0, 3, 6 are 0, 5, 8
     own = {0, 5, 8} if kind == "int" else {0, 5, 6, 9}
     for step in range(10):
         for m in (model, twin):

@@ -1,4 +1,4 @@
-"""Parameters of unusual shapes, empty ones and tied ones train as any others."""
+"""Parameters of unusual shapes, empty ones and tied ones train like any others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How units are cut into stacks: large ones into several, without a trace in what is computed."""
+"""Units are cut into stacks, large ones into several, without effect on results."""
 
 from __future__ import annotations
 
@@ -81,6 +81,6 @@ def test_cut_stacks_train_as_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None
         cut.step()
         whole.step()
     assert_close(values(model), values(twin), 1e-9)
-    # and either loads what the other saved
+    # and each loads the other's checkpoint
     cut.load_state_dict(whole.state_dict())
     whole.load_state_dict(cut.state_dict())

@@ -1,4 +1,4 @@
-"""What `optimizer.state` shows is a view of the stacks that may be read, written and copied."""
+"""`optimizer.state` shows views of the stacks that may be read, written and copied."""
 
 from __future__ import annotations
 

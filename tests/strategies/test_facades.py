@@ -1,4 +1,4 @@
-"""The named optimizers: every keyword is shown, documented, and reaches what it is for."""
+"""The named optimizers: every keyword is shown, documented and takes effect."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.every_strategy import OPTIMIZERS, strategy_of
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 COMMON = {"combine_params", "nonfinite", "rounding", "maximize", "verbose_init"}
 FACTORS = {"structures", "preconditioner_dtypes", "refresh"}
-# keywords that become something else than a field or a hyperparameter of the same name
+# keywords that are neither a field nor a hyperparameter of the same name
 TRANSLATED = {
     "SOAP": {"merge_dims", "data_format"},
     "SIRFShampoo": {"batch_size"},

@@ -78,7 +78,7 @@ def test_torch_muon(adjust: str, shape: tuple[int, int]) -> None:
     for seed in range(10):
         _step([ours], optimizer, seed)
         _step([theirs], reference, seed)
-    # their iteration runs in bfloat16, which has 3 digits
+    # torch's iteration runs in bfloat16, which has 3 digits
     assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()
 
 

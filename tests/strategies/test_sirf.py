@@ -16,7 +16,7 @@ from tests import golden, processes
 
 
 def _structures(value: object) -> object:
-    """Undo what JSON makes of `{2: ("dense", "diagonal")}`."""
+    """Restore `{2: ("dense", "diagonal")}` from JSON."""
     if not isinstance(value, dict):
         return value
     return {int(k): tuple(v) if isinstance(v, list) else v for k, v in value.items()}
@@ -52,7 +52,7 @@ def test_blocks_that_hold_every_axis_equal_dense_over_50_steps() -> None:
 
 
 def _peak_with_a_large_embedding(structure: str) -> int:
-    """Train, and return the most bytes that the process has held."""
+    """Train, and return the peak memory of the process in bytes."""
     model = nn.Embedding(512, 256)
     optimizer = SIRFShampoo(model, structures=structure, combine_params=(FlattenEmbedding(),))
     before = model.weight.detach().clone()
@@ -62,7 +62,7 @@ def _peak_with_a_large_embedding(structure: str) -> int:
         optimizer.step()
     assert model.weight.isfinite().all()
     assert not torch.equal(model.weight, before)
-    # not ru_maxrss, which a process inherits from the one that started it
+    # not ru_maxrss, which a process inherits from its parent
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
