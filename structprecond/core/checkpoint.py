@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from structprecond.core.plain import plain_value
 from structprecond.core.routing import Routing, as_routing
@@ -84,6 +85,14 @@ def load(
             target.copy_(source)
     for group, values in zip(param_groups, changes, strict=True):
         group.update(values)
+
+
+def hooked(optimizer: Optimizer, when: str, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict after the hooks of an optimizer, such as those of "state_dict_post"."""
+    for hook in getattr(optimizer, f"_optimizer_{when}_hooks").values():
+        result = hook(optimizer, state_dict)
+        state_dict = state_dict if result is None else result
+    return state_dict
 
 
 def _plan(

@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from structprecond.checks import check_choice, check_flags
 from structprecond.core import checkpoint, options, param_groups
 from structprecond.core.batch_size import GetBatchSize, Samples
 from structprecond.core.bucket import Bucket
@@ -25,7 +24,13 @@ from structprecond.core.options import Nonfinite, Refresh
 from structprecond.core.refresh import RefreshSchedule
 from structprecond.core.report import describe
 from structprecond.core.rounding import Rounding
-from structprecond.core.routing import Routes, as_routing, check_names
+from structprecond.core.routing import (
+    Routes,
+    UserRoutes,
+    as_routing,
+    complete_hyperparameters,
+    settle,
+)
 from structprecond.core.step import Plan
 from structprecond.core.warn import warn
 from structprecond.groups import PreconditionerGroup
@@ -57,10 +62,11 @@ class StructuredOptimizer(Optimizer):
             also work with groupings that need no modules.
         params: The parameters to optimize, or group dicts. Default: all parameters of the model.
             Frozen ones take part once they are thawed.
-        strategy: The strategy for all units; or a dict of routes, from roles (see `infer_roles`)
-            and name patterns to strategies, with a "default":
-            `{"conv": SOAPStrategy(), "*.gate.weight": AdamWStrategy(), "default": MuonStrategy()}`.
-            Patterns take precedence over roles. A unit follows the route of its first parameter.
+        strategy: The strategy for all units; or a dict from roles (see `infer_roles`) and name
+            patterns to strategies, with a "default":
+            `{"conv": SOAPStrategy(), "*.gate.weight": "adamw", "default": "muon"}`. A name such as
+            "adamw" stands for the strategy with its defaults, here `AdamWStrategy()`. Patterns take
+            precedence over roles. A unit follows the route of its first parameter.
         hyperparameters: Values of hyperparameters; the others get their defaults. The default
             strategy's have their own names, those of the others are prefixed with the strategy's
             name (`adamw_betas`). A strategy's learning rate is the group's lr times its
@@ -100,6 +106,7 @@ class StructuredOptimizer(Optimizer):
         params: Iterable[Any] | None = None,
         *,
         strategy: Routes,
+        routes: UserRoutes | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
         batch_size: int | GetBatchSize | None = None,
         structures: StructureSpec = "dense",
@@ -111,10 +118,7 @@ class StructuredOptimizer(Optimizer):
         maximize: bool = False,
         verbose_init: bool = False,
     ) -> None:
-        check_choice("nonfinite", nonfinite, Nonfinite)
-        check_choice("refresh", refresh, Refresh)
-        check_choice("rounding", rounding, Rounding)
-        check_flags(maximize=maximize, verbose_init=verbose_init)
+        options.check_values(nonfinite, refresh, rounding, maximize, verbose_init)
         given = param_groups.parameters_of(model, params, type(self).__name__)
         self.model = model if isinstance(model, nn.Module) else None
         self.refresh, self.nonfinite, self.maximize = refresh, nonfinite, maximize
@@ -126,11 +130,11 @@ class StructuredOptimizer(Optimizer):
         self._warned: set[str] = set()
         self._used_rules: set[str] = set()
         self._start_anew()
-        routing = as_routing(strategy)
+        settled = settle(strategy, routes)
+        routing = as_routing(settled)
         defaults = {
-            **{name: h.default for name, h in routing.hyperparameters.items()},
-            **check_names(routing, hyperparameters),
-            "strategy": strategy,
+            **complete_hyperparameters(routing, hyperparameters),
+            "strategy": settled,
             "structures": structures,
             "preconditioner_dtypes": preconditioner_dtypes,
             "combine_params": combine_params,
@@ -306,8 +310,7 @@ class StructuredOptimizer(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         saved = checkpoint.save(self.param_groups, self.state)
-        hooked: dict[str, Any] = self._hooked(self._optimizer_state_dict_post_hooks, saved)
-        return hooked
+        return checkpoint.hooked(self, "state_dict_post", saved)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state dict as a whole or not at all.
@@ -319,18 +322,11 @@ class StructuredOptimizer(Optimizer):
             CheckpointError: If it does not fit; the message lists the differences.
         """
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
-        state_dict = self._hooked(self._optimizer_load_state_dict_pre_hooks, state_dict)
+        state_dict = checkpoint.hooked(self, "load_state_dict_pre", state_dict)
         with self._samples.loading():
             checkpoint.load(self.param_groups, self.state, self._names, state_dict)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
-
-    def _hooked(self, hooks: Mapping[int, Callable[..., Any]], state_dict: Any) -> Any:
-        """Return the state dict after the hooks."""
-        for hook in hooks.values():
-            result = hook(self, state_dict)
-            state_dict = state_dict if result is None else result
-        return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the stacks themselves for copies and pickles, not hundreds of views."""

@@ -13,7 +13,9 @@ from typing import Any, Literal, TypedDict, TypeVar, get_args, get_origin
 import torch
 from typing_extensions import Unpack
 
+from structprecond.checks import check_choice, check_flags
 from structprecond.core.rounding import Rounding
+from structprecond.core.routing import UserRoutes
 from structprecond.core.strategy import Strategy
 from structprecond.groups import PreconditionerGroup
 from structprecond.structures.spec import PerAxis, StructureSpec
@@ -29,6 +31,11 @@ class CommonOptions(TypedDict, total=False):
     """The keywords of every optimizer; `StructuredOptimizer` has their defaults.
 
     Args:
+        routes: Which parameters go to another strategy: a dict from roles (see `infer_roles`) and
+            patterns of parameter names to strategies or their names, as in
+            `{"embedding": "adamw", "*.lora_A.*": "adamw", "head": AdamWStrategy()}`. A strategy or
+            name alone is for all parameters that are no hidden matrices or convolutions:
+            `routes="adamw"`. Default: None, no routes but those that the optimizer has.
         combine_params: The groupings, most important first. Default: None, the strategy's own; for
             most, each parameter is a unit.
         nonfinite: What to do with a unit whose gradient is not finite, or so large that state or
@@ -42,6 +49,7 @@ class CommonOptions(TypedDict, total=False):
         verbose_init: Whether to print how each parameter is treated. Default: False.
     """
 
+    routes: UserRoutes | None
     combine_params: Sequence[PreconditionerGroup] | None
     nonfinite: Nonfinite
     rounding: Rounding
@@ -68,6 +76,16 @@ class FactorOptions(CommonOptions, total=False):
     structures: StructureSpec
     preconditioner_dtypes: PerAxis[torch.dtype | None]
     refresh: Refresh
+
+
+def check_values(
+    nonfinite: object, refresh: object, rounding: object, maximize: object, verbose_init: object
+) -> None:
+    """Raise `StructPrecondError` unless the keywords have values of their types."""
+    check_choice("nonfinite", nonfinite, Nonfinite)
+    check_choice("refresh", refresh, Refresh)
+    check_choice("rounding", rounding, Rounding)
+    check_flags(maximize=maximize, verbose_init=verbose_init)
 
 
 def from_keywords(strategy: type[_T], given: Mapping[str, Any]) -> tuple[_T, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from structprecond.core.naming import plain_name, unwrap
-from structprecond.core.routing import Routing, as_routing
+from structprecond.core.routing import Routing, as_routing, settle
 from structprecond.errors import GroupError, HyperparameterError, StructPrecondError
 from structprecond.groups import PreconditionerGroup
 
@@ -70,9 +70,12 @@ def with_names(model: nn.Module | None, param_group: Mapping[str, Any]) -> dict[
 
 def routing_of(group: dict[str, Any], usual: Routing) -> Routing:
     """Return the routing of a group: its own `strategy`, or the usual one."""
-    if isinstance(group.get("strategy"), str):
-        group["strategy"] = usual.only(group["strategy"])
-    return as_routing(group.get("strategy", usual))
+    if "strategy" not in group:
+        return usual
+    own = group["strategy"]
+    by_name = isinstance(own, str)
+    group["strategy"] = usual.only(own) if by_name else settle(own, None, usual.strategies)
+    return as_routing(group["strategy"])
 
 
 def complete(group: dict[str, Any], routing: Routing, defaults: Mapping[str, Any]) -> set[str]:

@@ -158,7 +158,8 @@ class Muon(WithAdamW):
     `print(describe(optimizer))` shows what went where. The roles of bare parameters follow from
     their shapes alone, which cannot tell an embedding from a matrix: pass the model.
 
-    The update rule is documented at `MuonStrategy`. A param group with `"strategy": "muon"` or
+    `routes` goes on top: `{"head": "muon", "*.lora_A.*": "adamw"}`; these two names stand for this
+    Muon and its AdamW. The update rule is documented at `MuonStrategy`. A param group with `"strategy": "muon"` or
     `"adamw"` goes there as a whole. To orthogonalize the blocks of a fused projection one by one,
     pass `combine_params=(SplitHeads("*.qkv.weight", 3), StackExperts(), Matricize())`, of which the
     last two are the default: experts as stacks, everything else as matrices.

@@ -207,10 +207,14 @@ class SIRFShampoo(StructuredOptimizer):
 
     @property
     def preconditioner(self) -> list[Factors]:
-        """The Kronecker factors of every unit, as views."""
-        return [m for bucket in self.buckets for m in bucket.per_unit("preconditioner")]
+        """The Kronecker factors of every unit that goes to SIRF-Shampoo, as views."""
+        return self._factors("preconditioner")
 
     @property
     def preconditioner_momenta(self) -> list[Factors]:
-        """The momenta of the Kronecker factors of every unit, as views."""
-        return [m for bucket in self.buckets for m in bucket.per_unit("preconditioner_momenta")]
+        """The momenta of the Kronecker factors of every such unit, as views."""
+        return self._factors("preconditioner_momenta")
+
+    def _factors(self, field: str) -> list[Factors]:
+        own = [b for b in self.buckets if isinstance(b.state, SIRFShampooState)]
+        return [m for bucket in own for m in bucket.per_unit(field)]

@@ -13,7 +13,7 @@ from structprecond import (
     SOAPStrategy,
     StructuredOptimizer,
 )
-from structprecond.core.routing import name_of
+from structprecond.core.strategy_names import name_of
 
 
 class Net(nn.Module):

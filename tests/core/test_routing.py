@@ -33,7 +33,7 @@ from structprecond import (
     describe,
     infer_roles,
 )
-from structprecond.core.routing import name_of
+from structprecond.core.strategy_names import name_of
 from structprecond.roles import infer
 from tests.core.routed import MIXED, mixed, net, routes_of, train
 from tests.helpers import same_bits, through_a_file, values

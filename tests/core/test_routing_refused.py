@@ -72,7 +72,8 @@ def test_rules_of_a_param_group_have_to_apply_in_it() -> None:
         ({"conv": SOAPStrategy()}, "from roles, name patterns and 'default'"),
         ({1: SOAPStrategy(), "default": SOAPStrategy()}, "from roles"),
         ({"conv": SOAPStrategy, "default": AdamWStrategy()}, "Did you pass the class"),
-        ("muon", "strategy= takes an instance of Strategy"),
+        ("sgd", "strategy= is 'sgd', expected one of 'adamw', "),
+        (3, "strategy= takes an instance of Strategy"),
     ],
 )
 def test_what_is_no_routing_is_refused(strategy: Any, message: str) -> None:
