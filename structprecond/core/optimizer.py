@@ -177,6 +177,9 @@ class StructuredOptimizer(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+        if model is None:
+            doubts = param_groups.roles_in_doubt(group, routing, buckets, type(self).__name__)
+            self._warn_once("roles", doubts)
         self._used_rules |= used
         self._names |= names
         self.buckets += buckets

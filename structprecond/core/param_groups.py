@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from structprecond.core.bucket import Bucket
 from structprecond.core.naming import plain_name, unwrap
 from structprecond.core.routing import Routing, as_routing, settle
 from structprecond.errors import GroupError, HyperparameterError, StructPrecondError
 from structprecond.groups import PreconditionerGroup
+from structprecond.roles import ROLES
 
 CONFIGURATION = ("strategy", "structures", "preconditioner_dtypes", "combine_params")
 """The keys of a group's configuration."""
@@ -107,6 +109,35 @@ def drop_unread(group: dict[str, Any], routing: Routing) -> None:
     """Remove defaults that torch added to a group and its strategies do not use."""
     for name in set(group) - set(routing.hyperparameters) - set(CONFIGURATION) - _OTHERS:
         del group[name]
+
+
+def roles_in_doubt(
+    group: Mapping[str, Any], routing: Routing, buckets: Iterable[Bucket], optimizer: str
+) -> str | None:
+    """Return a warning if parameters without a model or names were routed by their roles.
+
+    Args:
+        group: The group.
+        routing: Its routing.
+        buckets: The buckets made of it.
+        optimizer: The name of the optimizer's class.
+    """
+    by_role = (
+        unit
+        for bucket in buckets
+        for unit, rule in zip(bucket.units, bucket.rules, strict=True)
+        if rule in ROLES
+    )
+    matrices = sum(p.ndim > 1 for unit in by_role for p in unit.params)
+    if group.get("param_names") or routing.is_uniform or not matrices:
+        return None
+    return (
+        f"{optimizer} routes parameters by their roles, but was given parameters without a model "
+        f"or names. The roles of the {matrices} with two axes or more were guessed from their "
+        "shapes, which cannot tell an embedding or a head from a hidden matrix. Pass the model, "
+        f"as in {optimizer}(model), or pairs of names and parameters, as in "
+        f"{optimizer}(model.named_parameters())."
+    )
 
 
 def _as_tuple(rules: Any) -> tuple[PreconditionerGroup, ...] | None:

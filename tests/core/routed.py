@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +63,11 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> l
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def warns_of_roles() -> Any:
+    """Return a context that takes the warning about roles of bare parameters."""
+    return pytest.warns(UserWarning, match=r"given parameters without a model or names\. The roles")
 
 
 def routes_of(optimizer: StructuredOptimizer) -> dict[str, tuple[str, str]]:

@@ -269,3 +269,41 @@ def _forget_classes() -> Any:
     """Let classes that a test defines go, and their names with them."""
     yield
     gc.collect()
+
+
+# --- roles without a model -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Muon,
+        Scion,
+        lambda params: SOAP(params, routes="adamw"),
+    ],
+)
+def test_bare_matrices_warn_once_where_roles_decide(make: Any) -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7))
+    message = (
+        r"routes parameters by their roles.*roles of the 3 with.*Pass the model, as in \w+\(model\)"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        optimizer = make(model.parameters())
+    assert [w.filename for w in caught] == [__file__]
+    more = nn.Linear(4, 4)
+    optimizer.add_param_group({"params": [more.weight]})
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    # nothing of these is in doubt
+    for given in (model, vectors, model.named_parameters()):
+        make(given)
+    make([{"params": list(model.named_parameters())}])
+
+
+def test_bare_parameters_give_no_warning_where_roles_do_not_decide() -> None:
+    weight = nn.Parameter(torch.ones(3, 2))
+    Muon([{"params": [weight], "strategy": "muon"}])
+    Muon([weight], routes={"*": "muon"})
+    SOAP([weight])
+    AdamW([weight], routes="adamw")
+    with pytest.warns(UserWarning, match="SOAP routes parameters by their roles"):
+        SOAP([weight], routes={"matrix": "muon"})
