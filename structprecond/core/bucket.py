@@ -31,6 +31,8 @@ class BucketKey:
     dtypes: tuple[torch.dtype, ...]
     param_dtype: torch.dtype
     device: torch.device
+    decays: bool = True
+    """Whether the units have weight decay; False for those that `no_decay` leaves out."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -119,10 +121,18 @@ class Bucket:
     def hyperparameters(self) -> dict[str, Any]:
         """The strategy's current hyperparameters, under their own names."""
         hp = hyperparameters_of(self.strategy, self.group, self.prefix)
+        if not self.key.decays and self.strategy.decay_hyperparameter in hp:
+            hp[self.strategy.decay_hyperparameter] = 0.0
         if isinstance(hp["lr"], Tensor):
             # a tensor stays a tensor: reading it would need a host-device sync
             hp["lr"] = hp["lr"].to(self.device).reshape(())
         return hp
+
+    @property
+    def weight_decay(self) -> float | None:
+        """The current weight decay; None if the strategy has none."""
+        decay = self.hyperparameters.get(self.strategy.decay_hyperparameter)
+        return None if decay is None else float(decay)
 
     @property
     def interval(self) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
+from structprecond.core.decay import decays, undecayed
 from structprecond.core.naming import BareParameters
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Route, Routing
@@ -18,7 +20,7 @@ from structprecond.core.strategy import Strategy
 from structprecond.core.units import Unit, find_units
 from structprecond.errors import GroupError, StructPrecondError, StructureError
 from structprecond.groups import PreconditionerGroup, StackExperts
-from structprecond.roles import Role, infer_roles
+from structprecond.roles import ROLES, Role, infer_roles
 from structprecond.structures import StructuredMatrix
 from structprecond.structures.spec import per_axis, resolve_structures
 
@@ -63,11 +65,19 @@ def make_buckets(
             f"structures={group['structures']!r} is given, but "
             f"{type(routing.main).__name__} has no Kronecker factors. Leave it out."
         )
+    without_decay: set[nn.Parameter] = set()
+    if group["no_decay"]:
+        by_role = any(rule in ROLES for rule in group["no_decay"])
+        found = roles_of(model, names) if by_role else {}
+        roles = {p: role.role for p, role in found.items()}
+        without_decay = undecayed(group["no_decay"], names, roles)
     together: dict[tuple[Strategy[Any], BucketKey], list[tuple[Unit, str]]] = {}
     for unit, route in _find_routes(model, group, routing, names):
         if unit.shape.numel() and unit.rows:
-            key = (route.strategy, _bucket_key(unit, group, route.strategy))
-            together.setdefault(key, []).append((unit, route.rule))
+            key = _bucket_key(unit, group, route.strategy)
+            if not decays(unit.params, without_decay, unit.label):
+                key = replace(key, decays=False)
+            together.setdefault((route.strategy, key), []).append((unit, route.rule))
     return [
         Bucket(
             group,

@@ -25,7 +25,7 @@ _NEW_IN_2 = {"phase_offset", "seed"}
 
 _MOST_PROBLEMS = 20
 _LATER_ROLES = ("depthwise", "router")
-_COMPARED = ("strategy", "structures", "combine_params")
+_COMPARED = ("strategy", "structures", "combine_params", "no_decay")
 _NOT_LOADED = {*_COMPARED, "preconditioner_dtypes", "params", "param_names", "format"}
 
 Groups: TypeAlias = Sequence[dict[str, Any]]
@@ -196,6 +196,8 @@ def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, An
         if key == "combine_params":  # None means the strategy's default groupings
             usual = plain_value(as_routing(live["strategy"]).main.combine_params)
             theirs, mine = theirs or usual, mine or usual
+        if key == "no_decay":  # older checkpoints have none
+            theirs = tuple(theirs or ())
         if key in live and theirs not in (mine, plain_value(_older(live[key]))):
             problems.append(
                 f"param group {number}: {key} is {theirs!r} in the checkpoint, {mine!r} in the "

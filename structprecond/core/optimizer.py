@@ -16,6 +16,7 @@ from structprecond.core.batch_size import GetBatchSize, Samples
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import make_buckets
 from structprecond.core.compiler import leave_to_python
+from structprecond.core.decay import as_rules, check_patterns
 from structprecond.core.entry import Entries
 from structprecond.core.finite import exclude_unusable
 from structprecond.core.inspection import check_batch_size, check_tensors, check_values
@@ -24,13 +25,7 @@ from structprecond.core.options import Nonfinite, Refresh
 from structprecond.core.refresh import RefreshSchedule
 from structprecond.core.report import describe
 from structprecond.core.rounding import Rounding
-from structprecond.core.routing import (
-    Routes,
-    UserRoutes,
-    as_routing,
-    complete_hyperparameters,
-    settle,
-)
+from structprecond.core.routing import Routes, UserRoutes, as_routing, settle, with_defaults
 from structprecond.core.step import Plan
 from structprecond.core.warn import warn
 from structprecond.groups import PreconditionerGroup
@@ -70,7 +65,7 @@ class StructuredOptimizer(Optimizer):
         hyperparameters: Values of hyperparameters; the others get their defaults. The default
             strategy's have their own names, those of the others are prefixed with the strategy's
             name (`adamw_betas`). A strategy's learning rate is the group's lr times its
-            `adamw_lr_scale`, 1.0 by default.
+            `adamw_lr_scale`, 1.0 by default. A given `weight_decay` is that of all strategies.
         batch_size: The number of samples behind a gradient, or a callable that returns it for a
             forward's inputs; only for strategies that need it.
 
@@ -107,6 +102,7 @@ class StructuredOptimizer(Optimizer):
         *,
         strategy: Routes,
         routes: UserRoutes | None = None,
+        no_decay: Sequence[str] = (),
         hyperparameters: Mapping[str, Any] | None = None,
         batch_size: int | GetBatchSize | None = None,
         structures: StructureSpec = "dense",
@@ -133,15 +129,17 @@ class StructuredOptimizer(Optimizer):
         settled = settle(strategy, routes)
         routing = as_routing(settled)
         defaults = {
-            **complete_hyperparameters(routing, hyperparameters),
+            **with_defaults(routing, hyperparameters),
             "strategy": settled,
             "structures": structures,
             "preconditioner_dtypes": preconditioner_dtypes,
             "combine_params": combine_params,
+            "no_decay": as_rules(no_decay),
         }
         leave_to_python(StructuredOptimizer, "_step")
         super().__init__(given, defaults)
         routing.check_used(self._used_rules)
+        check_patterns(self.defaults["no_decay"], self._names.values())
         if batch_size is not None:
             self.batch_size = batch_size
         if verbose_init:
@@ -162,28 +160,33 @@ class StructuredOptimizer(Optimizer):
         model = None if self.model is None else unwrap(self.model)
         group = param_groups.with_names(model, param_group)
         routing = param_groups.routing_of(group, as_routing(self.defaults["strategy"]))
-        own_routing = "strategy" in group
+        own = set(group)
+        misspelt = param_groups.check_keys(group, routing, type(self))
         given = param_groups.complete(group, routing, self.defaults)
+        kept = set(group)
         super().add_param_group(group)
         try:
-            param_groups.drop_unread(group, routing)
+            param_groups.drop_unread(group, kept, self.defaults)
             check_values(group)
             names = param_groups.labels_of(group, len(self.param_groups) - 1)
             buckets = make_buckets(model, group, routing, names, self.rounding)
             routing.check_read(given, [bucket.strategy for bucket in buckets])
             used = {rule for bucket in buckets for rule in bucket.rules}
-            if own_routing:
+            if "strategy" in own:
                 routing.check_used(used)
+            if "no_decay" in own:
+                check_patterns(group["no_decay"], names.values())
         except BaseException:
             self.param_groups.pop()
             raise
-        if model is None:
-            doubts = param_groups.roles_in_doubt(group, routing, buckets, type(self).__name__)
-            self._warn_once("roles", doubts)
         self._used_rules |= used
         self._names |= names
         self.buckets += buckets
         self._entries.show(buckets, self.state)
+        self._warn_once("keys", misspelt)
+        if model is None:
+            doubts = param_groups.roles_in_doubt(group, routing, buckets, type(self).__name__)
+            self._warn_once("roles", doubts)
 
     def name_of(self, param: nn.Parameter) -> str:
         """Return the name of a parameter in the model, or else its place in `param_groups`."""

@@ -35,7 +35,10 @@ class CommonOptions(TypedDict, total=False):
             patterns of parameter names to strategies or their names, as in
             `{"embedding": "adamw", "*.lora_A.*": "adamw", "head": AdamWStrategy()}`. A strategy or
             name alone is for all parameters that are no hidden matrices or convolutions:
-            `routes="adamw"`. Default: None, no routes but those that the optimizer has.
+            `routes="adamw"`. Their weight decay is the optimizer's. Default: None, no routes but
+            those that the optimizer has.
+        no_decay: Which parameters have no weight decay: roles and patterns of parameter names, as
+            in `("norm", "bias", "*.scale")`. Default: (), none.
         combine_params: The groupings, most important first. Default: None, the strategy's own; for
             most, each parameter is a unit.
         nonfinite: What to do with a unit whose gradient is not finite, or so large that state or
@@ -50,6 +53,7 @@ class CommonOptions(TypedDict, total=False):
     """
 
     routes: UserRoutes | None
+    no_decay: Sequence[str]
     combine_params: Sequence[PreconditionerGroup] | None
     nonfinite: Nonfinite
     rounding: Rounding

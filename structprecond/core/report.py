@@ -37,6 +37,8 @@ class Row:
         dtypes: The dtype of every factor.
         state_bytes: The bytes of the stack's state.
         live: Whether any of the parameters requires a gradient.
+        weight_decay: The weight decay now; None if the strategy has none.
+        decays: Whether `no_decay` leaves it alone.
     """
 
     group: int
@@ -52,6 +54,8 @@ class Row:
     dtypes: tuple[str, ...]
     state_bytes: int
     live: bool
+    weight_decay: float | None = None
+    decays: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,10 @@ class Description:
         routed = any(rule != "default" for rule in rules)
         # a route by role is told by the role
         by_name = any(rule not in ("default", *ROLES) for rule in rules)
+        left_out = not all(row.decays for row in self.rows)
+        by_decay = left_out or len({row.weight_decay for row in self.rows}) > 1
         usual = ("role", "rule", "shape", "rows", "structures", "state")
-        more_columns = ("strategy",) * routed + ("route",) * by_name
+        more_columns = ("strategy",) * routed + ("route",) * by_name + ("decay",) * by_decay
         table: list[tuple[str, ...]] = [("group", "parameters", *more_columns, *usual)]
         for row in self.rows:
             more = f" (+{len(row.names) - 1})" if len(row.names) > 1 else ""
@@ -90,6 +96,7 @@ class Description:
                     _shorten(row.names[0], 40) + more + frozen,
                     *(row.strategy,) * routed,
                     *(_shorten(", ".join(row.rules), 30),) * by_name,
+                    *("-" if row.weight_decay is None else f"{row.weight_decay:g}",) * by_decay,
                     _shorten(", ".join(dict.fromkeys(row.roles)), 30),
                     _shorten(row.rule, 30),
                     "x".join(map(str, row.shape)),
@@ -171,6 +178,8 @@ def describe(optimizer: Optimizer) -> Description:
             dtypes=tuple(str(d).removeprefix("torch.") for d in bucket.key.dtypes),
             state_bytes=sum(t.numel() * t.element_size() for t in bucket.named_tensors().values()),
             live=any(p.requires_grad for p in bucket.params),
+            weight_decay=bucket.weight_decay,
+            decays=bucket.key.decays,
         )
         for bucket in buckets
     ]

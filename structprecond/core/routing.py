@@ -77,7 +77,19 @@ class Routing:
                 named[f"{prefix}lr_scale"] = nonnegative(1.0)
                 own = strategy.hyperparameters
                 named |= {f"{prefix}{name}": h for name, h in own.items() if name != "lr"}
-        return named
+        return named | {name: _or_none(named[name]) for name in self.followers}
+
+    @property
+    def followers(self) -> list[str]:
+        """The hyperparameters that are None for the group's `weight_decay`."""
+        others = [strategy for strategy in self.strategies if self.prefix(strategy)]
+        decaying = [s for s in others if s.decay_hyperparameter in s.hyperparameters]
+        return [f"{self.prefix(s)}{s.decay_hyperparameter}" for s in decaying]
+
+    @property
+    def decays(self) -> bool:
+        """Whether a param group may name a `weight_decay`: whether any strategy has one."""
+        return any(s.decay_hyperparameter in s.hyperparameters for s in self.strategies)
 
     def prefix(self, strategy: Strategy[Any]) -> str:
         """Return the prefix of a strategy's hyperparameters in the param group."""
@@ -173,6 +185,8 @@ class Routing:
             for strategy in strategies
             for name in (*strategy.hyperparameters, "lr_scale")
         }
+        if any(s.decay_hyperparameter in s.hyperparameters for s in strategies):
+            read.add("weight_decay")
         if strategies and (unread := sorted(given - read - {"lr"})):
             names = " and ".join(dict.fromkeys(type(s).__name__ for s in strategies))
             raise HyperparameterError(
@@ -264,8 +278,22 @@ def hyperparameters_of(
 ) -> dict[str, Any]:
     """Return a strategy's hyperparameters in a param group under their own names."""
     hp = {name: group[f"{prefix}{name}"] for name in strategy.hyperparameters if name != "lr"}
+    decay = strategy.decay_hyperparameter
+    if decay in hp and (hp[decay] is None or not prefix):
+        hp[decay] = group.get("weight_decay", hp[decay])
+        if hp[decay] is None:  # the main strategy has none
+            hp[decay] = strategy.hyperparameters[decay].default
     hp["lr"] = group["lr"] * group[f"{prefix}lr_scale"] if prefix else group["lr"]
     return hp
+
+
+def _or_none(hyperparameter: Hyperparameter) -> Hyperparameter:
+    """Return a weight decay that may also be None, for that of the group."""
+    return Hyperparameter(
+        hyperparameter.default,
+        lambda v: v is None or hyperparameter.check(v),
+        f"{hyperparameter.requirement}, or None for the group's weight_decay",
+    )
 
 
 def _check_strategy(strategy: Any) -> None:
@@ -276,8 +304,10 @@ def _check_strategy(strategy: Any) -> None:
         )
 
 
-def complete_hyperparameters(routing: Routing, given: Any) -> dict[str, Any]:
+def with_defaults(routing: Routing, given: Any) -> dict[str, Any]:
     """Return given hyperparameters, and the defaults of the others.
+
+    A given `weight_decay` is that of all strategies without one of their own.
 
     Raises:
         StructPrecondError: If they are not a mapping.
@@ -296,4 +326,6 @@ def complete_hyperparameters(routing: Routing, given: Any) -> dict[str, Any]:
             f"Unknown hyperparameters {sorted(unknown)} of {names}. Known are "
             f"{', '.join(sorted(known))}."
         )
-    return {name: values.get(name, h.default) for name, h in known.items()}
+    defaults = {name: h.default for name, h in known.items()}
+    followers = dict.fromkeys(routing.followers if "weight_decay" in values else ())
+    return defaults | followers | values

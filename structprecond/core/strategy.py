@@ -182,6 +182,8 @@ class Strategy(ABC, Generic[S]):
         refresh_interval: The name of the hyperparameter with the refresh interval, None without
             refreshes.
         needs_batch_size: Whether the update depends on the batch size.
+        decay_hyperparameter: The name of the hyperparameter that is the weight decay, if there is
+            one.
     """
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]]
@@ -189,6 +191,7 @@ class Strategy(ABC, Generic[S]):
     combine_params: ClassVar[tuple[PreconditionerGroup, ...]] = (PerParameter(),)
     refresh_interval: ClassVar[str | None] = None
     needs_batch_size: ClassVar[bool] = False
+    decay_hyperparameter: ClassVar[str] = "weight_decay"
 
     @abstractmethod
     def init(

@@ -24,7 +24,7 @@ class AuxiliaryOptions(CommonOptions, total=False):
     adamw_lr: float | None
     adamw_betas: tuple[float, float]
     adamw_eps: float
-    adamw_weight_decay: float
+    adamw_weight_decay: float | None
 
 
 class WithAdamW(StructuredOptimizer):
@@ -37,7 +37,7 @@ class WithAdamW(StructuredOptimizer):
             groups), so that schedules apply to both. Default: None, `lr`.
         adamw_betas: AdamW's decay of the moments. Default: (0.9, 0.95).
         adamw_eps: AdamW's epsilon. Default: 1e-8.
-        adamw_weight_decay: AdamW's weight decay. Default: 0.01.
+        adamw_weight_decay: AdamW's weight decay; None for `weight_decay`. Default: 0.01.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class WithAdamW(StructuredOptimizer):
         adamw_lr: float | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
-        adamw_weight_decay: float = 0.01,
+        adamw_weight_decay: float | None = 0.01,
         **options: Unpack[CommonOptions],
     ) -> None:
         super().__init__(

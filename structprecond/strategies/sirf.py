@@ -79,6 +79,7 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
     }
     refresh_interval = "T"
     needs_batch_size = True
+    decay_hyperparameter = "kappa"
 
     def init(
         self, like: Tensor, structures: tuple[Structure, ...], dtypes: tuple[torch.dtype, ...]

@@ -87,6 +87,7 @@ def test_each_part_is_as_an_optimizer_of_its_own() -> None:
             [other.conv1.weight, other.conv2.weight],
             lr=0.04,
             betas=(0.6, 0.7),
+            weight_decay=0.2,
             precondition_frequency=2,
         ),
     ]

@@ -27,7 +27,15 @@ from structprecond.strategies.auxiliary import AuxiliaryOptions, WithAdamW
 from tests.every_strategy import OPTIMIZERS, strategy_of
 
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
-COMMON = {"routes", "combine_params", "nonfinite", "rounding", "maximize", "verbose_init"}
+COMMON = {
+    "routes",
+    "no_decay",
+    "combine_params",
+    "nonfinite",
+    "rounding",
+    "maximize",
+    "verbose_init",
+}
 FACTORS = {"structures", "preconditioner_dtypes", "refresh"}
 # keywords that become something else than a field or a hyperparameter of the same name
 TRANSLATED = {
@@ -122,6 +130,14 @@ def test_routes_reach_every_optimizer(optimizer: Any) -> None:
     assert {type(b.strategy).__name__ for b in made.buckets if b.units[0].label == "bias"} == {
         "LARSStrategy"
     }
+
+
+@every_optimizer
+def test_no_decay_reaches_every_optimizer(optimizer: Any) -> None:
+    given = {"lr": 0.1, "no_decay": "bias"}
+    made = optimizer(nn.Linear(2, 2), **given)
+    decays = {u.label: b.key.decays for b in made.buckets for u in b.units}
+    assert decays == {"weight": True, "bias": False}
 
 
 def test_facades_that_inherit_a_constructor_show_its_keywords() -> None:
