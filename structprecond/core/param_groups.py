@@ -155,7 +155,8 @@ def check_keys(group: Mapping[str, Any], routing: Routing, optimizer: type) -> s
     known = {*routing.hyperparameters, *CONFIGURATION, *_OTHERS}
     if routing.decays:
         known.add("weight_decay")
-    unknown = sorted(map(str, group.keys() - known))
+    if not (unknown := sorted(map(str, group.keys() - known))):
+        return None
     elsewhere = _words_of_strategies() | set(inspect.signature(optimizer).parameters)
     prefixes = tuple(f"{name_of(strategy)}_" for strategy in routing.strategies)
     if wrong := [key for key in unknown if key in elsewhere or key.startswith(prefixes)]:
@@ -187,7 +188,7 @@ def _words_of_strategies() -> set[str]:
 def roles_in_doubt(
     group: Mapping[str, Any], routing: Routing, buckets: Iterable[Bucket], optimizer: str
 ) -> str | None:
-    """Return a warning if parameters without a model or names were routed by their roles.
+    """Return a warning if the roles of parameters without a model or names matter.
 
     Args:
         group: The group.
@@ -201,15 +202,22 @@ def roles_in_doubt(
         for unit, rule in zip(bucket.units, bucket.rules, strict=True)
         if rule in ROLES
     )
-    matrices = sum(p.ndim > 1 for unit in by_role for p in unit.params)
-    if group.get("param_names") or routing.is_uniform or not matrices:
+    matrices = 0 if routing.is_uniform else sum(p.ndim > 1 for u in by_role for p in u.params)
+    if group.get("param_names"):
+        return None
+    if matrices:
+        what = f"{optimizer} routes parameters by their roles"
+        whose = f"The roles of the {matrices} with two axes or more were"
+        confused = "an embedding or a head from a hidden matrix"
+    elif any(rule in ROLES for rule in group["no_decay"]):
+        what, whose = "no_decay goes by roles", "Their roles were"
+        confused = "a norm from a bias"
+    else:
         return None
     return (
-        f"{optimizer} routes parameters by their roles, but was given parameters without a model "
-        f"or names. The roles of the {matrices} with two axes or more were guessed from their "
-        "shapes, which cannot tell an embedding or a head from a hidden matrix. Pass the model, "
-        f"as in {optimizer}(model), or pairs of names and parameters, as in "
-        f"{optimizer}(model.named_parameters())."
+        f"{what}, but {optimizer} was given parameters without a model or names. {whose} guessed "
+        f"from shapes, which cannot tell {confused}. Pass the model, as in {optimizer}(model), or "
+        f"pairs of names and parameters, as in {optimizer}(model.named_parameters())."
     )
 
 

@@ -67,7 +67,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> l
 
 def warns_of_roles() -> Any:
     """Return a context that takes the warning about roles of bare parameters."""
-    return pytest.warns(UserWarning, match=r"given parameters without a model or names\. The roles")
+    return pytest.warns(UserWarning, match=r"was given parameters without a model or names\. The r")
 
 
 def routes_of(optimizer: StructuredOptimizer) -> dict[str, tuple[str, str]]:

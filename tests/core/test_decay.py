@@ -314,6 +314,17 @@ def test_what_is_no_rule_is_refused(given: Any, error: type[Exception], message:
     AdamW(net(), no_decay=("experts", "bias"))  # a role may be absent
 
 
+def test_roles_without_a_model_warn_and_names_do_not() -> None:
+    model = net()
+    with pytest.warns(
+        UserWarning, match="no_decay goes by roles, but AdamW was given parameters w"
+    ):
+        AdamW(model.parameters(), no_decay=("norm", "bias"))
+    named = AdamW(model.named_parameters(), weight_decay=0.1, no_decay=("norm", "bias"))
+    assert {name for name, decay in decay_of(named).items() if decay == 0.0} == VECTORS
+    AdamW(list(model.parameters()), no_decay=("*'params'*",))
+
+
 def test_a_unit_decays_as_a_whole() -> None:
     rules = (LinearWeightBias(), PerParameter())
     with pytest.raises(GroupError, match=r"leaves out a part of hidden\.weight \+ hidden\.bias"):
