@@ -15,7 +15,7 @@ from structprecond.core.layout import Layout
 from structprecond.core.rounding import Rounding, is_low_precision
 from structprecond.core.routing import hyperparameters_of
 from structprecond.core.state import Rows, State, on_device_of
-from structprecond.core.strategy import Strategy
+from structprecond.core.strategy import Strategy, decay_of
 from structprecond.core.units import Unit
 from structprecond.errors import StructPrecondError
 from structprecond.structures.spec import Structure
@@ -31,6 +31,8 @@ class BucketKey:
     dtypes: tuple[torch.dtype, ...]
     param_dtype: torch.dtype
     device: torch.device
+    decays: bool = True
+    """Whether the units have weight decay; False for those that `no_decay` leaves out."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -122,10 +124,19 @@ class Bucket:
     def hyperparameters(self) -> dict[str, Any]:
         """The strategy's current hyperparameters, under their own names."""
         hp = hyperparameters_of(self.strategy, self.group, self.prefix)
+        decay = None if self.key.decays else decay_of(self.strategy)
+        if decay is not None:
+            hp[decay] = 0.0
         if isinstance(hp["lr"], Tensor):
             # a tensor stays a tensor: reading it would need a host-device sync
             hp["lr"] = hp["lr"].to(self.device).reshape(())
         return hp
+
+    @property
+    def weight_decay(self) -> float | None:
+        """The current weight decay; None if the strategy has none."""
+        name = decay_of(self.strategy)
+        return None if name is None else float(self.hyperparameters[name])
 
     @property
     def interval(self) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
+from structprecond.core.decay import decays, undecayed
 from structprecond.core.naming import BareParameters
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Route, Routing
@@ -19,7 +20,7 @@ from structprecond.core.units import Unit, find_units
 from structprecond.core.usable import problem_of
 from structprecond.errors import GroupError, StructPrecondError, StructureError
 from structprecond.groups import PreconditionerGroup, StackExperts
-from structprecond.roles import Role, infer_roles
+from structprecond.roles import ROLES, Role, infer_roles
 from structprecond.structures import StructuredMatrix
 from structprecond.structures.spec import per_axis, resolve_structures
 
@@ -55,8 +56,20 @@ def route_units(
             f"structures={group['structures']!r} is given, but "
             f"{type(routing.main).__name__} has no Kronecker factors. Leave it out."
         )
+    without_decay: set[nn.Parameter] = set()
+    if group["no_decay"]:
+        by_role = any(rule in ROLES for rule in group["no_decay"])
+        found = roles_of(model, names) if by_role else {}
+        roles = {p: role.role for p, role in found.items()}
+        without_decay = undecayed(group["no_decay"], names, roles)
     units = [
-        RoutedUnit(group, unit, route, routing.prefix(route.strategy))
+        RoutedUnit(
+            group,
+            unit,
+            route,
+            routing.prefix(route.strategy),
+            decays(unit.params, without_decay, unit.label),
+        )
         for unit, route in _find_routes(model, group, routing, names)
         if unit.shape.numel() and unit.rows
     ]
@@ -74,12 +87,14 @@ class RoutedUnit:
         unit: The unit.
         route: Its strategy, and the role or pattern that decided.
         prefix: What precedes the names of the strategy's hyperparameters in the group.
+        decays: Whether weight decay applies to it.
     """
 
     group: dict[str, Any]
     unit: Unit
     route: Route
     prefix: str
+    decays: bool
 
     @property
     def frozen(self) -> bool:
@@ -88,7 +103,8 @@ class RoutedUnit:
 
     def key(self) -> BucketKey:
         """Return what the unit shares with those it is stacked with, as its parameters are now."""
-        return _bucket_key(self.unit, self.group, self.route.strategy)
+        key = _bucket_key(self.unit, self.group, self.route.strategy)
+        return replace(key, decays=self.decays)
 
 
 def make_buckets(units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
@@ -26,7 +26,7 @@ _NEW_IN_2 = {"phase_offset", "seed"}
 
 _MOST_PROBLEMS = 20
 _LATER_ROLES = ("depthwise", "router")
-_COMPARED = ("strategy", "structures", "combine_params")
+_COMPARED = ("strategy", "structures", "combine_params", "no_decay")
 _SHARED = {"global_step", "batch_size"}
 _NOT_LOADED = {*_COMPARED, "preconditioner_dtypes", "params", "param_names", "format"}
 
@@ -54,10 +54,16 @@ def save(param_groups: Groups, state: State) -> dict[str, Any]:
     return {"state": saved, "param_groups": groups}
 
 
-def hooked(optimizer: Optimizer, hooks: Mapping[int, Callable[..., Any]], state_dict: _T) -> _T:
-    """Return a state dict after an optimizer's hooks, which may change a copy of it."""
+def hooked(optimizer: Optimizer, when: str, state_dict: _T) -> _T:
+    """Return a state dict after an optimizer's hooks, which may change a copy of it.
+
+    Args:
+        optimizer: The optimizer.
+        when: Which of its hooks, such as "state_dict_post".
+        state_dict: The state dict.
+    """
     changed: Any = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
-    for hook in hooks.values():
+    for hook in getattr(optimizer, f"_optimizer_{when}_hooks").values():
         result = hook(optimizer, changed)
         changed = changed if result is None else result
     return changed  # type: ignore[no-any-return]
@@ -115,7 +121,7 @@ def with_state(param_groups: Groups, checkpoint: Any) -> set[Tensor]:
             for i, p in zip(_match(saved, live), live["params"], strict=True)
         ]
         return {p for i, p in pairs if set(state.get(i, {})) - _SHARED}
-    except (CheckpointError, AttributeError, LookupError, TypeError, ValueError):
+    except (CheckpointError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return set()  # loading says what is wrong with it
 
 
@@ -259,6 +265,8 @@ def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, An
         if key == "combine_params":  # None means the strategy's default groupings
             usual = plain_value(as_routing(live["strategy"]).main.combine_params)
             theirs, mine = theirs or usual, mine or usual
+        if key == "no_decay":  # older checkpoints have none
+            theirs = tuple(theirs or ())
         if key in live and theirs not in (mine, plain_value(_older(live[key]))):
             problems.append(
                 f"param group {number}: {key} is {theirs!r} in the checkpoint, {mine!r} in the "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from structprecond.core.bucket import Bucket
 from structprecond.core.naming import enumerate_names
 from structprecond.core.routing import as_routing
+from structprecond.core.strategy import nonnegative
 from structprecond.errors import GradientError, HyperparameterError, StructPrecondError
 
 
@@ -19,7 +20,10 @@ def check_values(group: Mapping[str, Any]) -> None:
 
     Tensors on an accelerator are not checked: that would need a host-device sync.
     """
-    for name, hyperparameter in as_routing(group["strategy"]).hyperparameters.items():
+    hyperparameters = as_routing(group["strategy"]).hyperparameters
+    if "weight_decay" in group:  # also where the strategy has another name for it
+        hyperparameters.setdefault("weight_decay", nonnegative(0.0))
+    for name, hyperparameter in hyperparameters.items():
         if name not in group:
             raise HyperparameterError(
                 f"A param group has no {name!r} any more. Set it, for example to the default, "

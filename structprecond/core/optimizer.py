@@ -11,12 +11,12 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from structprecond.checks import check_flags
 from structprecond.core import checkpoint, options, param_groups
 from structprecond.core.batch_size import GetBatchSize, Samples
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit, make_buckets, route_units, thaw
 from structprecond.core.compiler import leave_to_python
+from structprecond.core.decay import as_rules, check_patterns
 from structprecond.core.entry import Entries
 from structprecond.core.finite import exclude_unusable
 from structprecond.core.follow import Follower
@@ -26,7 +26,7 @@ from structprecond.core.options import Nonfinite, Refresh
 from structprecond.core.refresh import RefreshSchedule, warning_of_failures
 from structprecond.core.report import describe
 from structprecond.core.rounding import Rounding
-from structprecond.core.routing import Routes, as_routing, check_names
+from structprecond.core.routing import Routes, UserRoutes, as_routing, settle, with_defaults
 from structprecond.core.step import Plan
 from structprecond.core.warn import warn_once
 from structprecond.groups import PreconditionerGroup
@@ -58,14 +58,15 @@ class StructuredOptimizer(Optimizer):
             also work with groupings that need no modules.
         params: The parameters to optimize, or group dicts. Default: all parameters of the model.
             Frozen ones take part once they are thawed.
-        strategy: The strategy for all units; or a dict of routes, from roles (see `infer_roles`)
-            and name patterns to strategies, with a "default":
-            `{"conv": SOAPStrategy(), "*.gate.weight": AdamWStrategy(), "default": MuonStrategy()}`.
-            Patterns take precedence over roles. A unit follows the route of its first parameter.
+        strategy: The strategy for all units; or a dict from roles (see `infer_roles`) and name
+            patterns to strategies, with a "default":
+            `{"conv": SOAPStrategy(), "*.gate.weight": "adamw", "default": "muon"}`. A name such as
+            "adamw" stands for the strategy with its defaults, here `AdamWStrategy()`. Patterns take
+            precedence over roles. A unit follows the route of its first parameter.
         hyperparameters: Values of hyperparameters; the others get their defaults. The default
             strategy's have their own names, those of the others are prefixed with the strategy's
             name (`adamw_betas`). A strategy's learning rate is the group's lr times its
-            `adamw_lr_scale`, 1.0 by default.
+            `adamw_lr_scale`, 1.0 by default. A given `weight_decay` is that of all strategies.
         batch_size: The number of samples behind a gradient, or a callable that returns it for a
             forward's inputs; only for strategies that need it.
 
@@ -101,6 +102,8 @@ class StructuredOptimizer(Optimizer):
         params: Iterable[Any] | None = None,
         *,
         strategy: Routes,
+        routes: UserRoutes | None = None,
+        no_decay: Sequence[str] = (),
         hyperparameters: Mapping[str, Any] | None = None,
         batch_size: int | GetBatchSize | None = None,
         structures: StructureSpec = "dense",
@@ -112,8 +115,7 @@ class StructuredOptimizer(Optimizer):
         maximize: bool = False,
         verbose_init: bool = False,
     ) -> None:
-        options.check_choices(nonfinite=nonfinite, refresh=refresh, rounding=rounding)
-        check_flags(maximize=maximize, verbose_init=verbose_init)
+        options.check_values(nonfinite, refresh, rounding, maximize, verbose_init)
         given = param_groups.parameters_of(model, params, type(self).__name__)
         self.model = model if isinstance(model, nn.Module) else None
         self.refresh, self.nonfinite, self.maximize = refresh, nonfinite, maximize
@@ -127,18 +129,20 @@ class StructuredOptimizer(Optimizer):
         self._used_rules: set[str] = set()
         self._follower = Follower(self.buckets, self.frozen_units, self._names)
         self._start_anew()
-        routing = as_routing(strategy)
+        settled = settle(strategy, routes)
+        routing = as_routing(settled)
         defaults = {
-            **{name: h.default for name, h in routing.hyperparameters.items()},
-            **check_names(routing, hyperparameters),
-            "strategy": strategy,
+            **with_defaults(routing, hyperparameters),
+            "strategy": settled,
             "structures": structures,
             "preconditioner_dtypes": preconditioner_dtypes,
             "combine_params": combine_params,
+            "no_decay": as_rules(no_decay),
         }
         leave_to_python(StructuredOptimizer, "_step")
         super().__init__(given, defaults)
         routing.check_used(self._used_rules)
+        check_patterns(self.defaults["no_decay"], self._names.values())
         if batch_size is not None:
             self.batch_size = batch_size
         if verbose_init:
@@ -160,18 +164,22 @@ class StructuredOptimizer(Optimizer):
         model = None if self.model is None else unwrap(self.model)
         group = param_groups.with_names(model, param_group)
         routing = param_groups.routing_of(group, as_routing(self.defaults["strategy"]))
-        own_routing = "strategy" in group
+        own = set(group)
+        misspelt = param_groups.check_keys(group, routing, type(self))
         given = param_groups.complete(group, routing, self.defaults)
+        kept = set(group)
         super().add_param_group(group)
         try:
-            param_groups.drop_unread(group, routing)
+            param_groups.drop_unread(group, kept, self.defaults)
             check_values(group)
             names = param_groups.labels_of(group, len(self.param_groups) - 1)
             units = route_units(model, group, routing, names)
             routing.check_read(given, [routed.route.strategy for routed in units])
             used = {routed.route.rule for routed in units}
-            if own_routing:
+            if "strategy" in own:
                 routing.check_used(used)
+            if "no_decay" in own:
+                check_patterns(group["no_decay"], names.values())
             buckets = make_buckets((u for u in units if not u.frozen), self.rounding)
             self._follower.add(self.model, group)
         except BaseException:
@@ -180,6 +188,10 @@ class StructuredOptimizer(Optimizer):
         self._used_rules |= used
         self._names |= names
         self._show(buckets, [routed for routed in units if routed.frozen])
+        warn_once(self._warned, "keys", misspelt)
+        if model is None:
+            doubts = param_groups.roles_in_doubt(group, routing, buckets, type(self).__name__)
+            warn_once(self._warned, "roles", doubts)
 
     def _show(self, buckets: Sequence[Bucket], frozen: Sequence[RoutedUnit] = ()) -> None:
         """Add what is new, and show the state of buckets, and that frozen units have none."""
@@ -312,7 +324,7 @@ class StructuredOptimizer(Optimizer):
             hook(self)
         self._follow()
         saved = checkpoint.save(self._follower.used_groups(), self.state)
-        return checkpoint.hooked(self, self._optimizer_state_dict_post_hooks, saved)
+        return checkpoint.hooked(self, "state_dict_post", saved)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state dict as a whole or not at all.
@@ -323,7 +335,8 @@ class StructuredOptimizer(Optimizer):
         Raises:
             CheckpointError: If it does not fit; the message lists the differences.
         """
-        state_dict = checkpoint.hooked(self, self._optimizer_load_state_dict_pre_hooks, state_dict)
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
+        state_dict = checkpoint.hooked(self, "load_state_dict_pre", state_dict)
         self._follow()
         used = self._follower.used_groups(check=True)
         saved = checkpoint.with_state(used, state_dict)

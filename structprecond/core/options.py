@@ -13,8 +13,9 @@ from typing import Any, Literal, TypedDict, TypeVar, get_args, get_origin
 import torch
 from typing_extensions import Unpack
 
-from structprecond.checks import check_choice
+from structprecond.checks import check_choice, check_flags
 from structprecond.core.rounding import Rounding
+from structprecond.core.routing import UserRoutes
 from structprecond.core.strategy import Strategy
 from structprecond.groups import PreconditionerGroup
 from structprecond.structures.spec import PerAxis, StructureSpec
@@ -30,6 +31,14 @@ class CommonOptions(TypedDict, total=False):
     """The keywords of every optimizer; `StructuredOptimizer` has their defaults.
 
     Args:
+        routes: Which parameters go to another strategy: a dict from roles (see `infer_roles`) and
+            patterns of parameter names to strategies or their names, as in
+            `{"embedding": "adamw", "*.lora_A.*": "adamw", "head": AdamWStrategy()}`. A strategy or
+            name alone is for all parameters that are no hidden matrices or convolutions:
+            `routes="adamw"`. Their weight decay is the optimizer's. Default: None, no routes but
+            those that the optimizer has.
+        no_decay: Which parameters have no weight decay: roles and patterns of parameter names, as
+            in `("norm", "bias", "*.scale")`. Default: (), none.
         combine_params: The groupings, most important first. Default: None, the strategy's own; for
             most, each parameter is a unit.
         nonfinite: What to do with a unit whose gradient is not finite, or so large that state or
@@ -43,6 +52,8 @@ class CommonOptions(TypedDict, total=False):
         verbose_init: Whether to print how each parameter is treated. Default: False.
     """
 
+    routes: UserRoutes | None
+    no_decay: Sequence[str]
     combine_params: Sequence[PreconditionerGroup] | None
     nonfinite: Nonfinite
     rounding: Rounding
@@ -71,6 +82,16 @@ class FactorOptions(CommonOptions, total=False):
     refresh: Refresh
 
 
+def check_values(
+    nonfinite: object, refresh: object, rounding: object, maximize: object, verbose_init: object
+) -> None:
+    """Raise `StructPrecondError` unless the keywords have values of their types."""
+    check_choice("nonfinite", nonfinite, Nonfinite)
+    check_choice("refresh", refresh, Refresh)
+    check_choice("rounding", rounding, Rounding)
+    check_flags(maximize=maximize, verbose_init=verbose_init)
+
+
 def from_keywords(strategy: type[_T], given: Mapping[str, Any]) -> tuple[_T, dict[str, Any]]:
     """Make a strategy and its hyperparameters from the keywords of a facade.
 
@@ -85,13 +106,6 @@ def from_keywords(strategy: type[_T], given: Mapping[str, Any]) -> tuple[_T, dic
     """
     static = {f.name: given[f.name] for f in fields(strategy) if f.name in given}
     return strategy(**static), {n: given[n] for n in strategy.hyperparameters if n in given}
-
-
-def check_choices(**given: object) -> None:
-    """Raise `StructPrecondError` unless all values are among the choices of their keywords."""
-    choices = {"nonfinite": Nonfinite, "refresh": Refresh, "rounding": Rounding}
-    for name, value in given.items():
-        check_choice(name, value, choices[name])
 
 
 def check_keywords(cls: type, given: Mapping[str, Any]) -> None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Iterable, Mapping, Set
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor, nn
 
+from structprecond.core.bucket import Bucket
+from structprecond.core.decay import as_rules
 from structprecond.core.naming import plain_name, unwrap
 from structprecond.core.plain import plain_number
-from structprecond.core.routing import Routing, as_routing
+from structprecond.core.routing import Routing, as_routing, settle
+from structprecond.core.strategy import Strategy, decay_of
+from structprecond.core.strategy_names import known_strategies, name_of
 from structprecond.errors import GroupError, HyperparameterError, StructPrecondError
 from structprecond.groups import PreconditionerGroup
+from structprecond.roles import ROLES
 
-CONFIGURATION = ("strategy", "structures", "preconditioner_dtypes", "combine_params")
+CONFIGURATION = ("strategy", "structures", "preconditioner_dtypes", "combine_params", "no_decay")
 """The keys of a group's configuration."""
+
+# names that are as similar as this are taken for misspelt ones; lr_scale is not adamw_lr_scale
+_ALIKE = 0.85
 
 # keys of torch, of its schedulers, and of the user
 _OTHERS = {"params", "param_names", "name", "initial_lr"}
@@ -71,25 +81,28 @@ def with_names(model: nn.Module | None, param_group: Mapping[str, Any]) -> dict[
 
 def routing_of(group: dict[str, Any], usual: Routing) -> Routing:
     """Return the routing of a group: its own `strategy`, or the usual one."""
-    if isinstance(group.get("strategy"), str):
-        group["strategy"] = usual.only(group["strategy"])
-    return as_routing(group.get("strategy", usual))
+    if "strategy" not in group:
+        return usual
+    own = group["strategy"]
+    by_name = isinstance(own, str)
+    group["strategy"] = usual.only(own) if by_name else settle(own, None, usual.strategies)
+    return as_routing(group["strategy"])
 
 
 def complete(group: dict[str, Any], routing: Routing, defaults: Mapping[str, Any]) -> set[str]:
     """Add missing hyperparameters to a group, as plain numbers; return the names of given ones.
 
+    A `weight_decay` that the group names is that of all its strategies without one of their own.
+
     Raises:
-        HyperparameterError: If it has unknown keys.
+        HyperparameterError: If it names two weight decays of the main strategy.
         GroupError: If `combine_params` is not a tuple of groupings.
     """
     known = routing.hyperparameters
-    given = set(group) & set(known)
-    if unknown := set(group) - set(known) - set(CONFIGURATION) - _OTHERS:
-        raise HyperparameterError(
-            f"Unknown keys {sorted(unknown)} in a param group of {type(routing.main).__name__}. "
-            f"Its hyperparameters are {', '.join(sorted(known))}."
-        )
+    given = set(group) & {*known, "weight_decay"}
+    if "weight_decay" in given:
+        _check_one_decay(given, routing.main)
+        group |= {name: None for name in routing.followers if name not in group}
     usual = as_routing(defaults["strategy"])
     for name, hyperparameter in known.items():
         # another strategy may use the same name for something else, except for lr
@@ -99,13 +112,115 @@ def complete(group: dict[str, Any], routing: Routing, defaults: Mapping[str, Any
         group[name] = plain_number(group[name])
     rules = group.setdefault("combine_params", defaults["combine_params"])
     group["combine_params"] = _as_tuple(rules)
+    group["no_decay"] = as_rules(group.get("no_decay", defaults["no_decay"]))
     return given
 
 
-def drop_unread(group: dict[str, Any], routing: Routing) -> None:
-    """Remove defaults that torch added to a group and its strategies do not use."""
-    for name in set(group) - set(routing.hyperparameters) - set(CONFIGURATION) - _OTHERS:
+def drop_unread(group: dict[str, Any], kept: Set[str], defaults: Mapping[str, Any]) -> None:
+    """Remove the defaults that torch added to a group and its strategies do not use.
+
+    Args:
+        group: The group.
+        kept: Its keys from before.
+        defaults: The defaults.
+    """
+    for name in defaults.keys() - kept - set(CONFIGURATION):
         del group[name]
+
+
+def _check_one_decay(given: Set[str], main: Strategy[Any]) -> None:
+    own = decay_of(main)
+    if own in given and own != "weight_decay":
+        raise HyperparameterError(
+            f"A param group was given {own} and weight_decay, which are the same for "
+            f"{type(main).__name__}. Give one of them."
+        )
+
+
+def check_keys(group: Mapping[str, Any], routing: Routing, optimizer: type) -> str | None:
+    """Check the keys of a group that mean nothing to its strategies.
+
+    They may be another tool's, and then stay in the group unread.
+
+    Args:
+        group: The group.
+        routing: Its routing.
+        optimizer: The optimizer's class.
+
+    Returns:
+        A warning if they look like misspelt ones, else None.
+
+    Raises:
+        HyperparameterError: If they mean something elsewhere: to another strategy, to the
+            optimizer's constructor, or by the prefix of a strategy.
+    """
+    known = {*routing.hyperparameters, *CONFIGURATION, *_OTHERS}
+    if routing.decays:
+        known.add("weight_decay")
+    if not (unknown := sorted(map(str, group.keys() - known))):
+        return None
+    elsewhere = _words_of_strategies() | set(inspect.signature(optimizer).parameters)
+    prefixes = tuple(f"{name_of(strategy)}_" for strategy in routing.strategies)
+    if wrong := [key for key in unknown if key in elsewhere or key.startswith(prefixes)]:
+        raise HyperparameterError(
+            f"Unknown keys {wrong} in a param group of {type(routing.main).__name__}. "
+            f"Its hyperparameters are {', '.join(sorted(routing.hyperparameters))}."
+        )
+    meant = {key: get_close_matches(key.lower(), known, 1, _ALIKE) for key in unknown}
+    if not any(meant.values()):
+        return None
+    pairs = ", ".join(f"{key!r} (for {close[0]!r}?)" for key, close in meant.items() if close)
+    return (
+        f"{optimizer.__name__} does not read the keys {pairs} of a param group, which look "
+        "misspelt. They stay there without effect."
+    )
+
+
+def _words_of_strategies() -> set[str]:
+    """Return the hyperparameters of all strategies, with and without their prefixes."""
+    return {
+        word
+        for name, classes in known_strategies().items()
+        for cls in classes
+        for own in cls.hyperparameters
+        for word in (own, f"{name}_{own}")
+    }
+
+
+def roles_in_doubt(
+    group: Mapping[str, Any], routing: Routing, buckets: Iterable[Bucket], optimizer: str
+) -> str | None:
+    """Return a warning if the roles of parameters without a model or names matter.
+
+    Args:
+        group: The group.
+        routing: Its routing.
+        buckets: The buckets made of it.
+        optimizer: The name of the optimizer's class.
+    """
+    by_role = (
+        unit
+        for bucket in buckets
+        for unit, rule in zip(bucket.units, bucket.rules, strict=True)
+        if rule in ROLES
+    )
+    matrices = 0 if routing.is_uniform else sum(p.ndim > 1 for u in by_role for p in u.params)
+    if group.get("param_names"):
+        return None
+    if matrices:
+        what = f"{optimizer} routes parameters by their roles"
+        whose = f"The roles of the {matrices} with two axes or more were"
+        confused = "an embedding or a head from a hidden matrix"
+    elif any(rule in ROLES for rule in group["no_decay"]):
+        what, whose = "no_decay goes by roles", "Their roles were"
+        confused = "a norm from a bias"
+    else:
+        return None
+    return (
+        f"{what}, but {optimizer} was given parameters without a model or names. {whose} guessed "
+        f"from shapes, which cannot tell {confused}. Pass the model, as in {optimizer}(model), or "
+        f"pairs of names and parameters, as in {optimizer}(model.named_parameters())."
+    )
 
 
 def _as_tuple(rules: Any) -> tuple[PreconditionerGroup, ...] | None:

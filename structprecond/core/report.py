@@ -40,6 +40,8 @@ class Row:
         dtypes: The dtype of every factor.
         state_bytes: The bytes of the stack's state.
         live: Whether any of the parameters requires a gradient.
+        weight_decay: The weight decay now; None if the strategy has none.
+        decays: Whether `no_decay` leaves it alone.
     """
 
     group: int
@@ -55,6 +57,8 @@ class Row:
     dtypes: tuple[str, ...]
     state_bytes: int
     live: bool
+    weight_decay: float | None = None
+    decays: bool = True
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,10 @@ class Description:
         routed = any(rule != "default" for rule in rules)
         # a route by role is told by the role
         by_name = any(rule not in ("default", *ROLES) for rule in rules)
+        left_out = not all(row.decays for row in self.rows)
+        by_decay = left_out or len({row.weight_decay for row in self.rows}) > 1
         usual = ("role", "rule", "shape", "rows", "structures", "state")
-        more_columns = ("strategy",) * routed + ("route",) * by_name
+        more_columns = ("strategy",) * routed + ("route",) * by_name + ("decay",) * by_decay
         table: list[tuple[str, ...]] = [("group", "parameters", *more_columns, *usual)]
         for row in self.rows:
             more = f" (+{len(row.names) - 1})" if len(row.names) > 1 else ""
@@ -93,6 +99,7 @@ class Description:
                     _shorten(row.names[0], 40) + more + frozen,
                     *(row.strategy,) * routed,
                     *(_shorten(", ".join(row.rules), 30),) * by_name,
+                    *("-" if row.weight_decay is None else f"{row.weight_decay:g}",) * by_decay,
                     _shorten(", ".join(dict.fromkeys(row.roles)), 30),
                     _shorten(row.rule, 30),
                     "x".join(map(str, row.shape)),
@@ -159,7 +166,15 @@ def describe(optimizer: Optimizer) -> Description:
         )
     optimizer._follow()  # type: ignore[union-attr]
     stacks = [
-        _Stack(b.group, b.strategy, b.key, b.units, b.rules, b.named_tensors().values())
+        _Stack(
+            b.group,
+            b.strategy,
+            b.key,
+            b.units,
+            b.rules,
+            b.weight_decay,
+            b.named_tensors().values(),
+        )
         for b in buckets
     ]
     frozen: dict[Any, list[RoutedUnit]] = {}
@@ -167,7 +182,14 @@ def describe(optimizer: Optimizer) -> Description:
         key = (id(routed.group), routed.route.strategy, routed.key())
         frozen.setdefault(key, []).append(routed)
     stacks += [
-        _Stack(same[0].group, strategy, key, [r.unit for r in same], [r.route.rule for r in same])
+        _Stack(
+            same[0].group,
+            strategy,
+            key,
+            [r.unit for r in same],
+            [r.route.rule for r in same],
+            None,
+        )
         for (_, strategy, key), same in frozen.items()
     ]
     numbers = {id(group): i for i, group in enumerate(optimizer.param_groups)}
@@ -186,6 +208,7 @@ class _Stack:
     key: BucketKey
     units: Sequence[Unit]
     rules: Sequence[str]
+    weight_decay: float | None
     tensors: Iterable[Tensor] = ()
 
     def row(self, number: int, roles: Mapping[nn.Parameter, Role]) -> Row:
@@ -205,6 +228,8 @@ class _Stack:
             dtypes=tuple(str(d).removeprefix("torch.") for d in self.key.dtypes),
             state_bytes=sum(t.nbytes for t in self.tensors),
             live=any(p.requires_grad for unit in self.units for p in unit.params),
+            weight_decay=self.weight_decay,
+            decays=self.key.decays,
         )
 
 

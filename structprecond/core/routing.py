@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
-from structprecond.core.strategy import Hyperparameter, Strategy, nonnegative
+from structprecond.core.strategy import Hyperparameter, Strategy, decay_of, nonnegative
+from structprecond.core.strategy_names import name_of, strategy_called
 from structprecond.errors import GroupError, HyperparameterError, StructPrecondError
-from structprecond.roles import ROLES, RoleName
+from structprecond.roles import NOT_MATRICES, ROLES, RoleName
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,19 @@ class Routing:
                 named[f"{prefix}lr_scale"] = nonnegative(1.0)
                 own = strategy.hyperparameters
                 named |= {f"{prefix}{name}": h for name, h in own.items() if name != "lr"}
-        return named
+        return named | {name: _or_none(named[name]) for name in self.followers}
+
+    @property
+    def followers(self) -> list[str]:
+        """The hyperparameters that are None for the group's `weight_decay`."""
+        others = [strategy for strategy in self.strategies if self.prefix(strategy)]
+        decays = ((self.prefix(strategy), decay_of(strategy)) for strategy in others)
+        return [f"{prefix}{decay}" for prefix, decay in decays if decay is not None]
+
+    @property
+    def decays(self) -> bool:
+        """Whether a param group may name a `weight_decay`: whether any strategy has one."""
+        return any(decay_of(strategy) is not None for strategy in self.strategies)
 
     def prefix(self, strategy: Strategy[Any]) -> str:
         """Return the prefix of a strategy's hyperparameters in the param group."""
@@ -117,20 +130,48 @@ class Routing:
             return Route(self.rules[role], role)
         return Route(self.roles.get(role, self.main), role)
 
-    def only(self, name: str) -> Routing:
-        """Return the routing of all units to the strategy with a name.
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all roles lead to the same strategy, so that a wrong one does no harm."""
+        return not self.rules and len({self.roles.get(role, self.main) for role in ROLES}) == 1
+
+    def only(self, name: str) -> Routing | Strategy[Any]:
+        """Return what sends all units of a param group to the strategy with a name.
+
+        Returns:
+            A routing to one of these strategies, which keeps the names of the hyperparameters; or
+            else a new strategy.
 
         Raises:
             StructPrecondError: If no strategy, or more than one, has the name.
         """
-        named = [strategy for strategy in self.strategies if name_of(strategy) == name]
-        if len(named) != 1:
-            known = ", ".join(repr(name_of(strategy)) for strategy in self.strategies)
+        found = strategy_called(name, self.strategies, "A param group's strategy is")
+        if found not in self.strategies:
+            return found
+        return Routing(self.main, roles=dict.fromkeys(ROLES, found))
+
+    def with_routes(self, routes: UserRoutes) -> Routing:
+        """Return the routing with the user's routes on top.
+
+        Args:
+            routes: As for `StructuredOptimizer`.
+
+        Raises:
+            StructPrecondError: If it is none of what `UserRoutes` says.
+        """
+        if isinstance(routes, str | Strategy):
+            others = self._strategy(routes, "routes is")
+            return replace(self, roles={**self.roles, **dict.fromkeys(NOT_MATRICES, others)})
+        if not isinstance(routes, Mapping) or not all(isinstance(rule, str) for rule in routes):
             raise StructPrecondError(
-                f"A param group's strategy is {name!r}, expected one of {known}. Give one of these "
-                "names or a strategy object."
+                "routes is a dict from roles or name patterns to strategies, or one strategy for "
+                f"all that is no hidden matrix, got {routes!r}."
             )
-        return Routing(self.main, roles=dict.fromkeys(ROLES, named[0]))
+        rules = {rule: self._strategy(s, f"routes sends {rule!r} to") for rule, s in routes.items()}
+        return replace(self, rules={**self.rules, **rules})
+
+    def _strategy(self, given: str | Strategy[Any], asked: str) -> Strategy[Any]:
+        return strategy_called(given, self.strategies, asked) if isinstance(given, str) else given
 
     def check_read(self, given: set[str], strategies: Sequence[Strategy[Any]]) -> None:
         """Raise `HyperparameterError` if none of the strategies has a given hyperparameter.
@@ -144,6 +185,8 @@ class Routing:
             for strategy in strategies
             for name in (*strategy.hyperparameters, "lr_scale")
         }
+        if any(decay_of(strategy) is not None for strategy in strategies):
+            read.add("weight_decay")
         if strategies and (unread := sorted(given - read - {"lr"})):
             names = " and ".join(dict.fromkeys(type(s).__name__ for s in strategies))
             raise HyperparameterError(
@@ -175,12 +218,44 @@ class Route:
     rule: str
 
 
-Routes: TypeAlias = Strategy[Any] | Mapping[str, Strategy[Any]] | Routing
+Routes: TypeAlias = str | Strategy[Any] | Mapping[str, str | Strategy[Any]] | Routing
 """One strategy for all units; or one for each role or name pattern, and a "default"."""
 
+Settled: TypeAlias = Strategy[Any] | Mapping[str, Strategy[Any]] | Routing
+"""The same without names."""
 
-def as_routing(given: Routes) -> Routing:
-    """Return the routing for an argument `strategy=`.
+UserRoutes: TypeAlias = str | Strategy[Any] | Mapping[str, str | Strategy[Any]]
+"""Strategies by role or name pattern; or one for all that is no hidden matrix."""
+
+
+def settle(given: Routes, routes: UserRoutes | None, own: Sequence[Strategy[Any]] = ()) -> Settled:
+    """Return an argument `strategy=` with strategies for their names and with the user's routes.
+
+    Args:
+        given: The argument.
+        routes: The user's routes, which go on top.
+        own: The strategies whose names stand for them.
+
+    Raises:
+        StructPrecondError: If one of the two is wrong.
+    """
+    settled: Settled
+    if isinstance(given, str):
+        settled = strategy_called(given, own, "strategy= is")
+    elif isinstance(given, Mapping):
+        settled = {
+            rule: strategy_called(strategy, own, f"strategy= sends {rule!r} to")
+            if isinstance(strategy, str)
+            else strategy
+            for rule, strategy in given.items()
+        }
+    else:
+        settled = given
+    return settled if routes is None else as_routing(settled).with_routes(routes)
+
+
+def as_routing(given: Settled) -> Routing:
+    """Return the routing for an argument `strategy=` that `settle` returned.
 
     Raises:
         StructPrecondError: If it is neither a strategy nor a mapping with a "default".
@@ -198,18 +273,27 @@ def as_routing(given: Routes) -> Routing:
     return Routing(given["default"], rules)
 
 
-def name_of(strategy: Strategy[Any]) -> str:
-    """Return the short name of a strategy's class: `adamw` for `AdamWStrategy`."""
-    return type(strategy).__name__.removesuffix("Strategy").lower()
-
-
 def hyperparameters_of(
     strategy: Strategy[Any], group: Mapping[str, Any], prefix: str
 ) -> dict[str, Any]:
     """Return a strategy's hyperparameters in a param group under their own names."""
     hp = {name: group[f"{prefix}{name}"] for name in strategy.hyperparameters if name != "lr"}
+    decay = decay_of(strategy)
+    if decay is not None and (hp[decay] is None or not prefix):
+        hp[decay] = group.get("weight_decay", hp[decay])
+        if hp[decay] is None:  # the main strategy has none
+            hp[decay] = strategy.hyperparameters[decay].default
     hp["lr"] = group["lr"] * group[f"{prefix}lr_scale"] if prefix else group["lr"]
     return hp
+
+
+def _or_none(hyperparameter: Hyperparameter) -> Hyperparameter:
+    """Return a weight decay that may also be None, for that of the group."""
+    return Hyperparameter(
+        hyperparameter.default,
+        lambda v: v is None or hyperparameter.check(v),
+        f"{hyperparameter.requirement}, or None for the group's weight_decay",
+    )
 
 
 def _check_strategy(strategy: Any) -> None:
@@ -220,8 +304,10 @@ def _check_strategy(strategy: Any) -> None:
         )
 
 
-def check_names(routing: Routing, given: Any) -> dict[str, Any]:
-    """Return given hyperparameters as a dict.
+def with_defaults(routing: Routing, given: Any) -> dict[str, Any]:
+    """Return given hyperparameters, and the defaults of the others.
+
+    A given `weight_decay` is that of all strategies without one of their own.
 
     Raises:
         StructPrecondError: If they are not a mapping.
@@ -240,4 +326,6 @@ def check_names(routing: Routing, given: Any) -> dict[str, Any]:
             f"Unknown hyperparameters {sorted(unknown)} of {names}. Known are "
             f"{', '.join(sorted(known))}."
         )
-    return values
+    defaults = {name: h.default for name, h in known.items()}
+    followers = dict.fromkeys(routing.followers if "weight_decay" in values else ())
+    return defaults | followers | values

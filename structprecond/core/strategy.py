@@ -31,11 +31,13 @@ class Hyperparameter:
         default: The default value.
         check: Returns whether a value is valid.
         requirement: The check in words, for messages.
+        is_decay: Whether it is the strategy's weight decay, as one called `weight_decay` always is.
     """
 
     default: Any
     check: Callable[[Any], bool]
     requirement: str
+    is_decay: bool = False
 
     def validate(self, name: str, value: Any) -> None:
         """Raise `HyperparameterError` unless the value is valid."""
@@ -276,3 +278,11 @@ class Strategy(ABC, Generic[S]):
                     f"{units}. It can use {', '.join(usable)}."
                 )
         return structures
+
+
+def decay_of(strategy: Strategy[Any]) -> str | None:
+    """Return the name of a strategy's hyperparameter that is the weight decay; None without one."""
+    for name, hyperparameter in strategy.hyperparameters.items():
+        if name == "weight_decay" or hyperparameter.is_decay:
+            return name
+    return None

@@ -23,6 +23,17 @@ RoleName: TypeAlias = Literal[
 ROLES: tuple[RoleName, ...] = get_args(RoleName)
 """All roles."""
 
+NOT_MATRICES: tuple[RoleName, ...] = (
+    "embedding",
+    "head",
+    "norm",
+    "bias",
+    "depthwise",
+    "router",
+    "other",
+)
+"""The roles of the parameters that are no linear maps between hidden features."""
+
 
 class Role(NamedTuple):
     """The role of a parameter.

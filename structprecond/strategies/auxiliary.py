@@ -11,21 +11,20 @@ from typing_extensions import Unpack
 from structprecond.checks import check_nonnegative
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.options import CommonOptions
-from structprecond.core.routing import Routing, name_of
+from structprecond.core.routing import Routing
 from structprecond.core.strategy import Strategy
-from structprecond.errors import HyperparameterError, StructPrecondError
+from structprecond.errors import HyperparameterError
+from structprecond.roles import NOT_MATRICES
 from structprecond.strategies.adamw import AdamWStrategy
-from structprecond.strategies.orthogonalized import NOT_MATRICES
 
 
 class AuxiliaryOptions(CommonOptions, total=False):
     """The keywords of optimizers with AdamW beside; `WithAdamW` documents them."""
 
-    routes: Mapping[str, str | Strategy[Any]] | None
     adamw_lr: float | None
     adamw_betas: tuple[float, float]
     adamw_eps: float
-    adamw_weight_decay: float
+    adamw_weight_decay: float | None
 
 
 class WithAdamW(StructuredOptimizer):
@@ -34,14 +33,11 @@ class WithAdamW(StructuredOptimizer):
     Args:
         strategy: The strategy for hidden matrices.
         hyperparameters: Values for its hyperparameters; the rest get their defaults.
-        routes: From roles or patterns of parameter names to the name of the strategy for matrices,
-            "adamw" or another strategy: `{"head": "muon", "*.lora_A.*": "adamw"}`.
-            Default: None.
         adamw_lr: AdamW's learning rate, kept as a factor to `lr` (`adamw_lr_scale` in the param
             groups), so that schedules apply to both. Default: None, `lr`.
         adamw_betas: AdamW's decay of the moments. Default: (0.9, 0.95).
         adamw_eps: AdamW's epsilon. Default: 1e-8.
-        adamw_weight_decay: AdamW's weight decay. Default: 0.01.
+        adamw_weight_decay: AdamW's weight decay; None for `weight_decay`. Default: 0.01.
     """
 
     def __init__(
@@ -51,17 +47,16 @@ class WithAdamW(StructuredOptimizer):
         *,
         strategy: Strategy[Any],
         hyperparameters: Mapping[str, Any],
-        routes: Mapping[str, str | Strategy[Any]] | None = None,
         adamw_lr: float | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
-        adamw_weight_decay: float = 0.01,
+        adamw_weight_decay: float | None = 0.01,
         **options: Unpack[CommonOptions],
     ) -> None:
         super().__init__(
             model,
             params,
-            strategy=_routing(strategy, AdamWStrategy(), routes),
+            strategy=Routing(strategy, roles=dict.fromkeys(NOT_MATRICES, AdamWStrategy())),
             hyperparameters={
                 **hyperparameters,
                 "adamw_lr_scale": _scale_to(hyperparameters["lr"], adamw_lr),
@@ -71,37 +66,6 @@ class WithAdamW(StructuredOptimizer):
             },
             **options,
         )
-
-
-def _routing(
-    matrices: Strategy[Any],
-    others: Strategy[Any],
-    routes: Mapping[str, str | Strategy[Any]] | None,
-) -> Routing:
-    """Send what is no hidden matrix to another strategy, with the user's rules on top.
-
-    Args:
-        matrices: The strategy for hidden matrices.
-        others: The strategy for embeddings, heads, norms, biases and the rest.
-        routes: From roles or name patterns to a strategy, or to the name of one of these two.
-
-    Raises:
-        StructPrecondError: If `routes` names another strategy.
-    """
-    if routes is not None and not isinstance(routes, Mapping):
-        raise StructPrecondError(
-            f"routes is a dict from roles or name patterns to strategies, got {routes!r}."
-        )
-    known = {name_of(strategy): strategy for strategy in (matrices, others)}
-    rules: dict[str, Strategy[Any]] = {}
-    for rule, chosen in (routes or {}).items():
-        if isinstance(chosen, str) and chosen not in known:
-            raise StructPrecondError(
-                f"routes sends {rule!r} to {chosen!r}. Give a strategy, or one of "
-                f"{', '.join(map(repr, known))}."
-            )
-        rules[rule] = known[chosen] if isinstance(chosen, str) else chosen
-    return Routing(matrices, rules, dict.fromkeys(NOT_MATRICES, others))
 
 
 def _scale_to(lr: float | Tensor, own_lr: float | None) -> float:

@@ -156,12 +156,15 @@ class Muon(WithAdamW):
     embeddings, heads, tied ones as well, norms, biases, depthwise convolutions, routers and what is
     unknown go to AdamW.
     `print(describe(optimizer))` shows what went where. The roles of bare parameters follow from
-    their shapes alone, which cannot tell an embedding from a matrix: pass the model.
+    their shapes alone, which cannot tell an embedding from a matrix: a warning asks for the model.
 
-    The update rule is documented at `MuonStrategy`. A param group with `"strategy": "muon"` or
-    `"adamw"` goes there as a whole. To orthogonalize the blocks of a fused projection one by one,
-    pass `combine_params=(SplitHeads("*.qkv.weight", 3), StackExperts(), Matricize())`, of which the
-    last two are the default: experts as stacks, everything else as matrices.
+    `routes` goes on top: `{"head": "muon", "*.lora_A.*": "adamw"}`; these two names stand for this
+    Muon and its AdamW. A param group with `"strategy": "muon"` or `"adamw"` goes there as a whole.
+
+    The update rule is documented at `MuonStrategy`. To orthogonalize the blocks of a fused
+    projection one by one, pass
+    `combine_params=(SplitHeads("*.qkv.weight", 3), StackExperts(), Matricize())`, of which the last
+    two are the default: experts as stacks, everything else as matrices.
 
     Args:
         lr: Learning rate. Default: 3e-4.

@@ -21,21 +21,9 @@ from structprecond.core.strategy import (
 )
 from structprecond.errors import StructPrecondError
 from structprecond.groups import Matricize, PreconditionerGroup, StackExperts
-from structprecond.roles import RoleName
 from structprecond.structures.spec import Structure
 
 WeightDecayMethod = Literal["decoupled", "independent", "l2", "palm"]
-
-NOT_MATRICES: tuple[RoleName, ...] = (
-    "embedding",
-    "head",
-    "norm",
-    "bias",
-    "depthwise",
-    "router",
-    "other",
-)
-"""The roles of the parameters that are no linear maps between hidden features."""
 
 
 @dataclass

@@ -21,8 +21,8 @@ from structprecond.linalg.polar import (
     checked_coefficients,
     newton_schulz,
 )
-from structprecond.roles import RoleName
-from structprecond.strategies.orthogonalized import NOT_MATRICES, OrthogonalizedMomentumStrategy
+from structprecond.roles import NOT_MATRICES, RoleName
+from structprecond.strategies.orthogonalized import OrthogonalizedMomentumStrategy
 
 Norm = Literal["spectral", "sign", "row", "rms"]
 

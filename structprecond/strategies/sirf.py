@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar
 
@@ -74,7 +74,7 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
         "alpha1": fraction(0.9),
         "alpha2": fraction(0.5),
         "lam": nonnegative(1e-3),
-        "kappa": nonnegative(0.0),
+        "kappa": replace(nonnegative(0.0), is_decay=True),
         "T": interval(1),
     }
     refresh_interval = "T"
@@ -207,10 +207,14 @@ class SIRFShampoo(StructuredOptimizer):
 
     @property
     def preconditioner(self) -> list[Factors]:
-        """The Kronecker factors of every unit, as views."""
-        return [m for bucket in self.buckets for m in bucket.per_unit("preconditioner")]
+        """The Kronecker factors of every unit that goes to SIRF-Shampoo, as views."""
+        return self._factors("preconditioner")
 
     @property
     def preconditioner_momenta(self) -> list[Factors]:
-        """The momenta of the Kronecker factors of every unit, as views."""
-        return [m for bucket in self.buckets for m in bucket.per_unit("preconditioner_momenta")]
+        """The momenta of the Kronecker factors of every such unit, as views."""
+        return self._factors("preconditioner_momenta")
+
+    def _factors(self, field: str) -> list[Factors]:
+        own = [b for b in self.buckets if isinstance(b.state, SIRFShampooState)]
+        return [m for bucket in own for m in bucket.per_unit(field)]

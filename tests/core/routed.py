@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from structprecond import (
     SOAPStrategy,
     StructuredOptimizer,
 )
-from structprecond.core.routing import name_of
+from structprecond.core.strategy_names import name_of
 
 
 class Net(nn.Module):
@@ -62,6 +63,11 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> l
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def warns_of_roles() -> Any:
+    """Return a context that takes the warning about roles of bare parameters."""
+    return pytest.warns(UserWarning, match=r"was given parameters without a model or names\. The r")
 
 
 def routes_of(optimizer: StructuredOptimizer) -> dict[str, tuple[str, str]]:

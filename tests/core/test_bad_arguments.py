@@ -127,6 +127,18 @@ ARGUMENTS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
         lambda m: Muon(m, routes={"0.weight": "sgd"}),
         r"routes sends '0\.weight' to 'sgd'.*'muon', 'adamw'",
     ),
+    "unknown name among the strategies": (
+        lambda m: StructuredOptimizer(m, strategy={"0.weight": "sgd", "default": "adamw"}),
+        r"strategy= sends '0\.weight' to 'sgd', expected one of 'adamw'",
+    ),
+    "route of all others to an unknown name": (
+        lambda m: SOAP(m, routes="sgd"),
+        "routes is 'sgd', expected one of 'soap', 'adamw'",
+    ),
+    "route with a number as a key": (
+        lambda m: SOAP(m, routes={0: "adamw"}),  # type: ignore[dict-item]
+        r"routes is a dict from roles or name patterns.*got \{0: 'adamw'\}",
+    ),
     "route to a class": (
         lambda m: Muon(m, routes={"0.weight": SOAPStrategy}),  # type: ignore[dict-item]
         "class instead of an instance",
@@ -171,8 +183,8 @@ ARGUMENTS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
         "class instead of an instance",
     ),
     "text for a strategy": (
-        lambda m: StructuredOptimizer(m, strategy="adamw"),  # type: ignore[arg-type]
-        "instance of Strategy.*got 'adamw'",
+        lambda m: StructuredOptimizer(m, strategy="adam"),
+        "strategy= is 'adam', expected one of 'adamw'.*or a strategy",
     ),
     "no strategy": (
         lambda m: StructuredOptimizer(m, strategy=None),  # type: ignore[arg-type]

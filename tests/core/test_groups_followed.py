@@ -370,17 +370,18 @@ def test_changed_configuration_raises_and_is_not_saved(
 def test_configuration_changed_in_place_raises() -> None:
     structures: dict[int, Any] = {}
     routes: dict[str, Any] = {"bias": AdamWStrategy(), "default": SOAPStrategy()}
-    for change in (
-        lambda: structures.update({1: "none"}),
-        lambda: structures.pop(1),
-        lambda: routes.update(bias=SOAPStrategy()),
-    ):
+    changes: tuple[Callable[[Any], Any], ...] = (
+        lambda group: structures.update({1: "none"}),
+        lambda group: structures.pop(1),
+        lambda group: group["strategy"].update(bias=SOAPStrategy()),
+    )
+    for change in changes:
         model = mlp()
         structures.update({1: "diagonal", 2: ("dense", "diagonal")})
         routes["bias"] = AdamWStrategy()
         optimizer = StructuredOptimizer(model, strategy=routes, structures=structures)
         assert all(_moved(model, optimizer))
-        change()
+        change(optimizer.param_groups[0])
         with pytest.raises(StructPrecondError, match="configuration of param group 0"):
             _moved(model, optimizer)
 

@@ -171,9 +171,9 @@ def test_overflow_is_let_through_where_checks_are_ignored() -> None:
 def test_parameters_of_half_precision_do_not_overflow() -> None:
     p = nn.Parameter(torch.ones(8, 8, dtype=torch.float16))
     q = nn.Parameter(torch.ones(8, 8, dtype=torch.float16))
-    optimizer = Muon([{"params": [p]}, {"params": [q]}], lr=1e6)
+    optimizer = Muon([{"params": [("p", p)]}, {"params": [("q", q)]}], lr=1e6)
     p.grad, q.grad = torch.full_like(p, 6e4), torch.full_like(q, 1e-4)
-    with pytest.warns(UserWarning, match=r"param_groups\[0\].* too large"):
+    with pytest.warns(UserWarning, match=r"p .*too large"):
         optimizer.step()
     assert p.isfinite().all()
 

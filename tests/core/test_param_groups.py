@@ -103,7 +103,7 @@ def test_group_may_be_a_single_parameter() -> None:
     ("what", "error", "message"),
     [
         ({"momentum": 0.9}, StructPrecondError, "momentum"),
-        ({"alpha_1": 0.9}, StructPrecondError, "alpha_1"),
+        ({"betas": (0.9, 0.9)}, StructPrecondError, "betas"),
         ({"lr": -1.0}, StructPrecondError, "lr must be"),
         ({"structures": "dence"}, StructPrecondError, "dence"),
         ({"structures": {3: "dense"}}, StructPrecondError, r"4\.weight"),

@@ -33,9 +33,9 @@ from structprecond import (
     describe,
     infer_roles,
 )
-from structprecond.core.routing import name_of
+from structprecond.core.strategy_names import name_of
 from structprecond.roles import infer
-from tests.core.routed import MIXED, mixed, net, routes_of, train
+from tests.core.routed import MIXED, mixed, net, routes_of, train, warns_of_roles
 from tests.helpers import same_bits, through_a_file, values
 
 
@@ -82,11 +82,12 @@ def test_each_part_is_as_an_optimizer_of_its_own() -> None:
             betas=(0.8, 0.9),
             weight_decay=0.2,
         ),
-        Muon([other.hidden.weight], lr=0.002, momentum=0.7, weight_decay=0.3),
+        Muon([("hidden.weight", other.hidden.weight)], lr=0.002, momentum=0.7, weight_decay=0.3),
         SOAP(
             [other.conv1.weight, other.conv2.weight],
             lr=0.04,
             betas=(0.6, 0.7),
+            weight_decay=0.2,
             precondition_frequency=2,
         ),
     ]
@@ -194,7 +195,8 @@ def test_grouping_rules_come_first_and_the_first_parameter_decides() -> None:
 
 def test_bare_parameters_are_routed_by_shape() -> None:
     shapes: list[tuple[int, ...]] = [(4, 3), (3,), (2, 3, 3, 3), ()]
-    optimizer = Muon([nn.Parameter(torch.randn(shape)) for shape in shapes])
+    with pytest.warns(UserWarning, match="The roles of the 2 with two axes or more were guessed"):
+        optimizer = Muon([nn.Parameter(torch.randn(shape)) for shape in shapes])
     names = [name for name, _ in routes_of(optimizer).values()]
     assert sorted(names) == ["adamw", "adamw", "muon", "muon"]
     assert routes_of(optimizer)["param_groups[0]['params'][2]"] == ("muon", "conv")
@@ -320,7 +322,8 @@ def test_wrappers_do_not_change_names() -> None:
 
 def test_plain_tensors_and_named_parameters_are_routed() -> None:
     tensor = torch.randn(3, 4, requires_grad=True)
-    optimizer = Muon([tensor])
+    with warns_of_roles():
+        optimizer = Muon([tensor])
     tensor.grad = torch.randn_like(tensor)
     before = tensor.detach().clone()
     optimizer.step()

@@ -72,7 +72,8 @@ def test_rules_of_a_param_group_have_to_apply_in_it() -> None:
         ({"conv": SOAPStrategy()}, "from roles, name patterns and 'default'"),
         ({1: SOAPStrategy(), "default": SOAPStrategy()}, "from roles"),
         ({"conv": SOAPStrategy, "default": AdamWStrategy()}, "Did you pass the class"),
-        ("muon", "strategy= takes an instance of Strategy"),
+        ("sgd", "strategy= is 'sgd', expected one of 'adamw', "),
+        (3, "strategy= takes an instance of Strategy"),
     ],
 )
 def test_what_is_no_routing_is_refused(strategy: Any, message: str) -> None:
@@ -122,12 +123,13 @@ def test_strategies_may_not_share_a_name() -> None:
 
 def test_hyperparameters_of_a_group_need_a_parameter_that_reads_them() -> None:
     model = net()
-    groups = [
-        {"params": [model.hidden.weight], "weight_decay": 0.1},
-        {"params": [model.hidden.bias, *model.norm.parameters()], "weight_decay": 0.0},
+    groups: list[dict[str, Any]] = [
+        {"params": [model.hidden.weight], "momentum": 0.5},
+        {"params": [model.hidden.bias, *model.norm.parameters()], "momentum": 0.5},
     ]
-    with pytest.raises(HyperparameterError, match="given weight_decay, but its parameters go to A"):
+    with pytest.raises(HyperparameterError, match="given momentum, but its parameters go to AdamW"):
         Muon(model, groups)
-    groups[1] = {"params": groups[1]["params"], "adamw_weight_decay": 0.0, "lr": 1e-3}
+    groups[1] = {"params": groups[1]["params"], "adamw_eps": 1e-3, "lr": 1e-3}
     optimizer = Muon(model, groups)
-    assert [b.hyperparameters["weight_decay"] for b in optimizer.buckets] == [0.1, 0.0, 0.0]
+    assert [b.hyperparameters.get("momentum") for b in optimizer.buckets] == [0.5, None, None]
+    assert [b.hyperparameters.get("eps") for b in optimizer.buckets] == [None, 1e-3, 1e-3]

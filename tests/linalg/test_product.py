@@ -67,7 +67,7 @@ def test_one_transposed_matrix_keeps_the_stride_of_a_stack() -> None:
         lambda p: Shampoo(p, precondition_frequency=1),
         lambda p: KLShampoo(p, precondition_frequency=1),
         lambda p: SOAP(p, precondition_frequency=1, transport=True, refresh_tolerance=1e-9),
-        lambda p: Muon(p, fp32_matmul_prec="highest"),
+        lambda p: Muon([("w", p[0])], fp32_matmul_prec="highest"),
     ],
 )
 @pytest.mark.parametrize("shape", [(8, 16), (16, 8), (8, 9, 3, 3)])

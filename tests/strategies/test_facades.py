@@ -27,14 +27,22 @@ from structprecond.strategies.auxiliary import AuxiliaryOptions, WithAdamW
 from tests.every_strategy import OPTIMIZERS, strategy_of
 
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
-COMMON = {"combine_params", "nonfinite", "rounding", "maximize", "verbose_init"}
+COMMON = {
+    "routes",
+    "no_decay",
+    "combine_params",
+    "nonfinite",
+    "rounding",
+    "maximize",
+    "verbose_init",
+}
 FACTORS = {"structures", "preconditioner_dtypes", "refresh"}
 # keywords that are neither a field nor a hyperparameter of the same name
 TRANSLATED = {
     "SOAP": {"merge_dims", "data_format"},
     "SIRFShampoo": {"batch_size"},
-    "Muon": {"routes", "adamw_lr", "adamw_betas", "adamw_eps", "adamw_weight_decay"},
-    "NorMuon": {"routes", "adamw_lr", "adamw_betas", "adamw_eps", "adamw_weight_decay"},
+    "Muon": {"adamw_lr", "adamw_betas", "adamw_eps", "adamw_weight_decay"},
+    "NorMuon": {"adamw_lr", "adamw_betas", "adamw_eps", "adamw_weight_decay"},
     "Scion": {"head_radius"},
 }
 
@@ -111,6 +119,25 @@ def test_shared_keywords_reach_the_optimizer() -> None:
     assert (optimizer.refresh, optimizer.nonfinite) == ("staggered", "raise")
     assert optimizer.param_groups[0]["structures"] == "diagonal"
     assert optimizer.param_groups[0]["preconditioner_dtypes"] == torch.float64
+
+
+@every_optimizer
+def test_routes_reach_every_optimizer(optimizer: Any) -> None:
+    given = {"lr": 0.1, "routes": {"bias": "lars"}}
+    made = optimizer(nn.Linear(2, 2), **given)
+    rules = {u.label: r for b in made.buckets for u, r in zip(b.units, b.rules, strict=True)}
+    assert rules["bias"] == "bias"
+    assert {type(b.strategy).__name__ for b in made.buckets if b.units[0].label == "bias"} == {
+        "LARSStrategy"
+    }
+
+
+@every_optimizer
+def test_no_decay_reaches_every_optimizer(optimizer: Any) -> None:
+    given = {"lr": 0.1, "no_decay": "bias"}
+    made = optimizer(nn.Linear(2, 2), **given)
+    decays = {u.label: b.key.decays for b in made.buckets for u in b.units}
+    assert decays == {"weight": True, "bias": False}
 
 
 def test_facades_that_inherit_a_constructor_show_its_keywords() -> None:

@@ -27,6 +27,7 @@ from structprecond import (
 )
 from structprecond.linalg import newton_schulz
 from tests import golden
+from tests.core.routed import warns_of_roles
 
 EXACT: Any = {"coefficient_type": "polar_express", "num_ns_steps": 12}
 
@@ -51,7 +52,8 @@ def _step(
 def test_recorded_trajectory(name: str) -> None:
     recorded = golden.load(name)
     model = recorded.model()
-    optimizer = Muon(model.parameters(), fp32_matmul_prec="highest", **recorded.kwargs)
+    with warns_of_roles():
+        optimizer = Muon(model.parameters(), fp32_matmul_prec="highest", **recorded.kwargs)
     assert recorded.replay(model, optimizer) < 1e-4
 
 
@@ -95,7 +97,7 @@ def test_torch_muon(adjust: str, shape: tuple[int, int]) -> None:
 def test_momentum_and_weight_decay(method: Any, factor: float, l2: float, nesterov: bool) -> None:
     p = nn.Parameter(torch.randn(4, 6, dtype=torch.float64))
     optimizer = Muon(
-        [p],
+        [("w", p)],
         lr=0.1,
         momentum=0.7,
         weight_decay=0.2,
@@ -135,7 +137,7 @@ def test_scales(mode: Any, scales: dict[tuple[int, int], float]) -> None:
 
 def test_match_rms_makes_updates_as_large_as_those_of_adamw() -> None:
     p = nn.Parameter(torch.zeros(64, 32, dtype=torch.float64))
-    _step([p], Muon([p], lr=1.0, scale_mode="match_rms_adamw", weight_decay=0.0, **EXACT), 0)
+    _step([p], Muon([("w", p)], lr=1.0, scale_mode="match_rms_adamw", weight_decay=0.0, **EXACT), 0)
     assert p.square().mean().sqrt().item() == pytest.approx(0.2, rel=1e-6)
 
 
@@ -224,7 +226,7 @@ def test_hooks_before_and_after_the_weight_update() -> None:
         return params / params.norm(dim=-1, keepdim=True)
 
     optimizer = Muon(
-        [p],
+        [("w", p)],
         lr=0.1,
         weight_decay=0.5,
         before_weight_update=project,
@@ -258,7 +260,7 @@ def test_a_constraint_leaves_rows_without_a_gradient_alone() -> None:
 def test_normuon(shape: tuple[int, int]) -> None:
     p = nn.Parameter(torch.randn(shape, dtype=torch.float64))
     kwargs: Any = {"lr": 0.1, "momentum": 0.8, "beta2": 0.6, "eps": 1e-6, "weight_decay": 0.3}
-    optimizer = NorMuon([p], **kwargs, **EXACT)
+    optimizer = NorMuon([("w", p)], **kwargs, **EXACT)
     expected, m = p.detach().clone(), torch.zeros_like(p)
     v = torch.zeros(shape[0], 1, dtype=torch.float64)
     for seed in range(4):
@@ -276,7 +278,7 @@ def test_normuon(shape: tuple[int, int]) -> None:
 def test_normuon_stays_put_on_zero_gradients(shape: tuple[int, int]) -> None:
     p = nn.Parameter(torch.randn(shape))
     before = p.detach().clone()
-    optimizer = NorMuon([p], weight_decay=0.0)
+    optimizer = NorMuon([("w", p)], weight_decay=0.0)
     p.grad = torch.zeros_like(p)
     optimizer.step()
     assert torch.equal(p, before)
@@ -391,14 +393,16 @@ def test_wrong_arguments_of_scion(kwargs: Any) -> None:
 
 def test_scion_takes_coefficients_as_a_list() -> None:
     triples = [(2.0, -1.5, 0.5), (1.5, -0.5, 0.0)]
-    optimizer = Scion([nn.Parameter(torch.ones(3, 2))], coefficient_type=triples, num_ns_steps=2)
+    optimizer = Scion(
+        [("w", nn.Parameter(torch.ones(3, 2)))], coefficient_type=triples, num_ns_steps=2
+    )
     assert optimizer.buckets[0].strategy.coefficient_type == tuple(triples)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("hook", ["before_weight_update", "after_weight_update"])
 def test_hooks_that_return_nothing_are_refused(hook: str) -> None:
     p = nn.Parameter(torch.ones(3, 2))
-    optimizer = Muon([p], **{hook: lambda *args: None})  # type: ignore[arg-type]
+    optimizer = Muon([("w", p)], **{hook: lambda *args: None})  # type: ignore[arg-type]
     p.grad = torch.ones_like(p)
     with pytest.raises(StructPrecondError, match=r"return a tensor of shape \(1, 3, 2\), got None"):
         optimizer.step()
@@ -407,7 +411,7 @@ def test_hooks_that_return_nothing_are_refused(hook: str) -> None:
 def test_a_dead_row_stays_dead_without_an_epsilon() -> None:
     p = nn.Parameter(torch.randn(5, 3))
     before = p.detach().clone()
-    optimizer = NorMuon([p], eps=0.0, weight_decay=0.0)
+    optimizer = NorMuon([("w", p)], eps=0.0, weight_decay=0.0)
     p.grad = torch.randn(5, 3)
     p.grad[2] = 0.0
     optimizer.step()
@@ -441,7 +445,7 @@ def test_structures_are_refused_where_there_are_no_factors() -> None:
 def test_custom_coefficients() -> None:
     triples = [(2.0, -1.5, 0.5), (1.5, -0.5, 0.0)]
     p = nn.Parameter(torch.zeros(3, 5, dtype=torch.float64))
-    optimizer = Muon([p], lr=1.0, coefficient_type=triples, num_ns_steps=2, weight_decay=0.0)
+    optimizer = Muon([("w", p)], lr=1.0, coefficient_type=triples, num_ns_steps=2, weight_decay=0.0)
     (grad,) = _step([p], optimizer, 0)
     assert (p + 5**0.5 * newton_schulz(0.05 * grad, 2, triples)).norm() < 1e-10
 
