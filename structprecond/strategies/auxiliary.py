@@ -1,4 +1,4 @@
-"""AdamW beside a strategy for hidden matrices: what Muon and NorMuon do with all the rest."""
+"""Optimizers with one strategy for hidden matrices, and AdamW for all other parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from structprecond.strategies.orthogonalized import NOT_MATRICES
 
 
 class AuxiliaryOptions(CommonOptions, total=False):
-    """The keywords of optimizers with AdamW beside; `WithAdamW` documents them."""
+    """The keywords of `WithAdamW`, which documents them."""
 
     routes: Mapping[str, str | Strategy[Any]] | None
     adamw_lr: float | None
@@ -29,15 +29,14 @@ class AuxiliaryOptions(CommonOptions, total=False):
 
 
 class WithAdamW(StructuredOptimizer):
-    """Base of the optimizers of hidden matrices, which leave all other parameters to AdamW.
+    """Base of optimizers for hidden matrices, with AdamW for all other parameters.
 
     Args:
         strategy: The strategy for hidden matrices.
-        hyperparameters: Values for its hyperparameters; the rest get their defaults.
-        routes: From roles or patterns of parameter names to the name of the strategy for matrices,
-            "adamw" or another strategy: `{"head": "muon", "*.lora_A.*": "adamw"}`.
-            Default: None.
-        adamw_lr: AdamW's learning rate, kept as a factor to `lr` (`adamw_lr_scale` in the param
+        hyperparameters: Values of its hyperparameters. Default of each: the strategy's.
+        routes: A dict from roles or name patterns to a strategy, or to the name of this strategy or
+            "adamw": `{"head": "muon", "*.lora_A.*": "adamw"}`. Default: None.
+        adamw_lr: AdamW's learning rate, stored as a factor on `lr` (`adamw_lr_scale` in the param
             groups), so that schedules apply to both. Default: None, `lr`.
         adamw_betas: AdamW's decay of the moments. Default: (0.9, 0.95).
         adamw_eps: AdamW's epsilon. Default: 1e-8.
@@ -78,19 +77,10 @@ def _routing(
     others: Strategy[Any],
     routes: Mapping[str, str | Strategy[Any]] | None,
 ) -> Routing:
-    """Send what is no hidden matrix to another strategy, with the user's rules on top.
-
-    Args:
-        matrices: The strategy for hidden matrices.
-        others: The strategy for embeddings, heads, norms, biases and the rest.
-        routes: From roles or name patterns to a strategy, or to the name of one of these two.
-
-    Raises:
-        StructPrecondError: If `routes` names another strategy.
-    """
+    """Route hidden matrices to one strategy and the rest to another; the user's routes go first."""
     if routes is not None and not isinstance(routes, Mapping):
         raise StructPrecondError(
-            f"routes is a dict from roles or name patterns to strategies, got {routes!r}."
+            f"routes must be a dict from roles or name patterns to strategies, got {routes!r}."
         )
     known = {name_of(strategy): strategy for strategy in (matrices, others)}
     rules: dict[str, Strategy[Any]] = {}
@@ -105,17 +95,13 @@ def _routing(
 
 
 def _scale_to(lr: float | Tensor, own_lr: float | None) -> float:
-    """Return the factor from a param group's lr to the one that an auxiliary strategy has.
-
-    Raises:
-        HyperparameterError: If one is no learning rate, or lr is zero, so that there is no factor.
-    """
+    """Return AdamW's learning rate as a factor on `lr`, or raise `HyperparameterError`."""
     if own_lr is None:
         return 1.0
     check_nonnegative(lr=lr, adamw_lr=own_lr)
     if float(lr) == 0:
         raise HyperparameterError(
-            f"adamw_lr={own_lr!r} is kept as a factor to lr, which cannot be with lr=0. Start with "
-            "an lr above 0, and let the schedule lower it."
+            f"adamw_lr={own_lr!r} is stored as a factor on lr, which is impossible with lr=0. "
+            "Start with an lr above 0, and let the schedule lower it."
         )
     return own_lr / float(lr)
