@@ -54,8 +54,7 @@ def orthogonal_iteration(
     Raises:
         DecompositionError: If a product cannot be decomposed in float64 either; names the rows.
 
-    Source: Golub and Van Loan, "Matrix Computations", section 8.2.4; Vyas et al. 2024 (arXiv
-    2409.11321), algorithm 4.
+    Source: Golub and Van Loan, "Matrix Computations", 8.2.4; Vyas et al. 2024 (arXiv 2409.11321).
 
     Example:
         >>> A = torch.tensor([[2.0, 0.1], [0.1, 1.0]])

@@ -48,7 +48,7 @@ ATTENTION = re.compile(r"\w*(attn|attention)\d*")
 LOGARITHM = re.compile(r"log_\w+|\w+_logs?")  # of time scales in state space models, mostly
 # Modules with all layers of a model in one, unless a number follows.
 STACK = re.compile(r"h|(\w+_)?(layers|blocks|stack)|\w*(stacked|scan)\w*")
-# Names of layers that say less than the name of the module around.
+# Names of layers that say less than the name of the module around them.
 INNER = re.compile(r"linear|fc|base_layer|original_module")
 # Names of parameters that say less than the name of their module.
 ANY = re.compile(r"w|weights?|bias|kernel|scale|gamma|beta|\d+")

@@ -36,7 +36,7 @@ class SIRFShampooState(State):
 
     Args:
         preconditioner: The Kronecker factors `(b, dk, dk)`, None for an axis without one.
-        preconditioner_momenta: The momenta of the factors, alike.
+        preconditioner_momenta: The momenta of the factors, of the same shapes.
         momentum_buffer: The momentum of the update `(b, d1, ..., dN)`.
     """
 
@@ -49,8 +49,8 @@ class SIRFShampooState(State):
 class SIRFShampooStrategy(Strategy[SIRFShampooState]):
     r"""The SIRF-Shampoo rule.
 
-    For gradients G of shape \(d_1 \times \dots \times d_N\), averaged over b samples, with
-    \(D = \prod_k d_k\). Every T steps, from the factors of before,
+    Gradients G of shape \(d_1 \times \dots \times d_N\) are means over b samples, and
+    \(D = \prod_k d_k\). Every T steps, from the previous factors,
 
     \[ H = \sqrt{b} \, G \times_1 K_1^\top / \sqrt{d_1} \dots \times_N K_N^\top / \sqrt{d_N}, \quad
        A_k = \Pi(K_k^\top K_k) / d_k, \quad t_k = \mathrm{tr}(A_k) / d_k, \]
@@ -60,12 +60,9 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
 
     and at every step
     \(U = G \times_1 K_1 K_1^\top \dots \times_N K_N K_N^\top + \kappa p\),
-    \(u \leftarrow \alpha_1 u + U\), direction u.
+    \(u \leftarrow \alpha_1 u + U\), direction u. An axis without a factor has \(K_k = I\).
 
-    An axis without a factor has \(K_k = I\), fixed.
-
-    Source: Lin et al. 2024, "Can We Remove the Square-Root in Adaptive Gradient Methods?"
-    (arXiv 2402.03496).
+    Source: Lin et al. 2024 (arXiv 2402.03496).
     """
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
@@ -144,7 +141,7 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
 
 
 def _as(dtype: torch.dtype, factors: Factors) -> Factors:
-    """Convert the factors to the dtype of the computation, without a copy if they have it."""
+    """Convert the factors to the dtype of the computation, without a copy if possible."""
     return tuple(None if factor is None else factor.to(dtype) for factor in factors)
 
 
@@ -161,11 +158,10 @@ class SIRFShampoo(StructuredOptimizer):
         alpha2: Momentum of the factors, from 0 to below 1. Default: 0.5.
         lam: Damping. Default: 1e-3.
         kappa: Weight decay, added to the preconditioned gradient. Default: 0.0.
-        batch_size: The number of samples behind a gradient, or a callable from the tuple of a
-            forward's inputs to it, by which forward passes of the model are counted. Default: the
-            size of dimension 0 of the first tensor among the inputs.
-        T: The factors are updated every T steps, or when a callable of the global step says so.
-            Default: 1.
+        batch_size: The number of samples behind a gradient, or a callable that returns it for the
+            tuple of a forward pass's inputs. Default: dimension 0 of the first input tensor.
+        T: Refresh interval of the factors in steps, or a callable that returns whether to refresh
+            at a global step. Default: 1.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))

@@ -24,8 +24,7 @@ class StructuredMatrix(ABC):
     matrix; leading dimensions are the batch dimensions `*b`. A new structure needs only
     `from_dense` and `to_dense`. All other operations have dense fallbacks; override them for speed.
 
-    Source: Lin et al. 2024, "Structured Inverse-Free Natural Gradient Descent" (arXiv 2312.05705),
-    section 3.2 and figure 5.
+    Source: Lin et al. 2024 (arXiv 2312.05705), section 3.2 and figure 5.
 
     Example:
         >>> from structprecond import DiagonalMatrix
@@ -130,12 +129,10 @@ class StructuredMatrix(ABC):
         return self
 
     def __add__(self, other: Self) -> Self:
-        """Return the sum."""
         self._check_same(other)
         return self._map(torch.add, other)
 
     def __sub__(self, other: Self) -> Self:
-        """Return the difference."""
         self._check_same(other)
         return self._map(torch.sub, other)
 
