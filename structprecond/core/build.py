@@ -20,7 +20,7 @@ from structprecond.errors import GroupError, StructPrecondError, StructureError
 from structprecond.groups import PreconditionerGroup, StackExperts
 from structprecond.roles import Role, infer_roles
 from structprecond.structures import StructuredMatrix
-from structprecond.structures.spec import per_axis, resolve_structures
+from structprecond.structures.spec import AUTO, per_axis, resolve_structures
 
 # 16 MB in float32
 _MOST_ENTRIES = 2**22
@@ -58,7 +58,8 @@ def make_buckets(
                 f"{name} has {p.dtype} and the layout {p.layout}, expected a dense real "
                 "floating-point parameter of at least 16 bits. Convert it or leave it out."
             )
-    if group["structures"] != "dense" and not any(s.structures for s in routing.strategies):
+    nothing_asked = group["structures"] in (AUTO, "dense")
+    if not nothing_asked and not any(s.structures for s in routing.strategies):
         raise StructureError(
             f"structures={group['structures']!r} is given, but "
             f"{type(routing.main).__name__} has no Kronecker factors. Leave it out."
@@ -157,6 +158,26 @@ def roles_of(
     return {p: roles[name] for name, p in seen.named_parameters()}
 
 
+def left_out_axes(bucket: Bucket) -> tuple[int, ...]:
+    """Return the axes that have no factor because of their length: shorter ones would have one."""
+    unit, strategy = bucket.units[0], bucket.strategy
+    order = len(unit.shape)
+    if not strategy.structures:
+        return ()
+    try:
+        asked = resolve_structures(bucket.group["structures"], order, unit.label)
+        short = strategy.adapt_structures(asked, (1,) * order, _axes_of(unit), unit.label)
+    except StructureError:  # with more factors there may be no root
+        return ()
+    both = zip(short, bucket.key.structures, strict=True)
+    return tuple(axis for axis, (s, own) in enumerate(both) if s is not None and own is None)
+
+
+def _axes_of(unit: Unit) -> int:
+    """Return the largest number of axes of the ungrouped parameters."""
+    return max(p.ndim for p in unit.params)
+
+
 def _bucket_key(unit: Unit, group: Mapping[str, Any], strategy: Strategy[Any]) -> BucketKey:
     label = f"{unit.label} (grouped shape {tuple(unit.shape)})"
     order, dtype, device = len(unit.shape), unit.params[0].dtype, unit.params[0].device
@@ -164,9 +185,9 @@ def _bucket_key(unit: Unit, group: Mapping[str, Any], strategy: Strategy[Any]) -
     if not strategy.structures:
         return BucketKey(unit.rule, unit.shape, (None,) * order, (own,) * order, dtype, device)
     structures = strategy.adapt_structures(
-        resolve_structures(group["structures"], order, label),
+        resolve_structures(group["structures"], order, label, strategy.auto_structures(unit.shape)),
         unit.shape,
-        max(p.ndim for p in unit.params),
+        _axes_of(unit),
         label,
     )
     given = per_axis(group["preconditioner_dtypes"], order, "preconditioner_dtypes", label)

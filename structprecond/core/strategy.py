@@ -20,6 +20,7 @@ from structprecond.core.state import ALL_ROWS, Rows, S, on_device_of
 from structprecond.errors import StructureError
 from structprecond.groups import PerParameter, PreconditionerGroup
 from structprecond.structures import SUPPORTED_STRUCTURES, StructuredMatrix
+from structprecond.structures.auto import auto_structures
 from structprecond.structures.spec import Structure
 
 
@@ -249,6 +250,17 @@ class Strategy(ABC, Generic[S]):
         Default: None, for no constraint.
         """
         return None
+
+    def auto_structures(self, dims: Sequence[int]) -> tuple[Structure, ...]:
+        """Return the structures that `structures="auto"` stands for.
+
+        Default: `dense`, and no factor for an axis that is longer than 1,024 and more than 8 times
+        as long as all other axes together.
+
+        Args:
+            dims: The sizes of the axes.
+        """
+        return auto_structures(dims)
 
     def adapt_structures(
         self, structures: tuple[Structure, ...], dims: Sequence[int], order: int, units: str

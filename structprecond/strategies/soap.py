@@ -234,8 +234,9 @@ class SOAP(StructuredOptimizer):
             refreshed. Default: 0.0, refresh all.
         max_precond_dim: Axes longer than this are not rotated. Default: 10000.
         merge_dims: Whether neighbouring axes are merged while their product is at most
-            `max_precond_dim`: short for `combine_params=(MergeDims(max_precond_dim),)`.
-            Default: False.
+            `max_precond_dim`: short for `combine_params=(MergeDims(max_precond_dim),)`. A tensor
+            of more than 1,024 numbers that becomes one axis is rotated with `structures="dense"`
+            only. Default: False.
         precondition_1d: Whether parameters with one axis are rotated. Default: False.
         normalize_grads: Whether directions are divided by their root mean square. Default: False.
         data_format: "channels_last" if 4-d parameters are stored as `(out, height, width, in)`,
