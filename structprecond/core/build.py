@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
+from structprecond.core.costs import count_entries
 from structprecond.core.naming import BareParameters
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Route, Routing
@@ -19,7 +19,6 @@ from structprecond.core.units import Unit, find_units
 from structprecond.errors import GroupError, StructPrecondError, StructureError
 from structprecond.groups import PreconditionerGroup, StackExperts
 from structprecond.roles import Role, infer_roles
-from structprecond.structures import StructuredMatrix
 from structprecond.structures.spec import AUTO, per_axis, resolve_structures
 
 # 16 MB in float32
@@ -101,17 +100,11 @@ def _split(key: BucketKey, stack: Sequence[tuple[Unit, str]]) -> Iterator[list[t
 def _largest(key: BucketKey) -> int:
     """Return the number of entries of a tensor or of its largest Kronecker factor."""
     factors = [
-        _entries(structure, dim)
+        count_entries(structure, dim)
         for structure, dim in zip(key.structures, key.shape, strict=True)
         if structure is not None
     ]
     return max([key.shape.numel(), *factors])
-
-
-@lru_cache
-def _entries(structure: type[StructuredMatrix], dim: int) -> int:
-    """Return the number of entries that a structure stores."""
-    return sum(t.numel() for t in structure.zeros(dim, device="cpu").named_tensors().values())
 
 
 def _find_routes(
