@@ -251,7 +251,7 @@ class DenseUnit:
         params: The parameters, from a separate model.
         split: Maps tensors shaped like the parameters to problems: the grouping in plain torch.
         join: The inverse of split. Default: reshape the only problem to the only parameter.
-        structures: The structures of the axes, "dense" for all by default.
+        structures: The structures of the axes, dense for matrices, diagonal for vectors by default.
     """
 
     def __init__(
@@ -264,7 +264,10 @@ class DenseUnit:
         self.params, self.split = list(params), split
         self.join = join or (lambda problems: [problems[0].reshape(self.params[0].shape)])
         shapes = [problem.shape for problem in split([p.detach() for p in params])]
-        self.problems = [DenseSIRF(s, structures or ["dense"] * len(s)) for s in shapes]
+        self.problems = [
+            DenseSIRF(s, structures or (["dense"] * len(s) if len(s) > 1 else ["diagonal"]))
+            for s in shapes
+        ]
 
     @torch.no_grad()
     def step(self, batch_size: int, refresh: bool = True, **hp: float) -> None:

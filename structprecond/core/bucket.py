@@ -15,7 +15,7 @@ from structprecond.core.layout import Layout
 from structprecond.core.rounding import Rounding, is_low_precision
 from structprecond.core.routing import hyperparameters_of
 from structprecond.core.state import Rows, State, on_device_of
-from structprecond.core.strategy import Strategy, decay_of
+from structprecond.core.strategy import Strategy, decay_of, interval_of
 from structprecond.core.units import Unit
 from structprecond.errors import StructPrecondError
 from structprecond.structures.spec import Structure
@@ -141,7 +141,7 @@ class Bucket:
     @property
     def interval(self) -> Any:
         """The current refresh interval; False if the strategy has no refreshes."""
-        name = self.strategy.refresh_interval
+        name = interval_of(self.strategy)
         return False if name is None else self.group[f"{self.prefix}{name}"]
 
     def empty(self) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
+from structprecond.core.costs import count_entries
 from structprecond.core.decay import decays, undecayed
 from structprecond.core.naming import BareParameters
 from structprecond.core.rounding import Rounding
@@ -21,8 +21,7 @@ from structprecond.core.usable import problem_of
 from structprecond.errors import GroupError, StructPrecondError, StructureError
 from structprecond.groups import PreconditionerGroup, StackExperts
 from structprecond.roles import ROLES, Role, infer_roles
-from structprecond.structures import StructuredMatrix
-from structprecond.structures.spec import per_axis, resolve_structures
+from structprecond.structures.spec import AUTO, Structure, per_axis, resolve_structures
 
 # 16 MB in float32
 _MOST_ENTRIES = 2**22
@@ -51,7 +50,8 @@ def route_units(
         problem = problem_of(p)
         if problem is not None:
             raise GroupError(f"{name} {problem}")
-    if group["structures"] != "dense" and not any(s.structures for s in routing.strategies):
+    nothing_asked = group["structures"] in (AUTO, "dense")
+    if not nothing_asked and not any(s.structures for s in routing.strategies):
         raise StructureError(
             f"structures={group['structures']!r} is given, but "
             f"{type(routing.main).__name__} has no Kronecker factors. Leave it out."
@@ -170,17 +170,11 @@ def _split(key: BucketKey, stack: Sequence[RoutedUnit]) -> Iterator[list[RoutedU
 def _largest(key: BucketKey) -> int:
     """Return the number of entries of a tensor or of its largest Kronecker factor."""
     factors = [
-        _entries(structure, dim)
+        count_entries(structure, dim)
         for structure, dim in zip(key.structures, key.shape, strict=True)
         if structure is not None
     ]
     return max([key.shape.numel(), *factors])
-
-
-@lru_cache
-def _entries(structure: type[StructuredMatrix], dim: int) -> int:
-    """Return the number of entries that a structure stores."""
-    return sum(t.numel() for t in structure.zeros(dim, device="cpu").named_tensors().values())
 
 
 def _find_routes(
@@ -227,6 +221,30 @@ def roles_of(
     return {p: roles[name] for name, p in seen.named_parameters()}
 
 
+def left_out_axes(
+    unit: Unit,
+    strategy: Strategy[Any],
+    group: Mapping[str, Any],
+    structures: Sequence[Structure],
+) -> tuple[int, ...]:
+    """Return the axes that have no factor because of their length: shorter ones would have one."""
+    order = len(unit.shape)
+    if not strategy.structures:
+        return ()
+    try:
+        asked = resolve_structures(group["structures"], order, unit.label)
+        short = strategy.adapt_structures(asked, (1,) * order, _axes_of(unit), unit.label)
+    except StructureError:  # with more factors there may be no root
+        return ()
+    both = zip(short, structures, strict=True)
+    return tuple(axis for axis, (s, own) in enumerate(both) if s is not None and own is None)
+
+
+def _axes_of(unit: Unit) -> int:
+    """Return the largest number of axes of the ungrouped parameters."""
+    return max(p.ndim for p in unit.params)
+
+
 def _bucket_key(unit: Unit, group: Mapping[str, Any], strategy: Strategy[Any]) -> BucketKey:
     label = f"{unit.label} (grouped shape {tuple(unit.shape)})"
     order, dtype, device = len(unit.shape), unit.params[0].dtype, unit.params[0].device
@@ -234,9 +252,9 @@ def _bucket_key(unit: Unit, group: Mapping[str, Any], strategy: Strategy[Any]) -
     if not strategy.structures:
         return BucketKey(unit.rule, unit.shape, (None,) * order, (own,) * order, dtype, device)
     structures = strategy.adapt_structures(
-        resolve_structures(group["structures"], order, label),
+        resolve_structures(group["structures"], order, label, strategy.auto_structures(unit.shape)),
         unit.shape,
-        max(p.ndim for p in unit.params),
+        _axes_of(unit),
         label,
     )
     given = per_axis(group["preconditioner_dtypes"], order, "preconditioner_dtypes", label)

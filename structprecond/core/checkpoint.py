@@ -16,6 +16,7 @@ from structprecond.core.plain import plain_value
 from structprecond.core.routing import Routing, as_routing
 from structprecond.core.strategy import Hyperparameter
 from structprecond.errors import CheckpointError, StructPrecondError
+from structprecond.structures.spec import AUTO
 
 FORMAT = 2
 """The version of the layout, saved as `format` in every param group."""
@@ -150,6 +151,7 @@ def _plan(
     for number, (saved, live) in enumerate(zip(saved_groups, live_groups, strict=True)):
         problems += _compare_groups(number, saved, live)
         problems += _check_numbers(number, saved, live)
+        misfits: list[str] = []
         for i, p in zip(_match(saved, live), live["params"], strict=True):
             mine, theirs = dict(state.get(p, {})), saved_state.get(i, {})
             if not theirs and not p.requires_grad:
@@ -157,8 +159,9 @@ def _plan(
             if not set(theirs) - _SHARED and _is_fresh(mine):
                 mine = {name: mine[name] for name in theirs}  # it was frozen when it was saved
             theirs = _up_to_date(theirs, mine)
-            problems += _compare_entries(names[p], theirs, mine)
+            misfits += _compare_entries(names[p], theirs, mine)
             copies += [(target, theirs[name]) for name, target in mine.items() if name in theirs]
+        problems += (_other_default(number, saved, live) if misfits else []) + misfits
     known = {i for group in saved_groups for i in group["params"]}
     problems += [f"state of a parameter {i!r} in no group" for i in saved_state if i not in known]
     if not problems:  # otherwise values may have wrong types
@@ -267,6 +270,8 @@ def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, An
             theirs, mine = theirs or usual, mine or usual
         if key == "no_decay":  # older checkpoints have none
             theirs = tuple(theirs or ())
+        if key == "structures":
+            theirs, mine = _named(theirs), _named(mine)
         if key in live and theirs not in (mine, plain_value(_older(live[key]))):
             problems.append(
                 f"param group {number}: {key} is {theirs!r} in the checkpoint, {mine!r} in the "
@@ -278,6 +283,29 @@ def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, An
 def _with_tuples(value: Any) -> Any:
     """Return a value with tuples for lists: torch.distributed.checkpoint makes lists of tuples."""
     return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _named(structures: Any) -> Any:
+    """Return a description of structures with "dense" for "auto".
+
+    Most units get the same from both, and older checkpoints know only "dense". Where it matters,
+    the names of the saved tensors differ.
+    """
+    if not isinstance(structures, str):
+        return structures
+    return "dense" if structures == AUTO else structures.replace(repr(AUTO), repr("dense"))
+
+
+def _other_default(number: int, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
+    """Return the problem that one side has "auto" where the other one has "dense"."""
+    theirs, mine = saved.get("structures"), plain_value(live.get("structures"))
+    if theirs == mine or _named(theirs) != _named(mine):
+        return []
+    return [
+        f"param group {number}: structures is {theirs!r} in the checkpoint, {mine!r} in the "
+        "optimizer, and they differ for some parameters; build the optimizer with "
+        f"structures={theirs!r}"
+    ]
 
 
 def _older(value: Any) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from structprecond.structures.spec import Structure
+
 _COMPILED = "_orig_mod"
 _MOST_NAMES = 5
 
@@ -32,6 +34,16 @@ def enumerate_names(names: Sequence[str]) -> str:
     """Return the first few names and the number of the others."""
     rest = len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def describe_shape(shape: Sequence[int]) -> str:
+    """Return a shape as in "64x32x3"."""
+    return "x".join(map(str, shape))
+
+
+def names_of_structures(structures: Sequence[Structure]) -> tuple[str, ...]:
+    """Return the names by which `structures=` knows them."""
+    return tuple("none" if s is None else s.name for s in structures)
 
 
 class BareParameters(nn.Module):

@@ -106,7 +106,7 @@ class StructuredOptimizer(Optimizer):
         no_decay: Sequence[str] = (),
         hyperparameters: Mapping[str, Any] | None = None,
         batch_size: int | GetBatchSize | None = None,
-        structures: StructureSpec = "dense",
+        structures: StructureSpec = "auto",
         preconditioner_dtypes: PerAxis[torch.dtype | None] = None,
         combine_params: Sequence[PreconditionerGroup] | None = None,
         refresh: Refresh = "synchronous",

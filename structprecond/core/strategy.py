@@ -20,6 +20,7 @@ from structprecond.core.state import ALL_ROWS, Rows, S, on_device_of
 from structprecond.errors import StructureError
 from structprecond.groups import PerParameter, PreconditionerGroup
 from structprecond.structures import SUPPORTED_STRUCTURES, StructuredMatrix
+from structprecond.structures.auto import auto_structures
 from structprecond.structures.spec import Structure
 
 
@@ -32,12 +33,14 @@ class Hyperparameter:
         check: Returns whether a value is valid.
         requirement: The check in words, for messages.
         is_decay: Whether it is the strategy's weight decay, as one called `weight_decay` always is.
+        is_interval: Whether it is the refresh interval of the strategy's rows, see `interval`.
     """
 
     default: Any
     check: Callable[[Any], bool]
     requirement: str
     is_decay: bool = False
+    is_interval: bool = False
 
     def validate(self, name: str, value: Any) -> None:
         """Raise `HyperparameterError` unless the value is valid."""
@@ -70,11 +73,12 @@ def flag(default: bool) -> Hyperparameter:
 
 
 def interval(default: Any) -> Hyperparameter:
-    """Return a hyperparameter for a number of steps, or a callable of the global step."""
+    """Return a refresh interval: a number of steps, or a callable of the global step."""
     return Hyperparameter(
         default,
         lambda v: callable(v) or is_count(v),
         "an integer of at least 1, or a callable that returns a bool for the step",
+        is_interval=True,
     )
 
 
@@ -181,15 +185,12 @@ class Strategy(ABC, Generic[S]):
             factors.
         combine_params: The groupings if the user gives none; without a model, those that need
             modules are left out.
-        refresh_interval: The name of the hyperparameter with the refresh interval, None without
-            refreshes.
         needs_batch_size: Whether the update depends on the batch size.
     """
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]]
     structures: ClassVar[tuple[type[StructuredMatrix], ...]] = (StructuredMatrix,)
     combine_params: ClassVar[tuple[PreconditionerGroup, ...]] = (PerParameter(),)
-    refresh_interval: ClassVar[str | None] = None
     needs_batch_size: ClassVar[bool] = False
 
     @abstractmethod
@@ -252,6 +253,17 @@ class Strategy(ABC, Generic[S]):
         """
         return None
 
+    def auto_structures(self, dims: Sequence[int]) -> tuple[Structure, ...]:
+        """Return the structures that `structures="auto"` stands for.
+
+        Default: `dense`, and no factor for an axis that is longer than 1,024 and more than 8 times
+        as long as all other axes together.
+
+        Args:
+            dims: The sizes of the axes.
+        """
+        return auto_structures(dims)
+
     def adapt_structures(
         self, structures: tuple[Structure, ...], dims: Sequence[int], order: int, units: str
     ) -> tuple[Structure, ...]:
@@ -286,3 +298,8 @@ def decay_of(strategy: Strategy[Any]) -> str | None:
         if name == "weight_decay" or hyperparameter.is_decay:
             return name
     return None
+
+
+def interval_of(strategy: Strategy[Any]) -> str | None:
+    """Return the name of a strategy's refresh interval; None without refreshes."""
+    return next((n for n, h in strategy.hyperparameters.items() if h.is_interval), None)

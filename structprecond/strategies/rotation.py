@@ -41,7 +41,6 @@ class FactoredStrategy(Strategy[Any]):
 
     max_precond_dim: int = 10000
     precondition_1d: bool = False
-    refresh_interval = "precondition_frequency"
     structures = (BlockwiseMatrix, DiagonalMatrix)
 
     def __post_init__(self) -> None:

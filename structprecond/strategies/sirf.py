@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from structprecond.checks import check_positive
 from structprecond.core.batch_size import GetBatchSize, get_batch_size
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.options import FactorOptions, from_keywords
@@ -23,7 +24,13 @@ from structprecond.core.strategy import (
     interval,
     nonnegative,
 )
-from structprecond.structures import SUPPORTED_STRUCTURES, StructuredMatrix
+from structprecond.structures import (
+    SUPPORTED_STRUCTURES,
+    DenseMatrix,
+    DiagonalMatrix,
+    StructuredMatrix,
+)
+from structprecond.structures.auto import sizes_of_others
 from structprecond.structures.mode_product import matricize, multiply_axes
 from structprecond.structures.spec import Structure
 
@@ -62,8 +69,13 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
     \(U = G \times_1 K_1 K_1^\top \dots \times_N K_N K_N^\top + \kappa p\),
     \(u \leftarrow \alpha_1 u + U\), direction u. An axis without a factor has \(K_k = I\).
 
+    Args:
+        max_precond_dim: Axes longer than this get no dense factor. Default: 10000.
+
     Source: Lin et al. 2024 (arXiv 2402.03496).
     """
+
+    max_precond_dim: int = 10000
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
         "lr": nonnegative(1e-3),
@@ -74,8 +86,32 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
         "kappa": replace(nonnegative(0.0), is_decay=True),
         "T": interval(1),
     }
-    refresh_interval = "T"
     needs_batch_size = True
+
+    def __post_init__(self) -> None:
+        """Check the static configuration."""
+        check_positive(max_precond_dim=self.max_precond_dim)
+
+    def auto_structures(self, dims: Sequence[int]) -> tuple[Structure, ...]:
+        """Return those of every strategy, but `diagonal` for vectors: axes beside which all are 1.
+
+        The dense factor of a vector would have as many rows as the vector has entries.
+        """
+        usual = super().auto_structures(dims)
+        return tuple(
+            DiagonalMatrix if others == 1 else structure
+            for structure, others in zip(usual, sizes_of_others(dims), strict=True)
+        )
+
+    def adapt_structures(
+        self, structures: tuple[Structure, ...], dims: Sequence[int], order: int, units: str
+    ) -> tuple[Structure, ...]:
+        """Leave out the dense factors of long axes."""
+        structures = super().adapt_structures(structures, dims, order, units)
+        return tuple(
+            None if structure is DenseMatrix and dim > self.max_precond_dim else structure
+            for structure, dim in zip(structures, dims, strict=True)
+        )
 
     def init(
         self, like: Tensor, structures: tuple[Structure, ...], dtypes: tuple[torch.dtype, ...]
@@ -149,7 +185,7 @@ class SIRFShampoo(StructuredOptimizer):
     """Structured, inverse-free and root-free Shampoo (Lin et al. 2024, arXiv 2402.03496).
 
     Assumes that the loss is a mean over the samples of a batch. The update rule is documented at
-    `SIRFShampooStrategy`. All structures can be used.
+    `SIRFShampooStrategy`. All structures can be used; `"auto"` gives vectors `diagonal`.
 
     Args:
         lr: Learning rate. Default: 1e-3.
@@ -162,6 +198,7 @@ class SIRFShampoo(StructuredOptimizer):
             tuple of a forward pass's inputs. Default: dimension 0 of the first input tensor.
         T: Refresh interval of the factors in steps, or a callable that returns whether to refresh
             at a global step. Default: 1.
+        max_precond_dim: Axes longer than this get no dense factor. Default: 10000.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -189,6 +226,7 @@ class SIRFShampoo(StructuredOptimizer):
         kappa: float = 0.0,
         batch_size: int | GetBatchSize = get_batch_size,
         T: int | Callable[[int], bool] = 1,
+        max_precond_dim: int = 10000,
         **options: Unpack[FactorOptions],
     ) -> None:
         strategy, hp = from_keywords(SIRFShampooStrategy, locals())

@@ -228,7 +228,8 @@ class SOAP(StructuredOptimizer):
         refresh_tolerance: Off-diagonal ratio up to which bases are not refreshed. Default: 0.0.
         max_precond_dim: Axes longer than this are not rotated. Default: 10000.
         merge_dims: Whether neighbouring axes are merged up to `max_precond_dim`: short for
-            `combine_params=(MergeDims(max_precond_dim),)`. Default: False.
+            `combine_params=(MergeDims(max_precond_dim),)`. Merged tensors of one axis with more
+            than 1,024 entries are rotated only with `structures="dense"`. Default: False.
         precondition_1d: Whether parameters with one axis are rotated. Default: False.
         normalize_grads: Whether directions are divided by their root mean square. Default: False.
         data_format: "channels_last" if 4-d parameters are stored as `(out, height, width, in)`,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 import re
 from abc import ABCMeta
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -31,6 +31,9 @@ PerAxis: TypeAlias = T | Mapping[int, T | tuple[T, ...]]
 """A value for all axes, or a dict from the number of axes to values: `{1: a, 2: (a, b)}`."""
 
 StructureSpec: TypeAlias = PerAxis[str | type[StructuredMatrix]]
+
+AUTO = "auto"
+"""The name by which `structures=` leaves the choice to the strategy."""
 
 SUPPORTED_STRUCTURES: dict[str, type[StructuredMatrix] | None] = {
     "dense": DenseMatrix,
@@ -68,9 +71,7 @@ def structure_class(name: str) -> type[StructuredMatrix]:
         return _sized(HierarchicalMatrix, name, top=int(match[1]), bottom=int(match[2]))
     structure = SUPPORTED_STRUCTURES.get(name)
     if structure is None or "<" in name:
-        raise StructureError(
-            f"Unknown structure {name!r}. Use one of {', '.join(SUPPORTED_STRUCTURES)}."
-        )
+        raise StructureError(f"Unknown structure {name!r}. Use one of {_known_names()}.")
     return structure
 
 
@@ -130,17 +131,34 @@ def per_axis(value: PerAxis[T], order: int, what: str, units: str) -> tuple[T, .
     return entry
 
 
-def resolve_structures(spec: StructureSpec, order: int, units: str) -> tuple[Structure, ...]:
-    """Return the class of structured matrices (None for no factor) of every axis."""
-    return tuple(_resolve(entry) for entry in per_axis(spec, order, "structures", units))
+def resolve_structures(
+    spec: StructureSpec, order: int, units: str, auto: Sequence[Structure] | None = None
+) -> tuple[Structure, ...]:
+    """Return the class of structured matrices (None for no factor) of every axis.
+
+    Args:
+        spec: What the user gave.
+        order: The number of axes.
+        units: The parameters concerned, for errors.
+        auto: What `"auto"` stands for on each axis. Default: None, dense matrices.
+    """
+    entries = per_axis(spec, order, "structures", units)
+    usual = (DenseMatrix,) * order if auto is None else auto
+    return tuple(_resolve(entry, own) for entry, own in zip(entries, usual, strict=True))
 
 
-def _resolve(entry: object) -> Structure:
+def _resolve(entry: object, auto: Structure) -> Structure:
     if isinstance(entry, str):
+        if entry == AUTO:
+            return auto
         return None if entry == "none" else structure_class(entry)
     if isinstance(entry, type) and issubclass(entry, StructuredMatrix):
         return entry
     raise StructureError(
         f"structures= takes names and subclasses of StructuredMatrix, got {entry!r}. "
-        f"Known names are {', '.join(SUPPORTED_STRUCTURES)}."
+        f"Known names are {_known_names()}."
     )
+
+
+def _known_names() -> str:
+    return ", ".join((AUTO, *SUPPORTED_STRUCTURES))

@@ -101,7 +101,7 @@ STRATEGIES: dict[str, Usage] = {
     ),
     "SIRFShampoo joint": _any_structure(
         SIRFShampoo,
-        {"lr": 0.05, "batch_size": 4, "combine_params": _JOINT},
+        {"lr": 0.05, "batch_size": 4, "combine_params": _JOINT, "structures": "dense"},
         conformance=False,
         protocol=False,
         saved_as="SIRFShampoo joint",

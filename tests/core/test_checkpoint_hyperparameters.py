@@ -90,5 +90,5 @@ def test_live_objects_stay_live() -> None:
     live = {key: fresh.param_groups[0][key] for key in ("strategy", "combine_params", "params")}
     fresh.load_state_dict(through_a_file(optimizer.state_dict()))
     assert all(fresh.param_groups[0][key] is value for key, value in live.items())
-    assert fresh.param_groups[0]["structures"] == "dense"
+    assert fresh.param_groups[0]["structures"] == "auto"
     assert fresh.buckets[0].group is fresh.param_groups[0]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from structprecond import (
     SIRFShampoo,
@@ -87,13 +88,18 @@ def test_staggered_refreshes_take_turns_and_keep_the_interval() -> None:
     )
     dense, params = dense_units(twin), list(model.parameters())
     refreshed: dict[int, list[int]] = {i: [] for i in range(len(params))}
+
+    def factor(p: nn.Parameter) -> Tensor:
+        kind = "diag" if p.ndim == 1 else "mat"
+        return optimizer.state[p][f"preconditioner.0.{kind}"]
+
     for step in range(12):
         for m in (model, twin):
             set_grads(list(m.parameters()), step)
-        before = [optimizer.state[p]["preconditioner.0.mat"].clone() for p in params]
+        before = [factor(p).clone() for p in params]
         optimizer.step()
         for i, (p, unit) in enumerate(zip(params, dense, strict=True)):
-            changed = not same_bits(optimizer.state[p]["preconditioner.0.mat"], before[i])
+            changed = not same_bits(factor(p), before[i])
             refreshed[i] += [step] if changed else []
             unit.step(6, refresh=changed)
     assert_close(values(model), values(twin))

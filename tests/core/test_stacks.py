@@ -13,8 +13,9 @@ from structprecond.core import build
 from tests.helpers import assert_close, values
 
 
-def _rows(model: nn.Module, **kwargs: object) -> list[int]:
-    return [bucket.rows for bucket in SOAP(model, **kwargs).buckets]  # type: ignore[arg-type]
+def _rows(model: nn.Module, structures: str = "dense", **kwargs: object) -> list[int]:
+    optimizer = SOAP(model, structures=structures, **kwargs)  # type: ignore[arg-type]
+    return [bucket.rows for bucket in optimizer.buckets]
 
 
 @pytest.mark.parametrize(
