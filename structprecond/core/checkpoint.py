@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from structprecond.core.misfits import (
+    COMPARED,
+    check_numbers,
+    compare_entries,
+    compare_groups,
+    compare_shared,
+    other_default,
+    tensor_like,
+    with_tuples,
+)
 from structprecond.core.plain import plain_value
-from structprecond.core.routing import Routing, as_routing
-from structprecond.core.strategy import Hyperparameter
-from structprecond.errors import CheckpointError, StructPrecondError
-from structprecond.structures.spec import AUTO
+from structprecond.errors import CheckpointError
 
 FORMAT = 2
 """The version of the layout, saved as `format` in every param group."""
@@ -26,10 +31,8 @@ _RENAMED_IN_2 = {"begun": "initialized", "lost": "compensation"}
 _NEW_IN_2 = {"phase_offset", "seed"}
 
 _MOST_PROBLEMS = 20
-_LATER_ROLES = ("depthwise", "router")
-_COMPARED = ("strategy", "structures", "combine_params", "no_decay")
 _SHARED = {"global_step", "batch_size"}
-_NOT_LOADED = {*_COMPARED, "preconditioner_dtypes", "params", "param_names", "format"}
+_NOT_LOADED = {*COMPARED, "preconditioner_dtypes", "params", "param_names", "format"}
 
 _T = TypeVar("_T")
 Groups: TypeAlias = Sequence[dict[str, Any]]
@@ -149,8 +152,8 @@ def _plan(
     copies: list[tuple[Tensor, Tensor]] = []
     changes: list[dict[str, Any]] = []
     for number, (saved, live) in enumerate(zip(saved_groups, live_groups, strict=True)):
-        problems += _compare_groups(number, saved, live)
-        problems += _check_numbers(number, saved, live)
+        problems += compare_groups(number, saved, live)
+        problems += check_numbers(number, saved, live)
         misfits: list[str] = []
         for i, p in zip(_match(saved, live), live["params"], strict=True):
             mine, theirs = dict(state.get(p, {})), saved_state.get(i, {})
@@ -159,13 +162,13 @@ def _plan(
             if not set(theirs) - _SHARED and _is_fresh(mine):
                 mine = {name: mine[name] for name in theirs}  # it was frozen when it was saved
             theirs = _up_to_date(theirs, mine)
-            misfits += _compare_entries(names[p], theirs, mine)
+            misfits += compare_entries(names[p], theirs, mine)
             copies += [(target, theirs[name]) for name, target in mine.items() if name in theirs]
-        problems += (_other_default(number, saved, live) if misfits else []) + misfits
+        problems += (other_default(number, saved, live) if misfits else []) + misfits
     known = {i for group in saved_groups for i in group["params"]}
     problems += [f"state of a parameter {i!r} in no group" for i in saved_state if i not in known]
     if not problems:  # otherwise values may have wrong types
-        problems += _compare_shared(copies)
+        problems += compare_shared(copies)
         for saved, live in zip(saved_groups, live_groups, strict=True):
             more, values = _numbers(saved, live)
             copies += more
@@ -257,132 +260,6 @@ def _match(saved: Mapping[str, Any], live: Mapping[str, Any]) -> Iterable[Any]:
     return [by_name[name].pop(0) for name in mine]
 
 
-def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
-    theirs, mine = saved.get("param_names"), live.get("param_names")
-    problems = []
-    if theirs and mine:
-        problems += [f"{n}: not in the checkpoint" for n in (Counter(mine) - Counter(theirs))]
-        problems += [f"{n}: not in the optimizer" for n in (Counter(theirs) - Counter(mine))]
-    for key in _COMPARED:
-        theirs, mine = _with_tuples(saved.get(key)), plain_value(live.get(key))
-        if key == "combine_params":  # None means the strategy's default groupings
-            usual = plain_value(as_routing(live["strategy"]).main.combine_params)
-            theirs, mine = theirs or usual, mine or usual
-        if key == "no_decay":  # older checkpoints have none
-            theirs = tuple(theirs or ())
-        if key == "structures":
-            theirs, mine = _named(theirs), _named(mine)
-        if key in live and theirs not in (mine, plain_value(_older(live[key]))):
-            problems.append(
-                f"param group {number}: {key} is {theirs!r} in the checkpoint, {mine!r} in the "
-                "optimizer"
-            )
-    return problems
-
-
-def _with_tuples(value: Any) -> Any:
-    """Return a value with tuples for lists: torch.distributed.checkpoint makes lists of tuples."""
-    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def _named(structures: Any) -> Any:
-    """Return a description of structures with "dense" for "auto".
-
-    Most units get the same from both, and older checkpoints know only "dense". Where it matters,
-    the names of the saved tensors differ.
-    """
-    if not isinstance(structures, str):
-        return structures
-    return "dense" if structures == AUTO else structures.replace(repr(AUTO), repr("dense"))
-
-
-def _other_default(number: int, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
-    """Return the problem that one side has "auto" where the other one has "dense"."""
-    theirs, mine = saved.get("structures"), plain_value(live.get("structures"))
-    if theirs == mine or _named(theirs) != _named(mine):
-        return []
-    return [
-        f"param group {number}: structures is {theirs!r} in the checkpoint, {mine!r} in the "
-        "optimizer, and they differ for some parameters; build the optimizer with "
-        f"structures={theirs!r}"
-    ]
-
-
-def _older(value: Any) -> Any:
-    """Return a routing without the roles that older checkpoints did not know.
-
-    Where it matters, since parameters with such a role went elsewhere, their state does not fit.
-    """
-    if not isinstance(value, Routing):
-        return value
-    known = {role: s for role, s in value.roles.items() if role not in _LATER_ROLES}
-    return replace(value, roles=known)
-
-
-def _compare_entries(
-    label: str, theirs: Mapping[str, Any], mine: Mapping[str, Tensor]
-) -> list[str]:
-    """Return the problems of a unit's saved state."""
-    problems = [f"{label}: missing {name}" for name in mine if name not in theirs]
-    problems += [f"{label}: unexpected {name}" for name in theirs if name not in mine]
-    for name, target in mine.items():
-        source = theirs.get(name, target)
-        if not isinstance(source, Tensor) or source.shape != target.shape:
-            got = tuple(source.shape) if isinstance(source, Tensor) else repr(source)
-            problems.append(f"{label}: {name} is {got}, expected {tuple(target.shape)}")
-        elif not _can_copy(source, target):
-            problems.append(
-                f"{label}: {name} is {source.dtype}, {source.layout}, on {source.device}, which "
-                f"cannot be copied into {target.dtype}, {target.layout}, on {target.device}"
-            )
-    return problems
-
-
-def _compare_shared(copies: Sequence[tuple[Tensor, Tensor]]) -> list[str]:
-    """Check that all parameters save the same values of the optimizer's shared tensors."""
-    first: dict[int, Tensor] = {}
-    for target, source in copies:
-        known = first.setdefault(id(target), source)
-        if known is not source and not known.equal(source):
-            return ["global_step or batch_size: parameters have different ones in the checkpoint"]
-    return []
-
-
-def _can_copy(source: Tensor, target: Tensor) -> bool:
-    """Return whether copying keeps the values, up to rounding."""
-    if source.is_meta or source.layout != target.layout:
-        return False
-    return torch.can_cast(source.dtype, target.dtype)
-
-
-def _check_numbers(number: int, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
-    """Return the problems of the saved hyperparameters."""
-    problems = []
-    for name, hyperparameter in as_routing(live["strategy"]).hyperparameters.items():
-        value = saved.get(name)
-        if name not in saved:
-            problems.append(f"param group {number}: {name} is missing")
-            continue
-        if isinstance(value, str) and _may_be_callable(hyperparameter):
-            continue
-        try:
-            hyperparameter.validate(name, value)
-            if isinstance(live[name], Tensor):
-                _tensor_like(live[name], value)
-        except (StructPrecondError, RuntimeError, TypeError, ValueError) as error:
-            problems.append(f"param group {number}: {error}")
-    return problems
-
-
-def _may_be_callable(hyperparameter: Hyperparameter) -> bool:
-    """Return whether a string in the checkpoint may describe a callable."""
-    try:
-        hyperparameter.validate("", _may_be_callable)
-    except StructPrecondError:
-        return False
-    return True
-
-
 def _numbers(
     saved: Mapping[str, Any], live: Mapping[str, Any]
 ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Any]]:
@@ -391,17 +268,11 @@ def _numbers(
     for key in saved.keys() - _NOT_LOADED:
         value, current = saved[key], live.get(key)
         if isinstance(current, Tensor):
-            copies.append((current, _tensor_like(current, value)))
+            copies.append((current, tensor_like(current, value)))
         elif callable(current) or (isinstance(value, str) and not isinstance(current, str)):
             continue  # callables stay live; the checkpoint describes them in strings
         else:
             # a copy: the caller keeps the dict and its contents
             value = value.item() if isinstance(value, Tensor) else deepcopy(value)
-            values[key] = _with_tuples(value) if isinstance(current, tuple) else value
+            values[key] = with_tuples(value) if isinstance(current, tuple) else value
     return copies, values
-
-
-def _tensor_like(current: Tensor, value: Any) -> Tensor:
-    """Return a saved value in the shape of a live tensor, and numbers with all their digits."""
-    dtype = None if isinstance(value, Tensor) else torch.float64
-    return torch.as_tensor(value, dtype=dtype).reshape(current.shape)

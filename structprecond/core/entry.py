@@ -99,11 +99,11 @@ class Entries:
     """The entries of all units; adopts entries that the user has replaced.
 
     Args:
-        shared: Tensors that every entry shows: the counters of the whole optimizer.
+        **shared: Tensors that every entry shows: the counters of the whole optimizer.
     """
 
-    def __init__(self, shared: Mapping[str, Tensor]) -> None:
-        self._shared = dict(shared)
+    def __init__(self, **shared: Tensor) -> None:
+        self._shared = shared
         self._entries: dict[nn.Parameter, Entry] = {}
 
     def show(self, buckets: Sequence[Bucket], state: MutableMapping[Any, Any]) -> None:

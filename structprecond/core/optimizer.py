@@ -83,8 +83,8 @@ class StructuredOptimizer(Optimizer):
         >>> optimizer.step()
     """
 
+    # what checkpoints hold beside `state`
     STATE_ATTRIBUTES: tuple[str, ...] = ("global_step", "batch_size")
-    """Attributes besides `state` that checkpoints hold."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Add the shared keywords to the signature and the docstring of a facade."""
@@ -126,7 +126,6 @@ class StructuredOptimizer(Optimizer):
         self._global_step = torch.zeros((), dtype=torch.int64, device="cpu")
         self._samples = Samples(self.model)
         self._warned: set[str] = set()
-        self._used_rules: set[str] = set()
         self._follower = Follower(self.buckets, self.frozen_units, self._names)
         self._start_anew()
         settled = settle(strategy, routes)
@@ -141,7 +140,8 @@ class StructuredOptimizer(Optimizer):
         }
         leave_to_python(StructuredOptimizer, "_step")
         super().__init__(given, defaults)
-        routing.check_used(self._used_rules)
+        frozen = (routed.route.rule for routed in self.frozen_units)
+        routing.check_used({*frozen, *(rule for bucket in self.buckets for rule in bucket.rules)})
         check_patterns(self.defaults["no_decay"], self._names.values())
         if batch_size is not None:
             self.batch_size = batch_size
@@ -151,8 +151,7 @@ class StructuredOptimizer(Optimizer):
     def _start_anew(self) -> None:
         """Make the attributes that copies and pickles do not keep."""
         self._schedule = RefreshSchedule(self.refresh == "staggered")
-        shared = {"global_step": self._global_step, "batch_size": self._samples.shown}
-        self._entries = Entries(shared)
+        self._entries = Entries(global_step=self._global_step, batch_size=self._samples.shown)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, optionally with its own hyperparameters and configuration.
@@ -175,17 +174,12 @@ class StructuredOptimizer(Optimizer):
             names = param_groups.labels_of(group, len(self.param_groups) - 1)
             units = route_units(model, group, routing, names)
             routing.check_read(given, [routed.route.strategy for routed in units])
-            used = {routed.route.rule for routed in units}
-            if "strategy" in own:
-                routing.check_used(used)
-            if "no_decay" in own:
-                check_patterns(group["no_decay"], names.values())
+            param_groups.check_own_rules(group, own, routing, units, names.values())
             buckets = make_buckets((u for u in units if not u.frozen), self.rounding)
             self._follower.add(self.model, group)
         except BaseException:
             self.param_groups.pop()
             raise
-        self._used_rules |= used
         self._names |= names
         self._show(buckets, [routed for routed in units if routed.frozen])
         warn_once(self._warned, "keys", misspelt)
@@ -219,11 +213,7 @@ class StructuredOptimizer(Optimizer):
 
     @property
     def failed(self) -> int:
-        """The number of times a row kept its last basis or inverse root.
-
-        That happens if a decomposition fails in float32 and in float64. The next refresh tries
-        again.
-        """
+        """The number of times a row kept its last basis or root, as decompositions failed."""
         return sum(int(bucket.counters.failed.sum()) for bucket in self.buckets)
 
     @property
@@ -253,13 +243,10 @@ class StructuredOptimizer(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Make one step.
+        """Make one step; return the return value of the closure.
 
         Args:
             closure: Computes the loss and the gradients; called once, at the start.
-
-        Returns:
-            The return value of the closure.
 
         Raises:
             StructPrecondError: If a hyperparameter, a parameter or a gradient is invalid, or if a
@@ -353,7 +340,7 @@ class StructuredOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or pickle."""
-        super().__setstate__({**state, "state": defaultdict(dict), "_used_rules": set()})
+        super().__setstate__({**state, "state": defaultdict(dict)})
         leave_to_python(StructuredOptimizer, "_step")
         self._start_anew()
         self._show(self.buckets, self.frozen_units)

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from structprecond.core.bucket import Bucket
-from structprecond.core.decay import as_rules
+from structprecond.core.build import RoutedUnit
+from structprecond.core.decay import as_rules, check_patterns
 from structprecond.core.naming import plain_name, unwrap
 from structprecond.core.plain import plain_number
 from structprecond.core.routing import Routing, as_routing, settle
@@ -126,6 +127,28 @@ def drop_unread(group: dict[str, Any], kept: Set[str], defaults: Mapping[str, An
     """
     for name in defaults.keys() - kept - set(CONFIGURATION):
         del group[name]
+
+
+def check_own_rules(
+    group: Mapping[str, Any],
+    own: Set[str],
+    routing: Routing,
+    units: Iterable[RoutedUnit],
+    names: Iterable[str],
+) -> None:
+    """Raise `GroupError` if a route or a `no_decay` of a group's own matches nothing in it.
+
+    Args:
+        group: The group.
+        own: The keys that it was given.
+        routing: Its routing.
+        units: Its units.
+        names: The names of its parameters.
+    """
+    if "strategy" in own:
+        routing.check_used({routed.route.rule for routed in units})
+    if "no_decay" in own:
+        check_patterns(group["no_decay"], names)
 
 
 def _check_one_decay(given: Set[str], main: Strategy[Any]) -> None:
