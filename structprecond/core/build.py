@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
-from structprecond.core.costs import count_entries
+from structprecond.core.costs import count_entries, naming_units
 from structprecond.core.naming import BareParameters
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Route, Routing
@@ -66,21 +66,16 @@ def make_buckets(
     together: dict[tuple[Strategy[Any], BucketKey], list[tuple[Unit, str]]] = {}
     for unit, route in _find_routes(model, group, routing, names):
         if unit.shape.numel() and unit.rows:
-            key = (route.strategy, _bucket_key(unit, group, route.strategy))
-            together.setdefault(key, []).append((unit, route.rule))
-    return [
-        Bucket(
-            group,
-            strategy,
-            routing.prefix(strategy),
-            key,
-            [unit for unit, _ in members],
-            [rule for _, rule in members],
-            rounding,
-        )
-        for (strategy, key), stack in together.items()
-        for members in _split(key, stack)
-    ]
+            own = (route.strategy, _bucket_key(unit, group, route.strategy))
+            together.setdefault(own, []).append((unit, route.rule))
+    buckets = []
+    for (strategy, key), stack in together.items():
+        for members in _split(key, stack):
+            units, rules = map(list, zip(*members, strict=True))
+            with naming_units("making the state", units, key):
+                prefix = routing.prefix(strategy)
+                buckets.append(Bucket(group, strategy, prefix, key, units, rules, rounding))
+    return buckets
 
 
 def _split(key: BucketKey, stack: Sequence[tuple[Unit, str]]) -> Iterator[list[tuple[Unit, str]]]:

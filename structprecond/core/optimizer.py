@@ -17,6 +17,7 @@ from structprecond.core.batch_size import GetBatchSize, Samples
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import make_buckets
 from structprecond.core.compiler import leave_to_python
+from structprecond.core.costs import too_high
 from structprecond.core.entry import Entries
 from structprecond.core.finite import exclude_unusable
 from structprecond.core.inspection import check_batch_size, check_tensors, check_values
@@ -138,6 +139,7 @@ class StructuredOptimizer(Optimizer):
         leave_to_python(StructuredOptimizer, "_step")
         super().__init__(given, defaults)
         routing.check_used(self._used_rules)
+        self._warn_once("expensive", too_high(self.buckets))
         if batch_size is not None:
             self.batch_size = batch_size
         if verbose_init:

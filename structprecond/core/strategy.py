@@ -168,7 +168,7 @@ class StepContext:
 
 @dataclass(frozen=True)
 class Strategy(ABC, Generic[S]):
-    """An update rule for stacks `(b, *dims)` of b independent rows.
+    r"""An update rule for stacks `(b, *dims)` of b independent rows.
 
     Subclasses are frozen dataclasses whose fields are the static configuration. Values that may be
     scheduled are declared in `hyperparameters` and stay in the param group; methods get them as a
@@ -182,6 +182,8 @@ class Strategy(ABC, Generic[S]):
             modules are left out.
         refresh_interval: The name of the hyperparameter with the refresh interval, None without
             refreshes.
+        refresh_operations: The operations of refreshing a dense factor of size n, divided by
+            \(n^3\); for estimates of its cost.
         needs_batch_size: Whether the update depends on the batch size.
     """
 
@@ -189,6 +191,7 @@ class Strategy(ABC, Generic[S]):
     structures: ClassVar[tuple[type[StructuredMatrix], ...]] = (StructuredMatrix,)
     combine_params: ClassVar[tuple[PreconditionerGroup, ...]] = (PerParameter(),)
     refresh_interval: ClassVar[str | None] = None
+    refresh_operations: ClassVar[float] = 25.0  # of an eigendecomposition
     needs_batch_size: ClassVar[bool] = False
 
     @abstractmethod

@@ -82,6 +82,7 @@ class RotatedStrategy(FactoredStrategy):
         "precondition_frequency": interval(10),
         "refresh_tolerance": nonnegative(0.0),
     }
+    refresh_operations = 10.0  # of an orthogonal iteration
 
     @staticmethod
     def _find_bases(grad: Tensor, state: Any, rows: Rows) -> None:

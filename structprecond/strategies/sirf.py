@@ -90,6 +90,7 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
         "T": interval(1),
     }
     refresh_interval = "T"
+    refresh_operations = 4.0  # of two products
     needs_batch_size = True
 
     def __post_init__(self) -> None:
