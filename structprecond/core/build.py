@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
-from structprecond.core.costs import count_entries
+from structprecond.core.costs import count_entries, naming_units
 from structprecond.core.decay import decays, undecayed
 from structprecond.core.naming import BareParameters
 from structprecond.core.rounding import Rounding
@@ -116,21 +116,17 @@ def make_buckets(units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket
     """
     together: dict[tuple[int, Strategy[Any], BucketKey], list[RoutedUnit]] = {}
     for routed in units:
-        key = (id(routed.group), routed.route.strategy, routed.key())
-        together.setdefault(key, []).append(routed)
-    return [
-        Bucket(
-            members[0].group,
-            strategy,
-            members[0].prefix,
-            key,
-            [routed.unit for routed in members],
-            [routed.route.rule for routed in members],
-            rounding,
-        )
-        for (_, strategy, key), stack in together.items()
-        for members in _split(key, stack)
-    ]
+        alike = (id(routed.group), routed.route.strategy, routed.key())
+        together.setdefault(alike, []).append(routed)
+    buckets = []
+    for (_, strategy, key), stack in together.items():
+        for members in _split(key, stack):
+            group, prefix = members[0].group, members[0].prefix
+            own = [routed.unit for routed in members]
+            rules = [routed.route.rule for routed in members]
+            with naming_units("making the state", own, key):
+                buckets.append(Bucket(group, strategy, prefix, key, own, rules, rounding))
+    return buckets
 
 
 def thaw(

@@ -16,7 +16,8 @@ from structprecond.core.batch_size import GetBatchSize, Samples
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit, make_buckets, route_units, thaw
 from structprecond.core.compiler import leave_to_python
-from structprecond.core.decay import as_rules, check_patterns
+from structprecond.core.costs import too_high
+from structprecond.core.decay import as_rules
 from structprecond.core.entry import Entries
 from structprecond.core.finite import exclude_unusable
 from structprecond.core.follow import Follower
@@ -140,9 +141,8 @@ class StructuredOptimizer(Optimizer):
         }
         leave_to_python(StructuredOptimizer, "_step")
         super().__init__(given, defaults)
-        frozen = (routed.route.rule for routed in self.frozen_units)
-        routing.check_used({*frozen, *(rule for bucket in self.buckets for rule in bucket.rules)})
-        check_patterns(self.defaults["no_decay"], self._names.values())
+        param_groups.check_rules(self.defaults, self.buckets, self.frozen_units, self._names)
+        warn_once(self._warned, "expensive", too_high(self.buckets))
         if batch_size is not None:
             self.batch_size = batch_size
         if verbose_init:

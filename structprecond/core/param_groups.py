@@ -129,6 +129,25 @@ def drop_unread(group: dict[str, Any], kept: Set[str], defaults: Mapping[str, An
         del group[name]
 
 
+def check_rules(
+    defaults: Mapping[str, Any],
+    buckets: Iterable[Bucket],
+    frozen: Iterable[RoutedUnit],
+    names: Mapping[Any, str],
+) -> None:
+    """Raise `GroupError` if a route or a `no_decay` of the optimizer matches nothing.
+
+    Args:
+        defaults: The defaults of all groups.
+        buckets: The buckets of all groups.
+        frozen: The frozen units of all groups.
+        names: The names of all parameters.
+    """
+    used = {rule for bucket in buckets for rule in bucket.rules}
+    as_routing(defaults["strategy"]).check_used(used | {routed.route.rule for routed in frozen})
+    check_patterns(defaults["no_decay"], names.values())
+
+
 def check_own_rules(
     group: Mapping[str, Any],
     own: Set[str],

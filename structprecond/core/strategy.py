@@ -26,21 +26,22 @@ from structprecond.structures.spec import Structure
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """A value in the param group, where a scheduler may change it.
+    r"""A value in the param group, where a scheduler may change it.
 
     Args:
         default: The default value.
         check: Returns whether a value is valid.
         requirement: The check in words, for messages.
         is_decay: Whether it is the strategy's weight decay, as one called `weight_decay` always is.
-        is_interval: Whether it is the refresh interval of the strategy's rows, see `interval`.
+        refresh_operations: For a refresh interval, the operations of refreshing a dense factor of
+            size n, divided by \(n^3\), to estimate costs; None for other hyperparameters.
     """
 
     default: Any
     check: Callable[[Any], bool]
     requirement: str
     is_decay: bool = False
-    is_interval: bool = False
+    refresh_operations: float | None = None
 
     def validate(self, name: str, value: Any) -> None:
         """Raise `HyperparameterError` unless the value is valid."""
@@ -72,13 +73,19 @@ def flag(default: bool) -> Hyperparameter:
     return Hyperparameter(default, lambda v: isinstance(v, bool), "True or False")
 
 
-def interval(default: Any) -> Hyperparameter:
-    """Return a refresh interval: a number of steps, or a callable of the global step."""
+def interval(default: Any, operations: float = 25.0) -> Hyperparameter:
+    """Return a refresh interval: a number of steps, or a callable of the global step.
+
+    Args:
+        default: The default interval.
+        operations: The operations of a refresh, see `Hyperparameter`. Default: 25.0, those of an
+            eigendecomposition.
+    """
     return Hyperparameter(
         default,
         lambda v: callable(v) or is_count(v),
         "an integer of at least 1, or a callable that returns a bool for the step",
-        is_interval=True,
+        refresh_operations=operations,
     )
 
 
@@ -173,7 +180,7 @@ class StepContext:
 
 @dataclass(frozen=True)
 class Strategy(ABC, Generic[S]):
-    """An update rule for stacks `(b, *dims)` of b independent rows.
+    r"""An update rule for stacks `(b, *dims)` of b independent rows.
 
     Subclasses are frozen dataclasses whose fields are the static configuration. Values that may be
     scheduled are declared in `hyperparameters` and stay in the param group; methods get them as a
@@ -302,4 +309,5 @@ def decay_of(strategy: Strategy[Any]) -> str | None:
 
 def interval_of(strategy: Strategy[Any]) -> str | None:
     """Return the name of a strategy's refresh interval; None without refreshes."""
-    return next((n for n, h in strategy.hyperparameters.items() if h.is_interval), None)
+    hyperparameters = strategy.hyperparameters.items()
+    return next((name for name, h in hyperparameters if h.refresh_operations is not None), None)

@@ -76,7 +76,7 @@ class RotatedStrategy(FactoredStrategy):
     """
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
-        "precondition_frequency": interval(10),
+        "precondition_frequency": interval(10, operations=10.0),  # orthogonal iterations
         "refresh_tolerance": nonnegative(0.0),
     }
 

@@ -84,7 +84,7 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
         "alpha2": fraction(0.5),
         "lam": nonnegative(1e-3),
         "kappa": replace(nonnegative(0.0), is_decay=True),
-        "T": interval(1),
+        "T": interval(1, operations=4.0),  # of two products
     }
     needs_batch_size = True
 
