@@ -18,7 +18,7 @@ from structprecond.core.units import Unit
 from structprecond.core.usable import problem_of
 from structprecond.errors import GroupError, StructPrecondError
 
-_MOST_IDLE_STEPS = 3
+_MOST_IDLE_STEPS = 10
 
 
 @dataclass
@@ -96,16 +96,20 @@ class Follower:
             followed.check_configuration(number)
 
     def idle(self, live: Sequence[Sequence[bool]]) -> str | None:
-        """Count steps in a row without any gradient; return a warning about too many."""
+        """Count steps in a row without any gradient; warn about many if there is no model to ask.
+
+        Args:
+            live: Whether each unit of each bucket takes part in the step.
+        """
         if any(map(any, live)):
             self._idle_steps = 0
             return None
         params = [p for followed in self._groups for p in followed.params if p.requires_grad]
-        if not params:
+        if not params or any(p.grad is not None for p in params):
             return None
         self._idle_steps += 1
         self._places = None  # look at the whole model in the next step
-        if self._idle_steps < _MOST_IDLE_STEPS:
+        if self._known_as or self._idle_steps < _MOST_IDLE_STEPS:
             return None
         return (
             f"None of the {len(params)} parameters had a gradient in {self._idle_steps} steps in a "

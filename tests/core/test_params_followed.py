@@ -328,22 +328,40 @@ def test_frozen_parameters_may_leave() -> None:
         optimizer.step()
 
 
-def test_three_steps_without_any_gradient_warn_once() -> None:
+def test_ten_steps_without_any_gradient_warn_once() -> None:
     model = mlp()
     optimizer = AdamW(model.parameters())
     _assigned(model)  # not known to the optimizer: it has no model
-    optimizer.step()
-    optimizer.step()
     set_grads(list(model.parameters()), 0)
-    with pytest.warns(UserWarning, match="None of the 8 parameters had a gradient in 3 steps"):
+    for _ in range(9):
         optimizer.step()
-    optimizer.step()
+    with pytest.warns(UserWarning, match="None of the 8 parameters had a gradient in 10 steps"):
+        optimizer.step()
+    for _ in range(10):
+        optimizer.step()
 
 
-def test_idle_steps_of_frozen_parameters_do_not_warn() -> None:
-    model = mlp().requires_grad_(False)
+def test_model_that_is_changed_behind_its_modules_is_looked_at_after_an_idle_step() -> None:
+    model = mlp()
     optimizer = AdamW(model)
-    for _ in range(4):
+    for module in model:
+        module.__dict__["_parameters"] = copy.deepcopy(dict(module._parameters))
+    before = values(model)
+    for step in range(2):
+        set_grads(list(model.parameters()), step)
+        optimizer.step()
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("why", ["frozen", "empty", "the model is known"])
+def test_other_idle_steps_do_not_warn(why: str) -> None:
+    model = mlp().requires_grad_(why != "frozen")
+    params: list[Any] = list(model.parameters())
+    if why == "empty":
+        params = [nn.Parameter(torch.ones(0, 3))]
+        set_grads(params, 0)
+    optimizer = AdamW(model if why == "the model is known" else params)
+    for _ in range(11):
         optimizer.step()
 
 
