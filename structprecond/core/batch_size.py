@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from structprecond.checks import is_count
+from structprecond.checks import A_COUNT, is_count
 from structprecond.errors import HyperparameterError, StructPrecondError
 
 GetBatchSize = Callable[[tuple[Any, ...]], int]
@@ -215,8 +215,8 @@ class Samples:
             self.shown.fill_(value)
         else:
             raise HyperparameterError(
-                f"batch_size must be an integer of at least 1, or a callable that returns one for "
-                f"the tuple of a forward's inputs, got {value!r}."
+                f"batch_size must be {A_COUNT}, or a callable that returns one for the tuple of a "
+                f"forward's inputs, got {value!r}."
             )
         if self._counter is not None:
             self._counter.close()

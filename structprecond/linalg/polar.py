@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from structprecond.checks import as_number, is_count
 from structprecond.errors import StructPrecondError
 from structprecond.linalg.precision import (
     at_least_float32,
@@ -29,6 +31,7 @@ MatmulPrecision: TypeAlias = Literal["highest", "high", "medium"]
 # Without a restart the rounding errors of R = XX' grow: 1e-3 after 5 steps, 1e-1 after 8 of Polar
 # Express. The first segment is the shortest, since its steps change the singular values the most.
 _FIRST_SEGMENT, _SEGMENT = 3, 4
+_MOST_STEPS = 1000
 
 
 class _Table(NamedTuple):
@@ -106,7 +109,7 @@ def coefficients_of(kind: CoefficientType, steps: int) -> tuple[Coefficients, ..
 
     Args:
         kind: A name of `COEFFICIENTS`, or the coefficients themselves, one triple per step.
-        steps: The number of steps, at least 1.
+        steps: The number of steps, from 1 to 1000.
 
     Raises:
         StructPrecondError: If there is no such name, or the coefficients are not made for so many
@@ -116,7 +119,12 @@ def coefficients_of(kind: CoefficientType, steps: int) -> tuple[Coefficients, ..
         >>> coefficients_of("simple", 2)
         ((3.4445, -4.775, 2.0315), (3.4445, -4.775, 2.0315))
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if isinstance(steps, int) and steps > _MOST_STEPS:
+        raise StructPrecondError(
+            f"The number of Newton-Schulz steps must be at most {_MOST_STEPS}, got {steps}. A few "
+            "are enough; polar_factor is exact."
+        )
+    if not is_count(steps):
         raise StructPrecondError(
             f"The number of Newton-Schulz steps must be an integer of at least 1, got {steps!r}."
         )
@@ -151,12 +159,15 @@ def checked_coefficients(kind: CoefficientType, steps: int) -> CoefficientType:
 
 def _custom(kind: Sequence[Coefficients], steps: int) -> tuple[Coefficients, ...]:
     try:
-        triples = tuple((float(a), float(b), float(c)) for a, b, c in kind)
-    except (TypeError, ValueError):
+        triples = tuple((as_number(a), as_number(b), as_number(c)) for a, b, c in kind)
+        fine = all(math.isfinite(number) for triple in triples for number in triple)
+    except (TypeError, ValueError, ArithmeticError):
+        triples, fine = (), False
+    if not fine:
         raise StructPrecondError(
             f"Newton-Schulz coefficients are a name ({', '.join(COEFFICIENTS)}) or a list of "
-            f"triples (a, b, c), got {kind!r}."
-        ) from None
+            f"triples (a, b, c) of finite numbers, got {kind!r}."
+        )
     if len(triples) != steps:
         raise StructPrecondError(
             f"There are {len(triples)} triples of Newton-Schulz coefficients for {steps} steps. "
