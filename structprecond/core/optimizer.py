@@ -26,7 +26,7 @@ from structprecond.core.refresh import RefreshSchedule
 from structprecond.core.report import describe
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routes, as_routing, check_names
-from structprecond.core.step import Plan
+from structprecond.core.step import Plan, all_or_nothing
 from structprecond.core.warn import warn
 from structprecond.groups import PreconditionerGroup
 from structprecond.linalg.precision import step_precision
@@ -238,8 +238,9 @@ class StructuredOptimizer(Optimizer):
             The return value of the closure.
 
         Raises:
-            StructPrecondError: If a hyperparameter, a parameter or a gradient is invalid, or if a
-                gradient is not finite or too large with `nonfinite="raise"`. Nothing is changed.
+            StructPrecondError: If a hyperparameter, a parameter, a gradient or what a hook returns
+                is invalid, or a gradient is not finite or too large with `nonfinite="raise"`.
+                Nothing is changed, nor by an error that a hook or your own strategy raises.
         """
         loss = None
         if closure is not None:
@@ -251,10 +252,11 @@ class StructuredOptimizer(Optimizer):
     @step_precision()
     def _step(self) -> None:
         plans = self.plan()
-        if self.nonfinite != "ignore":
-            problem = exclude_unusable(plans, self._names, refuse=self.nonfinite == "raise")
-            self._warn_once("skipped", problem)
-        failed = [label for plan in plans for label in plan.apply()]
+        with all_or_nothing(plans) as apply:
+            if self.nonfinite != "ignore":
+                problem = exclude_unusable(plans, self._names, refuse=self.nonfinite == "raise")
+                self._warn_once("skipped", problem)
+            failed = apply()
         if failed:
             self._warn_once(
                 "failed",

@@ -225,7 +225,9 @@ class Strategy(ABC, Generic[S]):
         """Update the state in place and return the update directions `(b, *dims)`.
 
         The core applies `p <- p - lr * direction`. `grad` is a copy that may be overwritten, also
-        with the directions.
+        with the directions. If a strategy of your own raises here or in another method, or returns
+        no floating-point tensor of that shape, the step changes nothing, in no bucket: the core
+        holds a copy of its state until all strategies from outside the library have run.
         """
 
     def due(self, steps: Tensor, phase_offsets: Tensor, every: int) -> Tensor:
@@ -251,6 +253,7 @@ class Strategy(ABC, Generic[S]):
     def constraint(self) -> Callable[[Tensor], Tensor] | None:
         """Return a function that projects stacked parameters `(b, *dims)` after every update.
 
+        It gets the moved parameters before they are written; if it fails, nothing has changed.
         Default: None, for no constraint.
         """
         return None
