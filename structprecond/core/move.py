@@ -32,16 +32,20 @@ def prepare_move(
     factors = bucket.strategy.decay_factors(hp)
     constraint = bucket.strategy.constraint()
     params: list[Tensor] = list(bucket.layout.live_params(live))
-    # the model may have been converted after construction
-    dtypes = {params[0].dtype}
-    if constraint is not None or is_low_precision(params[0].dtype):
+    # the model, or a part of it, may have been converted after construction
+    dtypes = {p.dtype for p in params}
+    low = {dtype for dtype in dtypes if is_low_precision(dtype)}
+    if constraint is not None or low == dtypes:
         values = _moved_stack(bucket, direction, rows, hp["lr"], factors)
         if constraint is not None:
             name = f"The function from {type(bucket.strategy).__name__}.constraint"
             values = usable(constraint(values), values, name)
         return partial(_write, bucket, values, rows, live, dtypes)
     updates = bucket.scatter(direction, rows, live)
-    return partial(_move, params, updates, hp["lr"], factors)
+    if not low:
+        return partial(_move, params, updates, hp["lr"], factors)
+    is_low = [p.dtype in low for p in params]
+    return partial(_move_mixed, params, updates, is_low, hp["lr"], factors)
 
 
 _Factors = tuple[float | Tensor, float | Tensor]
@@ -80,6 +84,25 @@ def _move(
     _scale(params, factors[0])
     torch._foreach_add_(params, updates, alpha=-rate)
     _scale(params, factors[1])
+
+
+def _move_mixed(
+    params: list[Tensor],
+    updates: list[Tensor],
+    is_low: list[bool],
+    rate: float | Tensor,
+    factors: _Factors,
+) -> None:
+    """Move some parameters in their own dtype, and those of low precision as `_moved_stack`."""
+    pairs = list(zip(params, updates, is_low, strict=True))
+    own = [(p, update) for p, update, low in pairs if not low]
+    _move([p for p, _ in own], [update for _, update in own], rate, factors)
+    rounded = [(p, update) for p, update, low in pairs if low]
+    values = [p.to(update.dtype) for p, update in rounded]
+    _scale(values, factors[0])
+    torch._foreach_sub_(values, torch._foreach_mul([update for _, update in rounded], rate))
+    _scale(values, factors[1])
+    torch._foreach_copy_([p for p, _ in rounded], values)
 
 
 def _scale(tensors: list[Tensor], factor: float | Tensor) -> None:
