@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from structprecond.core.batch_size import GetBatchSize, get_batch_size
+from structprecond.core.inputs import GetBatchSize, get_batch_size
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.options import FactorOptions, from_keywords
 from structprecond.core.state import State, rows_of
@@ -162,8 +162,11 @@ class SIRFShampoo(StructuredOptimizer):
         lam: Damping. Default: 1e-3.
         kappa: Weight decay, added to the preconditioned gradient. Default: 0.0.
         batch_size: The number of samples behind a gradient, or a callable from the tuple of a
-            forward's inputs to it, by which forward passes of the model are counted. Default: the
-            size of dimension 0 of the first tensor among the inputs.
+            forward's inputs to it, by which forward passes of the model are counted; if the model
+            itself is not called, those of its outermost submodules that are, where an encoder and
+            a decoder on the same samples count once. For losses that are means over tokens, pass
+            `get_token_count`. Default: `get_batch_size`, the size of dimension 0 of the first
+            tensor among the inputs.
         T: The factors are updated every T steps, or when a callable of the global step says so.
             Default: 1.
 
