@@ -1,7 +1,7 @@
 """Structured preconditioners for PyTorch: one optimizer core, every strategy, every structure."""
 
-from structprecond.core.batch_size import get_batch_size
 from structprecond.core.captured import CapturedStep
+from structprecond.core.inputs import get_batch_size, get_token_count
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.report import describe
 from structprecond.core.routing import Routing
@@ -115,5 +115,6 @@ __all__ = [
     "describe",
     "freeze_batch_norm",
     "get_batch_size",
+    "get_token_count",
     "infer_roles",
 ]

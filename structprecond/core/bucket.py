@@ -20,6 +20,8 @@ from structprecond.core.units import Unit
 from structprecond.errors import StructPrecondError
 from structprecond.structures.spec import Structure
 
+_TRUSTED = {__name__.partition(".")[0], "abc", "builtins", "typing"}
+
 
 @dataclass(frozen=True)
 class BucketKey:
@@ -38,6 +40,14 @@ class BucketKey:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of stacks and states: float32, or float64 for float64 parameters."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _runs_other_code(strategy: Strategy[Any], structures: Sequence[Structure]) -> bool:
+    classes = [type(strategy), *(s for s in structures if s is not None)]
+    bases = {base for cls in classes for base in cls.__mro__}
+    ours = {base.__module__.partition(".")[0] for base in bases} <= _TRUSTED
+    values = [getattr(strategy, f.name) for f in fields(strategy)] if ours else []
+    return not ours or any(callable(value) for value in values)
 
 
 class Bucket:
@@ -62,6 +72,8 @@ class Bucket:
             None before the first refresh.
         staggered_over: The interval for which the rows' phase offsets were assigned; None if that
             is not known.
+        runs_other_code: Whether a step calls code from outside the library: a hook, or a strategy
+            or structure of the user's own.
     """
 
     def __init__(
@@ -85,6 +97,7 @@ class Bucket:
             self.compensation = torch.zeros(self.shape, dtype=key.param_dtype, device=key.device)
         self.refresh_decomposes: bool | None = None
         self.staggered_over: int | None = None
+        self.runs_other_code = _runs_other_code(strategy, key.structures)
         self._check_names()
 
     def _check_names(self) -> None:

@@ -85,7 +85,7 @@ def with_large_gradient(plans: Sequence[Plan]) -> list[nn.Parameter]:
     found: list[nn.Parameter] = []
     for plan, sizes in zip(plans, _to_lists(norms), strict=True):
         bucket = plan.bucket
-        largest = torch.finfo(bucket.params[0].dtype).max
+        largest = min(torch.finfo(dtype).max for dtype in {p.dtype for p in bucket.params})
         limit = min(torch.finfo(bucket.dtype).max ** 0.25, largest)
         if all(size <= limit for size in sizes):
             continue

@@ -113,6 +113,6 @@ def check_batch_size(
         if bucket.strategy.needs_batch_size and any(alive):
             raise StructPrecondError(
                 f"{type(bucket.strategy).__name__} needs the batch size, but no gradient came from "
-                "a forward pass of the model in training mode. Pass batch_size= as an integer, or "
-                "assign one to optimizer.batch_size."
+                "a forward pass of the model, or of a part of it, in training mode. Pass "
+                "batch_size= as an integer, or assign one to optimizer.batch_size."
             )

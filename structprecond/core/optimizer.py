@@ -28,7 +28,7 @@ from structprecond.core.refresh import RefreshSchedule, warning_of_failures
 from structprecond.core.report import describe
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routes, UserRoutes, as_routing, settle, with_defaults
-from structprecond.core.step import Plan
+from structprecond.core.step import Plan, all_or_nothing
 from structprecond.core.warn import warn_once
 from structprecond.groups import PreconditionerGroup
 from structprecond.linalg.precision import step_precision
@@ -249,8 +249,9 @@ class StructuredOptimizer(Optimizer):
             closure: Computes the loss and the gradients; called once, at the start.
 
         Raises:
-            StructPrecondError: If a hyperparameter, a parameter or a gradient is invalid, or if a
-                gradient is not finite or too large with `nonfinite="raise"`. Nothing is changed.
+            StructPrecondError: If a hyperparameter, a parameter, a gradient or what a hook returns
+                is invalid, or a gradient is not finite or too large with `nonfinite="raise"`.
+                Nothing is changed, nor by an error that a hook or your own strategy raises.
         """
         loss = None
         if closure is not None:
@@ -263,10 +264,11 @@ class StructuredOptimizer(Optimizer):
     def _step(self) -> None:
         plans = self.plan()
         warn_once(self._warned, "idle", self._follower.idle([plan.live for plan in plans]))
-        if self.nonfinite != "ignore":
-            problem = exclude_unusable(plans, self._names, refuse=self.nonfinite == "raise")
-            warn_once(self._warned, "skipped", problem)
-        failed = [label for plan in plans for label in plan.apply()]
+        with all_or_nothing(plans) as apply:
+            if self.nonfinite != "ignore":
+                problem = exclude_unusable(plans, self._names, refuse=self.nonfinite == "raise")
+                warn_once(self._warned, "skipped", problem)
+            failed = apply()
         warn_once(self._warned, "failed", warning_of_failures(failed, self.global_step))
         self.count_step()
 

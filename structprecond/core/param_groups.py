@@ -57,8 +57,11 @@ def with_names(model: nn.Module | None, param_group: Mapping[str, Any]) -> dict[
     """Return a copy of a param group with the names of its parameters in the model.
 
     Raises:
-        GroupError: If a parameter does not belong to the model.
+        TypeError: If the group is not a mapping, as in torch.
+        GroupError: If it has no parameters, or if one does not belong to the model.
     """
+    if not isinstance(param_group, Mapping):
+        raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
     group = dict(param_group)
     if model is None or isinstance(group.get("params"), set):
         return group

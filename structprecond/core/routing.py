@@ -46,10 +46,17 @@ class Routing:
     roles: Mapping[RoleName, Strategy[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check that all values are strategies with different names."""
+        """Check that all values are strategies with different names, and that keys are texts."""
+        # before `strategies`, which hashes them
+        for strategy in (self.main, *self.rules.values(), *self.roles.values()):
+            _check_strategy(strategy)
+        if wrong := [rule for rule in (*self.rules, *self.roles) if not isinstance(rule, str)]:
+            raise StructPrecondError(
+                f"Routes are given by roles and name patterns, which are texts, got {wrong}. Call "
+                "infer_roles(model) to see names and roles."
+            )
         classes: dict[str, type] = {}
         for strategy in self.strategies:
-            _check_strategy(strategy)
             name = name_of(strategy)
             known = classes.setdefault(name, type(strategy))
             if known is not type(strategy):

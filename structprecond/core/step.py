@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from structprecond.core.bucket import Bucket
 from structprecond.core.costs import naming_units
-from structprecond.core.rounding import is_low_precision, round_stochastically
-from structprecond.core.state import Rows, on_device_of, rows_of, select
+from structprecond.core.move import prepare_move
+from structprecond.core.results import usable
+from structprecond.core.state import Rows, State, on_device_of, rows_of, select
 from structprecond.core.strategy import StepContext
 
 
@@ -86,20 +88,25 @@ class Plan:
     # --- apply -----------------------------------------------------------------------------------
 
     def apply(self) -> list[str]:
-        """Update the live units' parameters and state; return the units with failed refreshes.
+        """Update the live units' parameters and state; return the units with failed refreshes."""
+        return self.prepare()()
 
+    def prepare(self) -> Callable[[], list[str]]:
+        """Update the state; return a function that writes the parameters.
+
+        That function returns the units with failed refreshes, and calls no code of the strategy.
         Frees the gradients, so that the next bucket can use their memory.
         """
         with naming_units("making a step", self.bucket.units, self.bucket.key):
-            return self._apply()
+            return self._prepare()
 
-    def _apply(self) -> list[str]:
+    def _prepare(self) -> Callable[[], list[str]]:
         bucket = self.bucket
         due = self.due()
         live = bucket.layout.live_rows(self.live)
         if not live.any():
             self._grads = None
-            return []
+            return list
         grads, self._grads = self.grads, None
         if self.maximize:
             grads.neg_()
@@ -108,20 +115,29 @@ class Plan:
             hp["lr"] = self.recorded.lr
         before = bucket.counters.failed.clone()
         live &= ~self._begin(live, grads, hp)
-        rows = select(live)
+        rows, write = select(live), None
         if rows is not None:
             ctx = self._context(rows, select(due[rows]))
             with rows_of(bucket.state, rows) as state:
-                direction = bucket.strategy.update(state, grads[rows], hp, ctx)
+                grad = grads[rows]
+                name = f"{type(bucket.strategy).__name__}.update"
+                direction = usable(bucket.strategy.update(state, grad, hp, ctx), grad, name)
             if ctx.due is not None:
                 bucket.refresh_decomposes = ctx.decomposed
             bucket.counters.failed[rows] += ctx.failed
             if self.recorded is None:
                 self.count(rows)
-            move(bucket, direction, rows, bucket.layout.live_units(live), hp)
+            write = prepare_move(bucket, direction, rows, bucket.layout.live_units(live), hp)
         failed = bucket.counters.failed != before
         spans = zip(bucket.units, bucket.spans, strict=True)
-        return [u.label for u, span in spans if failed[span].any()] if failed.any() else []
+        labels = [u.label for u, span in spans if failed[span].any()] if failed.any() else []
+
+        def finish() -> list[str]:
+            if write is not None:
+                write()
+            return labels
+
+        return finish
 
     def count(self, rows: Rows) -> None:
         """Count an update of rows."""
@@ -165,55 +181,42 @@ class Plan:
         return fresh if waits else torch.zeros_like(fresh)
 
 
-def move(
-    bucket: Bucket, direction: Tensor, rows: Rows, live: Sequence[bool], hp: Mapping[str, Any]
-) -> None:
-    """Subtract lr times the directions from the parameters; decay and constrain them."""
-    # the model may have been converted after construction
-    if is_low_precision(bucket.params[0].dtype):
-        _move_in_float32(bucket, direction, rows, live, hp)
-        return
-    params: list[Tensor] = list(bucket.layout.live_params(live))
-    updates = bucket.scatter(direction, rows, live)
-    rate = hp["lr"]
-    if isinstance(rate, Tensor):
-        updates, rate = list(torch._foreach_mul(updates, rate)), 1.0
-    before, after = bucket.strategy.decay_factors(hp)
-    _scale(params, before)
-    torch._foreach_add_(params, updates, alpha=-rate)
-    _scale(params, after)
-    constraint = bucket.strategy.constraint()
-    if constraint is not None:
-        bucket.write_params(constraint(bucket.gather_params(rows)), rows, live)
+@contextmanager
+def all_or_nothing(plans: Sequence[Plan]) -> Iterator[Callable[[], list[str]]]:
+    """Undo what a step has changed if code from outside the library makes it fail.
 
+    Such code is in strategies, hooks and structures of the user's own. Their buckets come first:
+    their states are copied and updated, one after the other, before any parameter is written. The
+    library's own buckets need no copy, and follow when nothing can fail any more.
 
-def _move_in_float32(
-    bucket: Bucket, direction: Tensor, rows: Rows, live: Sequence[bool], hp: Mapping[str, Any]
-) -> None:
-    """Move low-precision parameters in float32, and round them once at the end."""
-    values, dtype = bucket.gather_params(rows), bucket.params[0].dtype
-    kept = bucket.compensation
-    if kept is not None:
-        values += kept[on_device_of(rows, kept)]
-    before, after = bucket.strategy.decay_factors(hp)
-    values = values.mul_(before).sub_(direction * hp["lr"]).mul_(after)
-    constraint = bucket.strategy.constraint()
-    if constraint is not None:
-        values = constraint(values)
-    if bucket.rounding == "stochastic":
-        rounded = round_stochastically(values, dtype)
-    else:
-        rounded = values.to(dtype)
-    if kept is not None:
-        values.sub_(rounded)
-        kept[on_device_of(rows, kept)] = values.to(kept.dtype)
-    bucket.write_params(rounded, rows, live)
+    Args:
+        plans: The plans of all buckets.
 
+    Yields:
+        A function that applies the plans, and returns the units with failed refreshes.
+    """
+    others = [plan for plan in plans if plan.bucket.runs_other_code]
+    kept: list[tuple[Tensor, Tensor]] = []
 
-def _scale(tensors: list[Tensor], factor: float | Tensor) -> None:
-    if isinstance(factor, Tensor):
-        torch._foreach_mul_(tensors, factor)
-    elif factor != 1.0:
-        # on the CPU, torch converts a number to a tensor for each product, at the cost of a product
-        on_cpu = tensors[0].device.type == "cpu"
-        torch._foreach_mul_(tensors, tensors[0].new_tensor(factor) if on_cpu else factor)
+    def keep(state: State) -> None:
+        kept.extend((t, t.clone()) for t in state.named_tensors().values())
+
+    def apply() -> list[str]:
+        writes = []
+        for plan in others:
+            keep(plan.bucket.state)
+            writes.append(plan.prepare())
+        kept.clear()
+        failed = [label for write in writes for label in write()]
+        own = [plan for plan in plans if not plan.bucket.runs_other_code]
+        return failed + [label for plan in own for label in plan.apply()]
+
+    if others:
+        for plan in plans:
+            keep(plan.bucket.counters)
+    try:
+        yield apply
+    except BaseException:
+        for tensor, old in kept:
+            tensor.copy_(old)
+        raise

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic
 import torch
 from torch import Tensor
 
-from structprecond.checks import check_value, is_count
+from structprecond.checks import A_COUNT, as_number, check_value, is_count
 from structprecond.core.state import ALL_ROWS, Rows, S, on_device_of
 from structprecond.errors import StructureError
 from structprecond.groups import PerParameter, PreconditionerGroup
@@ -49,23 +49,28 @@ class Hyperparameter:
 
 
 def nonnegative(default: Any) -> Hyperparameter:
-    """Return a hyperparameter for finite numbers of at least 0 (also as a one-element tensor)."""
-    return Hyperparameter(default, lambda v: 0 <= v < math.inf, "a finite number of at least 0")
+    """Return a hyperparameter for finite numbers of at least 0 (also as a tensor without axes)."""
+
+    def check(value: Any) -> bool:
+        return 0 <= as_number(value) < math.inf
+
+    return Hyperparameter(default, check, "a finite number of at least 0")
 
 
 def fraction(default: Any) -> Hyperparameter:
     """Return a hyperparameter for numbers from 0 to below 1."""
-    return Hyperparameter(default, lambda v: 0 <= v < 1, "a number from 0 to below 1")
+    return Hyperparameter(default, lambda v: 0 <= as_number(v) < 1, "a number from 0 to below 1")
 
 
 def pair_of_fractions(default: tuple[float, float]) -> Hyperparameter:
     """Return a hyperparameter for two numbers from 0 to below 1, such as Adam's betas."""
 
     def check(value: Any) -> bool:
-        first, second = value
-        return bool(0 <= first < 1 and 0 <= second < 1)
+        # a set has no order, and entries of tensors and arrays are no numbers for torch's kernels
+        fine = isinstance(value, tuple | list) and not any(isinstance(v, Tensor) for v in value)
+        return fine and len(value) == 2 and all(0 <= as_number(v) < 1 for v in value)
 
-    return Hyperparameter(default, check, "a pair of numbers from 0 to below 1")
+    return Hyperparameter(default, check, f"a pair of numbers from 0 to below 1, as in {default}")
 
 
 def flag(default: bool) -> Hyperparameter:
@@ -84,7 +89,7 @@ def interval(default: Any, operations: float = 25.0) -> Hyperparameter:
     return Hyperparameter(
         default,
         lambda v: callable(v) or is_count(v),
-        "an integer of at least 1, or a callable that returns a bool for the step",
+        f"{A_COUNT}, or a callable that returns a bool for the step",
         refresh_operations=operations,
     )
 
@@ -230,7 +235,9 @@ class Strategy(ABC, Generic[S]):
         """Update the state in place and return the update directions `(b, *dims)`.
 
         The core applies `p <- p - lr * direction`. `grad` is a copy that may be overwritten, also
-        with the directions.
+        with the directions. If a strategy of your own raises here or in another method, or returns
+        no floating-point tensor of that shape, the step changes nothing, in no bucket: the core
+        holds a copy of its state until all strategies from outside the library have run.
         """
 
     def due(self, steps: Tensor, phase_offsets: Tensor, every: int) -> Tensor:
@@ -256,6 +263,7 @@ class Strategy(ABC, Generic[S]):
     def constraint(self) -> Callable[[Tensor], Tensor] | None:
         """Return a function that projects stacked parameters `(b, *dims)` after every update.
 
+        It gets the moved parameters before they are written; if it fails, nothing has changed.
         Default: None, for no constraint.
         """
         return None

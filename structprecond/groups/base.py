@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Size, Tensor, nn
 
+from structprecond.errors import GroupError
+
 
 class PreconditionerGroup(ABC):
     """A grouping: which parameters form a unit, and as which tensor.
@@ -54,6 +56,15 @@ class PreconditionerGroup(ABC):
     @abstractmethod
     def ungroup(self, grouped_tensor: Tensor, tensor_shapes: list[Size]) -> list[Tensor]:
         """Split a grouped tensor into tensors of the given shapes: the inverse of `group`."""
+
+
+def check_pattern(rule: PreconditionerGroup, pattern: object) -> None:
+    """Raise `GroupError` unless a grouping's pattern is a text."""
+    if not isinstance(pattern, str):
+        raise GroupError(
+            f"{rule}: pattern is a text with shell wildcards that parameter names match, got "
+            f"{pattern!r}."
+        )
 
 
 def squeeze_axes(tensor: Tensor) -> Tensor:

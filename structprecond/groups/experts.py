@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from torch import Size, Tensor, nn
 
 from structprecond.errors import GroupError
-from structprecond.groups.base import PreconditionerGroup
+from structprecond.groups.base import PreconditionerGroup, check_pattern
 from structprecond.roles import RoleName, infer_roles
 
 _STACKED: tuple[RoleName, ...] = ("experts", "stack")
@@ -27,7 +27,8 @@ class StackExperts(PreconditionerGroup):
             `infer_roles` finds.
 
     Raises:
-        GroupError: If no parameter matches the pattern, or one with fewer than two axes.
+        GroupError: If the pattern is no text, or no parameter matches it, or one with fewer than
+            two axes.
 
     Example:
         >>> StackExperts().group([torch.zeros(8, 16, 4)]).shape
@@ -37,6 +38,11 @@ class StackExperts(PreconditionerGroup):
     pattern: str | None = None
     stacked = True
     requires_modules = False
+
+    def __post_init__(self) -> None:
+        """Check the pattern."""
+        if self.pattern is not None:
+            check_pattern(self, self.pattern)
 
     def identify(self, model: nn.Module) -> list[list[nn.Parameter]]:
         """Return every parameter with the weights of several experts or layers."""

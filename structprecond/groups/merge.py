@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Size, Tensor, nn
 
+from structprecond.checks import as_number
 from structprecond.errors import GroupError
 from structprecond.groups.base import PreconditionerGroup
 
@@ -39,6 +41,13 @@ def merge_shape(shape: Sequence[int], max_dim: int) -> tuple[int, ...]:
     return tuple(merged)
 
 
+def _is_size(value: Any) -> bool:
+    try:
+        return 1 <= as_number(value) < math.inf
+    except (TypeError, ArithmeticError):
+        return False
+
+
 @dataclass(frozen=True)
 class MergeDims(PreconditionerGroup):
     """Make each parameter a unit, with neighbouring axes merged while their product is small.
@@ -63,10 +72,13 @@ class MergeDims(PreconditionerGroup):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if self.max_dim < 1 or self.data_format not in ("channels_first", "channels_last"):
+        if not _is_size(self.max_dim) or self.data_format not in (
+            "channels_first",
+            "channels_last",
+        ):
             raise GroupError(
-                f"{self}: max_dim must be at least 1, and data_format 'channels_first' or "
-                "'channels_last'."
+                f"{self}: max_dim must be a finite number of at least 1, and data_format "
+                "'channels_first' or 'channels_last'."
             )
 
     def identify(self, model: nn.Module) -> list[list[nn.Parameter]]:

@@ -8,8 +8,9 @@ from fnmatch import fnmatchcase
 from einops import rearrange
 from torch import Size, Tensor, nn
 
+from structprecond.checks import is_count
 from structprecond.errors import GroupError
-from structprecond.groups.base import PreconditionerGroup
+from structprecond.groups.base import PreconditionerGroup, check_pattern
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class SplitHeads(PreconditionerGroup):
         axis: The axis to split, 0 or 1. Default: 0.
 
     Raises:
-        GroupError: If `heads` or `axis` is out of range, no parameter matches the pattern, or the
-            axis cannot be split evenly.
+        GroupError: If an argument has another type or is out of range, no parameter matches the
+            pattern, or the axis cannot be split evenly.
 
     Example:
         >>> SplitHeads("*.qkv.weight", heads=3).group([torch.zeros(12, 4)]).shape
@@ -42,8 +43,10 @@ class SplitHeads(PreconditionerGroup):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if self.heads < 1 or self.axis not in (0, 1):
-            raise GroupError(f"{self}: heads must be at least 1, and axis 0 or 1.")
+        axis_fits = self.axis in (0, 1) and isinstance(self.axis, int)
+        if not is_count(self.heads) or not axis_fits or isinstance(self.axis, bool):
+            raise GroupError(f"{self}: heads must be an integer of at least 1, and axis 0 or 1.")
+        check_pattern(self, self.pattern)
 
     def identify(self, model: nn.Module) -> list[list[nn.Parameter]]:
         """Return every parameter whose name matches the pattern."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from structprecond.checks import as_number, is_count
 from structprecond.errors import StructPrecondError
 from structprecond.linalg.precision import (
     at_least_float32,
@@ -29,6 +31,7 @@ MatmulPrecision: TypeAlias = Literal["highest", "high", "medium"]
 # Steps between restarts of the Gram form. Without restarts, errors of R = XX' grow to 1e-3 in 5
 # steps, 1e-1 in 8 (Polar Express). The first segment is shorter: singular values change most there.
 _FIRST_SEGMENT, _SEGMENT = 3, 4
+_MOST_STEPS = 1000
 
 
 class _Table(NamedTuple):
@@ -106,7 +109,7 @@ def coefficients_of(kind: CoefficientType, steps: int) -> tuple[Coefficients, ..
 
     Args:
         kind: A name of `COEFFICIENTS`, or one triple per step.
-        steps: The number of steps, at least 1.
+        steps: The number of steps, from 1 to 1000.
 
     Raises:
         StructPrecondError: If the name is unknown, or the coefficients do not fit the steps.
@@ -115,7 +118,12 @@ def coefficients_of(kind: CoefficientType, steps: int) -> tuple[Coefficients, ..
         >>> coefficients_of("simple", 2)
         ((3.4445, -4.775, 2.0315), (3.4445, -4.775, 2.0315))
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if isinstance(steps, int) and steps > _MOST_STEPS:
+        raise StructPrecondError(
+            f"The number of Newton-Schulz steps must be at most {_MOST_STEPS}, got {steps}. A few "
+            "are enough; polar_factor is exact."
+        )
+    if not is_count(steps):
         raise StructPrecondError(
             f"The number of Newton-Schulz steps must be an integer of at least 1, got {steps!r}."
         )
@@ -146,12 +154,15 @@ def checked_coefficients(kind: CoefficientType, steps: int) -> CoefficientType:
 
 def _custom(kind: Sequence[Coefficients], steps: int) -> tuple[Coefficients, ...]:
     try:
-        triples = tuple((float(a), float(b), float(c)) for a, b, c in kind)
-    except (TypeError, ValueError):
+        triples = tuple((as_number(a), as_number(b), as_number(c)) for a, b, c in kind)
+        fine = all(math.isfinite(number) for triple in triples for number in triple)
+    except (TypeError, ValueError, ArithmeticError):
+        triples, fine = (), False
+    if not fine:
         raise StructPrecondError(
             f"Newton-Schulz coefficients must be a name ({', '.join(COEFFICIENTS)}) or a list of "
-            f"triples (a, b, c), got {kind!r}."
-        ) from None
+            f"triples (a, b, c) of finite numbers, got {kind!r}."
+        )
     if len(triples) != steps:
         raise StructPrecondError(
             f"Got {len(triples)} triples of Newton-Schulz coefficients for {steps} steps. Give "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from structprecond.checks import check_flags
+from structprecond.checks import as_number, check_flags
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.options import CommonOptions, from_keywords
 from structprecond.core.state import State
@@ -70,7 +70,7 @@ class LARSStrategy(Strategy[LARSState]):
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
         "lr": nonnegative(None),
         "momentum": fraction(0.0),
-        "dampening": Hyperparameter(0.0, lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+        "dampening": Hyperparameter(0.0, lambda v: 0 <= as_number(v) <= 1, "a number from 0 to 1"),
         "weight_decay": nonnegative(0.0),
         "nesterov": flag(False),
         "trust_coefficient": nonnegative(1e-3),

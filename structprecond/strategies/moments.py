@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from structprecond.checks import as_number
 from structprecond.core.strategy import Hyperparameter, StepContext
 
 
 def fraction_or_default(default: float) -> Hyperparameter:
     """Return a hyperparameter for a number below 1; negative numbers mean `betas[1]`."""
-    return Hyperparameter(default, lambda v: v < 1, "a number below 1; negative for betas[1]")
+
+    def check(value: Any) -> bool:
+        return -math.inf < as_number(value) < 1
+
+    return Hyperparameter(default, check, "a finite number below 1; negative for betas[1]")
 
 
 def factor_decay(hp: Mapping[str, Any]) -> float:

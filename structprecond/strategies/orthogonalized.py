@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from structprecond.checks import check_choice, check_flags
+from structprecond.core.results import usable
 from structprecond.core.state import State
 from structprecond.core.strategy import (
     Hyperparameter,
@@ -60,6 +61,11 @@ class OrthogonalizedMomentumStrategy(Strategy[Any]):
         after_weight_update: Called with the stacked parameters `(b, *dims)` after the update;
             returns their new values, for constraints such as unit rows. Must not count calls, since
             gradients that may overflow are tried on a copy first. Default: None.
+
+    If a hook or `scaled_orthogonalize_fn` raises, or returns what is no floating-point tensor of
+    the right shape, the step changes nothing: no parameter, state or counter, of no layer. For
+    that, a step with hooks, or with a strategy of your own, holds a copy of the momentum until all
+    of these have run.
 
     Raises:
         StructPrecondError: If `weight_decay_method` is not one of the four.
@@ -120,27 +126,21 @@ class OrthogonalizedMomentumStrategy(Strategy[Any]):
         momentum = state.momentum_buffer.lerp_(grad, 1 - hp["momentum"])
         update = grad.lerp_(momentum, hp["momentum"]) if self.nesterov else momentum
         matrices = update.flatten(2) if update.ndim > 2 else update.unsqueeze(-1)
-        direction = self.direction(state, matrices, hp).view(grad.shape)
+        name = f"{type(self).__name__}.scaled_orthogonalize_fn"
+        # not view: a strategy of the user's own may return a transpose
+        direction = usable(self.direction(state, matrices, hp), matrices, name).reshape(grad.shape)
         if self.before_weight_update is not None:
-            direction = _returned(self.before_weight_update(ctx.params(), direction), grad)
+            given = self.before_weight_update(ctx.params(), direction)
+            direction = usable(given, grad, "before_weight_update")
         return direction
 
     def constraint(self) -> Callable[[Tensor], Tensor] | None:
         """Return the hook after the weight update."""
         hook = self.after_weight_update
-        return None if hook is None else lambda params: _returned(hook(params), params)
+        if hook is None:
+            return None
+        return lambda params: usable(hook(params), params, "after_weight_update")
 
     def direction(self, state: Any, update: Tensor, hp: Mapping[str, Any]) -> Tensor:
         """Return the directions of momenta `(b, out, in)`, for subclasses with more state."""
         return self.scaled_orthogonalize_fn(update)
-
-
-def _returned(value: Any, like: Tensor) -> Tensor:
-    """Check that a hook returned a stack of the right shape, and return it."""
-    if not isinstance(value, Tensor) or value.shape != like.shape:
-        got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
-        raise StructPrecondError(
-            f"A hook around the weight update must return a tensor of shape {tuple(like.shape)}, "
-            f"got {got}."
-        )
-    return value

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from structprecond.checks import check_choice, check_count, check_positive
+from structprecond.checks import as_number, check_choice, check_count, check_positive
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.options import FactorOptions, from_keywords
 from structprecond.core.refresh import refresh_rows
@@ -92,7 +92,9 @@ class ShampooStrategy(FactoredStrategy):
         "weight_decay": nonnegative(0.0),
         "precondition_frequency": interval(10),
         "grafting_beta2": Hyperparameter(
-            None, lambda v: v is None or 0 <= v < 1, "a number from 0 to below 1, or None"
+            None,
+            lambda v: v is None or 0 <= as_number(v) < 1,
+            "a number from 0 to below 1, or None",
         ),
         "grafting_eps": nonnegative(1e-8),
     }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from structprecond.checks import check_positive
-from structprecond.core.batch_size import GetBatchSize, get_batch_size
+from structprecond.core.inputs import GetBatchSize, get_batch_size
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.options import FactorOptions, from_keywords
 from structprecond.core.state import State, rows_of
@@ -195,7 +195,10 @@ class SIRFShampoo(StructuredOptimizer):
         lam: Damping. Default: 1e-3.
         kappa: Weight decay, added to the preconditioned gradient. Default: 0.0.
         batch_size: The number of samples behind a gradient, or a callable that returns it for the
-            tuple of a forward pass's inputs. Default: dimension 0 of the first input tensor.
+            tuple of a forward pass's inputs. If the model itself is not called, its outermost
+            submodules are watched; an encoder and a decoder on the same samples count once. For
+            losses that are means over tokens, pass `get_token_count`. Default: `get_batch_size`,
+            dimension 0 of the first input tensor.
         T: Refresh interval of the factors in steps, or a callable that returns whether to refresh
             at a global step. Default: 1.
         max_precond_dim: Axes longer than this get no dense factor. Default: 10000.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import math
 import re
 from abc import ABCMeta
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,9 @@ SUPPORTED_STRUCTURES: dict[str, type[StructuredMatrix] | None] = {
 """The names for `structures=`, with `<k>` for any positive number."""
 
 
-@cache
+_LARGEST_SIZE = 2**31 - 1  # the entries of larger blocks have no 64-bit index
+
+
 def structure_class(name: str) -> type[StructuredMatrix]:
     """Return the class of a structure by name.
 
@@ -59,20 +62,43 @@ def structure_class(name: str) -> type[StructuredMatrix]:
         name: A name of `SUPPORTED_STRUCTURES`, with a number in place of each `<k>`.
 
     Raises:
-        StructureError: If there is no such structure, or it is `"none"`, which has no class.
+        StructureError: If there is no such structure, it is `"none"`, which has no class, or its
+            number is 2^31 or more.
 
     Example:
         >>> structure_class("block64diagonal").block_size
         64
     """
+    if not isinstance(name, str):
+        raise StructureError(
+            f"A structure's name is a text, got {name!r}. Known are "
+            f"{', '.join(SUPPORTED_STRUCTURES)}."
+        )
+    return _structure_class(name)
+
+
+@cache
+def _structure_class(name: str) -> type[StructuredMatrix]:
     if match := re.fullmatch(r"block([1-9]\d*)diagonal", name):
-        return _sized(BlockDiagonalMatrix, name, block_size=int(match[1]))
+        return _sized(BlockDiagonalMatrix, name, block_size=_size(match[1]))
     if match := re.fullmatch(r"hierarchical(\d+)_(\d+)", name):
-        return _sized(HierarchicalMatrix, name, top=int(match[1]), bottom=int(match[2]))
+        return _sized(HierarchicalMatrix, name, top=_size(match[1]), bottom=_size(match[2]))
     structure = SUPPORTED_STRUCTURES.get(name)
     if structure is None or "<" in name:
         raise StructureError(f"Unknown structure {name!r}. Use one of {_known_names()}.")
     return structure
+
+
+def _size(digits: str) -> int:
+    # int() refuses thousands of digits
+    size = int(digits) if len(digits) < 100 else math.inf
+    if size > _LARGEST_SIZE:
+        raise StructureError(
+            f"A structure's name holds the number {digits[:20]}{'...' * (len(digits) > 20)}, "
+            f"expected at most {_LARGEST_SIZE}. A block as large as the axis is all of it already: "
+            "use 'dense'."
+        )
+    return int(size)
 
 
 def _sized(base: type[StructuredMatrix], name: str, **sizes: int) -> type[StructuredMatrix]:
@@ -111,7 +137,9 @@ def per_axis(value: PerAxis[T], order: int, what: str, units: str) -> tuple[T, .
     """
     if not isinstance(value, Mapping):
         return (value,) * order
-    if wrong := [key for key in value if not isinstance(key, int) or key < 1]:
+    if wrong := [
+        key for key in value if isinstance(key, bool) or not isinstance(key, int) or key < 1
+    ]:
         raise StructureError(
             f"{what}={dict(value)} has the keys {wrong}; keys must be numbers of axes, at least 1."
         )

@@ -13,12 +13,14 @@ from structprecond import (
     LARS,
     SOAP,
     AdamW,
+    LARSStrategy,
     MuonStrategy,
     PreconditionerGroup,
     StructPrecondError,
     StructuredOptimizer,
 )
 from structprecond.core.rounding import round_stochastically
+from tests.helpers import PlainDescent
 
 LOW = [torch.bfloat16, torch.float16]
 
@@ -208,3 +210,80 @@ def test_rules_without_windows_and_constraints(rounding: Any) -> None:
 def test_unknown_rounding_is_refused() -> None:
     with pytest.raises(StructPrecondError, match="rounding must be 'nearest', 'stochastic'"):
         SOAP([nn.Parameter(torch.ones(2))], rounding="up")  # type: ignore[arg-type]
+
+
+# --- models that were converted in part ----------------------------------------------------------
+
+
+def _three_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
+
+
+def _unit_norm(params: Tensor) -> Tensor:
+    return params / params.norm(dim=-1, keepdim=True)
+
+
+CONVERTED: dict[str, Any] = {
+    "AdamW": lambda model: AdamW(model, lr=0.01, weight_decay=0.1),
+    "AdamW with a tensor": lambda model: AdamW(model, lr=torch.tensor(0.01), weight_decay=0.1),
+    "SOAP": lambda model: SOAP(model, lr=0.01, precondition_frequency=1),
+    "Muon with a constraint": lambda model: StructuredOptimizer(
+        model, strategy=MuonStrategy(after_weight_update=_unit_norm)
+    ),
+    "LARS without windows": lambda model: StructuredOptimizer(
+        model,
+        strategy=LARSStrategy(),
+        hyperparameters={"lr": 0.01},
+        combine_params=(_Copying(),),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("converted", [0, 1, 2])
+@pytest.mark.parametrize("make", CONVERTED.values(), ids=CONVERTED)
+def test_each_parameter_is_rounded_in_its_own_dtype(
+    make: Any, converted: int, dtype: torch.dtype
+) -> None:
+    mixed, exact, low = _three_layers(), _three_layers(), _three_layers()
+    for model in (exact, low):  # all start from the same values
+        for p in model[converted].parameters():
+            p.data = p.data.to(dtype).to(p.dtype)
+    optimizers = [make(model) for model in (mixed, exact, low)]
+    mixed[converted].to(dtype)
+    low.to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        starts = [p.detach().clone() for p in mixed.parameters()]
+        for p, q, r in zip(*(m.parameters() for m in (mixed, exact, low)), strict=True):
+            # gradients that all dtypes hold, and the same parameters in each step
+            grad = torch.randn(p.shape, generator=generator).bfloat16().half().float()
+            for parameter in (p, q, r):
+                parameter.grad = grad.to(parameter.dtype)
+        for model, start in ((exact, starts), (low, starts)):
+            for p, value in zip(model.parameters(), start, strict=True):
+                p.data.copy_(value)
+        for optimizer in optimizers:
+            optimizer.step()
+        for i, layer in enumerate(mixed):
+            expected = low[i] if i == converted else exact[i]
+            for p, q in zip(layer.parameters(), expected.parameters(), strict=True):
+                assert p.dtype == (dtype if i == converted else torch.float32)
+                assert torch.equal(p, q)
+
+
+def test_an_update_too_large_for_a_converted_layer_is_skipped() -> None:
+    model: Any = _three_layers()
+    optimizer = StructuredOptimizer(model, strategy=PlainDescent(), hyperparameters={"lr": 10.0})
+    model[2].half()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    # its norm leaves the range of float16, and that of float32 by far not
+    model[2].weight.grad.fill_(3e4)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.warns(UserWarning, match=r"2\.weight are too large"):
+        optimizer.step()
+    assert torch.equal(model[2].weight, before[4])
+    assert not any(torch.equal(p, q) for p, q in zip(model[:2].parameters(), before, strict=False))
+    assert optimizer.skipped == 1
