@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -16,6 +17,12 @@ _QUIET = [HealthCheck.differing_executors, HealthCheck.too_slow]
 settings.register_profile("default", max_examples=15, deadline=None, suppress_health_check=_QUIET)
 settings.register_profile("nightly", max_examples=500, deadline=None, suppress_health_check=_QUIET)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_finish() -> None:
+    """Let Python's garbage collector look at what the tests make, and at nothing older."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,12 @@
 """Compare optimizers on the training job of the examples.
 
-For each optimizer, a grid of learning rates is searched with one seed; then the best one runs with
-other seeds. Every finished run is one line of a file, so the comparison can be stopped and started
-again: it goes on with the first run that is missing. The file does not know the other settings in
-`optimizers.py`: start a new one after changing them.
+For each optimizer, one seed searches a grid of learning rates; the best one then runs with other
+seeds. Every finished run is a line in a file, so an interrupted comparison resumes with the first
+missing run. The file does not record the other settings in `optimizers.py`: start a new file after
+changing them.
 
     python benchmarks/compare.py                # do the missing runs
-    python benchmarks/compare.py --report       # a table, and a picture beside the file
+    python benchmarks/compare.py --report       # print a table, and plot next to the file
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Results:
     """The finished runs of one job, kept in a file.
 
     Args:
-        path: The file, one JSON object per line. It may hold runs of other jobs too.
-        job: The settings that all runs have in common.
+        path: The file, one JSON object per line. It may also hold runs of other jobs.
+        job: The settings that all runs share.
     """
 
     def __init__(self, path: Path, job: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ class Results:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
-                continue  # killed while it was written: the run counts as missing
+                continue  # a killed process left half a line: the run counts as missing
             if record["job"] == job:
                 run = Run(**record["run"])
                 self.runs[run.name, run.lr, run.seed] = run
@@ -68,7 +68,7 @@ class Results:
         self.cut_off = False
 
     def get(self, name: str, lr: float, seed: int) -> Run:
-        """Look up a finished run."""
+        """Return a finished run."""
         return self.runs[name, lr, seed]
 
 
@@ -77,8 +77,8 @@ class Outcome:
     """The runs of one optimizer.
 
     Attributes:
-        tuning: A run of each learning rate of the grid.
-        repeats: Runs of the best learning rate, with seeds that were not used to find it.
+        tuning: One run per learning rate of the grid.
+        repeats: Runs of the best learning rate with other seeds.
     """
 
     tuning: list[Run]
@@ -101,14 +101,11 @@ class Outcome:
 
     @property
     def step_seconds(self) -> float:
-        """The time of a step: a median of medians, so that a busy machine does not decide."""
+        """The time of a step: a median of medians, robust to a busy machine."""
         return statistics.median(run.step_seconds for run in self.repeats)
 
     def steps_to(self, baseline: Outcome) -> float | None:
-        """The mean number of steps to the baseline's final loss, seed by seed.
-
-        None if a run does not get there.
-        """
+        """The mean over seeds of the steps to the baseline's final loss; None if a run fails."""
         reached = [
             run.time_to(loss) for run, loss in zip(self.repeats, baseline.losses, strict=True)
         ]
@@ -120,9 +117,9 @@ def outcome(name: str, get: Callable[[str, float, int], Run], grid: int, seeds: 
 
     Args:
         name: The optimizer.
-        get: Where a run comes from, given the name, a learning rate and a seed.
+        get: Returns the run for a name, a learning rate and a seed.
         grid: The number of learning rates, each twice the one before.
-        seeds: The number of runs with the best of them.
+        seeds: The number of runs with the best learning rate.
     """
     middle = OPTIMIZERS[name].middle
     tuning = [get(name, middle * 2.0 ** (i - grid // 2), TUNING_SEED) for i in range(grid)]
@@ -132,7 +129,7 @@ def outcome(name: str, get: Callable[[str, float, int], Run], grid: int, seeds: 
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
-    """Compare optimizers with the first of them."""
+    """Compare optimizers with the first one."""
     baseline = outcomes[0]
     rows = []
     for this in outcomes:
@@ -160,14 +157,14 @@ def report(outcomes: Sequence[Outcome]) -> str:
 
 
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Draw loss by step, loss by time, and final loss by learning rate."""
+    """Plot loss over steps, loss over time, and final loss over learning rates."""
     figure, panels = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     by_step, by_time, by_lr = panels
     by_time.sharey(by_step)
     for color, this in enumerate(outcomes):
         style: dict[str, Any] = {"color": f"C{color}", "label": f"{this.name}, lr {this.lr:g}"}
         for run in this.repeats:
-            # Not the untrained model's loss, beside which all curves look the same.
+            # Without the untrained model's loss, which would flatten the curves.
             steps = [step for step, _, _ in run.curve[1:]]
             losses = [loss for _, _, loss in run.curve[1:]]
             by_step.plot(steps, losses, **style)
@@ -205,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
 
     shape = shape_of(args)
-    # The text to learn is the interpreter's own library, so its version is part of the job.
+    # The text is the interpreter's standard library, so its version is part of the job.
     job = {"steps": args.steps, **asdict(shape), "python": platform.python_version()}
     results = Results(args.out, job)
     if args.report:

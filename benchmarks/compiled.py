@@ -1,8 +1,8 @@
-"""What compiled kernels would gain: steps as they are, and with the parts of strategies compiled.
+"""What compiled kernels would gain: eager steps against steps with compiled strategy methods.
 
-The methods that hold a strategy's elementwise operations are replaced by what `torch.compile` makes
-of them; eager and compiled optimizers step in turn on the same gradients. Only ordinary steps
-count, since refreshes are decompositions and products.
+`torch.compile` compiles the methods with a strategy's elementwise operations. Eager and compiled
+optimizers step alternately on the same gradients. Only steps without refreshes count, since
+refreshes are decompositions and products.
 
     python benchmarks/compiled.py --workloads W1 W2
 """
@@ -24,12 +24,12 @@ from structprecond import KLShampoo, Muon
 from structprecond.strategies.kl import KLShampooStrategy
 from structprecond.strategies.orthogonalized import OrthogonalizedMomentumStrategy
 
-# torch's fused kernel, which is most of what SOAP and AdamW do besides products, cannot be compiled
+# SOAP and AdamW are missing: besides products, they mainly run torch's fused kernel
 CASES: dict[str, tuple[Callable[..., torch.optim.Optimizer], type, Sequence[str]]] = {
     "KLShampoo": (KLShampoo, KLShampooStrategy, ["_direction", "_accumulate"]),
     "Muon": (Muon, OrthogonalizedMomentumStrategy, ["update"]),
 }
-"""For each optimizer its class, its strategy's class, and the methods to compile."""
+"""The class of each optimizer, its strategy's class, and the methods to compile."""
 
 
 class Compiled(Contestant):
@@ -58,7 +58,7 @@ def _compile(function: Any) -> Any:
 
 
 def ordinary_step(contestant: Contestant) -> float:
-    """Return the mean over a cycle but for its slowest step, which refreshes."""
+    """Return the mean over a cycle without its slowest step, the refresh."""
     return statistics.fmean(sorted(contestant.cycle(1 + CYCLE))[:-1])
 
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> list[tuple[str, str, float]]:
     rows = []
     for workload in args.workloads:
         for name in args.optimizers:
-            torch.compiler.reset()  # it keeps a limited number of versions per function
+            torch.compiler.reset()  # the compiler keeps a limited number of versions per function
             build, owner, methods = CASES[name]
             model = WORKLOADS[workload]()
             eager = Contestant(name, build, model)

@@ -1,4 +1,4 @@
-"""Who is timed: our optimizers, and those of other packages with the same settings."""
+"""The contestants: our optimizers, and those of other packages with the same settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STRUCTURES = ("dense", "diagonal", "block30diagonal", "hierarchical15_15", "tril
 
 
 def _matrices_apart(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return what Muon treats, and the rest, as our roles would have it."""
+    """Return Muon's parameters and the others, as our roles split them."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     params = list(model.parameters())
     matrices = [p for p in params if p.ndim >= 2 and id(p) not in embeddings]
@@ -32,7 +32,7 @@ _MUON: dict[str, Any] = {"lr": 1e-3, "momentum": 0.95, "weight_decay": 0.1, "nes
 
 
 def our_muon(model: nn.Module, precision: MatmulPrecision = "highest") -> torch.optim.Optimizer:
-    """Make Muon as torch has it; a last linear layer is no head here."""
+    """Make Muon with torch's settings; the last linear layer is not a head here."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return Muon(
         model,
@@ -49,7 +49,7 @@ class TorchMuon(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, float32: bool) -> None:
         matrices, rest = _matrices_apart(model)
-        # torch's Muon takes matrices only; views share their memory with the convolutions
+        # torch's Muon takes only matrices; these views share the convolutions' memory
         self.views = [nn.Parameter(p.detach().flatten(1)) for p in matrices]
         self.matrices, self.float32 = matrices, float32
         self.parts: list[torch.optim.Optimizer] = [torch.optim.Muon(self.views, **_MUON)]
@@ -109,9 +109,9 @@ def _pytorch_optimizer_muon(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _sirfshampoo(structure: str) -> Build:
-    """Return the package's optimizer with the structures that the package `singd` provides.
+    """Return the package's optimizer with the structures of the package `singd`.
 
-    The release on the index enables dense factors alone; its class attribute takes the others.
+    The release on the package index supports only dense factors; a class attribute adds the others.
     """
 
     def build(model: nn.Module) -> torch.optim.Optimizer:
@@ -148,7 +148,7 @@ RACES: Mapping[str, Mapping[str, Build]] = {
     "soap": {
         OURS: partial(SOAP, **_SOAP),
         "structprecond, staggered": partial(SOAP, refresh="staggered", **_SOAP),
-        # by default it leaves out axes above 2048 and merges those of convolutions
+        # its defaults skip axes above 2048 and merge those of convolutions
         "heavyball": _heavyball("SOAP", max_precond_dim=10000, merge_dims=False, **_SOAP),
         "pytorch_optimizer": partial(_pytorch_optimizer_soap, **_SOAP),
     },

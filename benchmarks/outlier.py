@@ -1,8 +1,8 @@
-"""What one gradient that is 1e5 times too large does to a run, and how long it lasts.
+"""How one gradient that is 1e5 times too large affects a run, and for how long.
 
-A small noisy regression of 100 steps; the gradient of step 50 is replaced by noise. The median over
-the seeds of: the loss before, the worst loss after, the steps until the loss is at most 1.5 times
-that before again, and the last loss, beside that of a run without the outlier.
+A small noisy regression of 100 steps; noise replaces the gradient of step 50. Prints medians over
+the seeds: the loss before, the worst loss after, the steps until the loss is at most 1.5 times the
+loss before, the last loss, and the last loss of a run without the outlier.
 
     python benchmarks/outlier.py
 """
@@ -80,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 def _steps_to_recover(run: Sequence[float]) -> int:
-    """Return the steps from the outlier until the loss has come down again, STEPS if never."""
+    """Return the number of steps from the outlier until recovery, STEPS if never."""
     after = run[OUTLIER + 1 :]
-    # from the worst on: a loss that is still to rise has not recovered
+    # start at the worst loss: before it, the loss has not recovered
     worst = max(range(len(after)), key=after.__getitem__)
     steps = (i for i in range(worst, len(after)) if after[i] <= 1.5 * run[OUTLIER])
     return next(steps, STEPS - 1) + 1

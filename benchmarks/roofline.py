@@ -1,13 +1,12 @@
-"""How close steps come to what the machine can do: measured time over the floor.
+"""How close steps come to the machine's limits: measured time over the floor.
 
-The floor of a strategy on a workload is the time of the matrix products and decompositions that it
-cannot do without, each measured by itself on stacks of the same shapes with the memory ready, plus
-the bytes that have to be read and written at least once, over the memory rate of a large copy.
-Symmetric products count in full, although steps compute half of those with 768 rows and more.
+The floor of a strategy on a workload is the time of its necessary matrix products and
+decompositions, each timed alone on stacks of the same shapes in allocated memory, plus the time to
+read and write the necessary bytes at the rate of a large copy. Symmetric products count in full,
+although from 768 rows on steps compute only half of them.
 
-The machine's rates and a refresh cycle of steps are measured in turns, since others may use the
-machine too; floor and measured time are medians over these rounds, that of each step of a cycle by
-itself.
+The machine's rates and refresh cycles of steps are measured alternately, since others may use the
+machine. Floor and measured time are medians over these rounds, separately for each step of a cycle.
 
     python benchmarks/roofline.py --workloads W1 W2 W4
 """
@@ -42,12 +41,12 @@ FLOAT = 4
 
 @dataclass
 class Floor:
-    """What a step costs at least, averaged over a refresh cycle.
+    """The least cost of a step, averaged over a refresh cycle.
 
     Args:
-        products: How often each stack of products is needed per step.
-        decompositions: How often each stack of QR decompositions `(b, n, n)` is needed per step.
-        bytes: What has to be moved per step.
+        products: The number of times per step that each stack of products is needed.
+        decompositions: The number of QR decompositions of each stack `(b, n, n)` per step.
+        bytes: The number of bytes moved per step.
     """
 
     products: Counter[Product]
@@ -55,18 +54,18 @@ class Floor:
     bytes: float
 
     def milliseconds(self, rates: Rates) -> float:
-        """Return the time of all of it."""
+        """Return the total time."""
         products = sum(share * rates.product(key) for key, share in self.products.items())
         qr = sum(share * rates.qr(key) for key, share in self.decompositions.items())
         return products + qr + 1e3 * self.bytes / rates.bandwidth
 
     def flops(self) -> float:
-        """Return the operations of the products."""
+        """Return the number of operations of the products."""
         return sum(share * 2 * b * m * k * n for (b, m, k, n), share in self.products.items())
 
 
 class Rates:
-    """What this machine does bare, measured on demand."""
+    """The rates of this machine, measured on demand."""
 
     def __init__(self) -> None:
         self.known: dict[object, float] = {}
@@ -112,9 +111,9 @@ def stacks(model: nn.Module) -> Iterator[tuple[int, torch.Size]]:
 def soap_floor(model: nn.Module) -> Floor:
     """Return the floor of SOAP: six products a step, and a refresh every ten.
 
-    Each axis k of a gradient takes a projection, a projection back and an outer product; at a
-    refresh, one product and one QR for its factor, and the first moment goes back and forth. A
-    gradient is read, a parameter and two moments are read and written; the factors too.
+    Each axis k of a gradient takes a projection, a projection back and an outer product. A refresh
+    takes one product and one QR per factor, and rotates the first moment twice. A step reads
+    gradients, and reads and writes parameters, two moments and factors.
     """
     floor = Floor(Counter(), Counter(), 0.0)
     for count, shape in stacks(model):
@@ -137,8 +136,7 @@ def soap_floor(model: nn.Module) -> Floor:
 def muon_floor(model: nn.Module, steps: int = 5) -> Floor:
     """Return the floor of Muon: the cheaper form of the iteration for each shape.
 
-    A gradient is read, a parameter and the momentum are read and written; what AdamW treats has one
-    more moment.
+    A step reads gradients, and reads and writes parameters and momentum; AdamW has one more moment.
     """
     floor = Floor(Counter(), Counter(), 0.0)
     roles = infer_roles(model)

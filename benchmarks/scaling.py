@@ -1,7 +1,6 @@
-"""How cost grows: start-up and construction, steps by the number of layers and by their width.
+"""How cost grows: start-up and construction, and steps by number and width of layers.
 
-Exponents are slopes of straight lines through logarithms: 1 is linear growth, 3 is that of matrix
-products.
+Exponents are slopes of lines through logarithms: 1 means linear growth, matrix products have 3.
 
     python benchmarks/scaling.py
 """
@@ -34,20 +33,20 @@ print(time.perf_counter() - start)
 
 
 def import_seconds(repeats: int = 5) -> float:
-    """Return how long the import takes on top of torch's, in fresh processes."""
+    """Return the time of the import on top of torch's, in fresh processes."""
     command = [sys.executable, "-c", _IMPORT]
     runs = (subprocess.run(command, check=True, capture_output=True) for _ in range(repeats))
     return statistics.median(float(run.stdout) for run in runs)
 
 
 def construction_seconds(build: Build, count: int, repeats: int = 5) -> float:
-    """Return how long constructing an optimizer of `count` parameters takes.
+    """Return the time to construct an optimizer of `count` parameters.
 
-    Without Python's garbage collector, as timeit does it: a pass over all objects takes
-    as long as constructing thousands of parameters, and falls into it or not.
+    timeit turns off Python's garbage collector: a pass over all objects would take as long as
+    constructing thousands of parameters.
     """
     model = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(count))
-    build(model)  # the first optimizer of a process imports torch's compiler
+    build(model)  # the first optimizer in a process imports torch's compiler
     return statistics.median(timeit.repeat(lambda: build(model), number=1, repeat=repeats))
 
 

@@ -1,14 +1,14 @@
 """Time `optimizer.step()`: all contestants of a race interleaved in one run, on the same gradients.
 
-Prints a table per race: the mean over a refresh cycle of ten steps (one for SIRF-Shampoo, which is
-refreshed at every step), each of which is represented by its median over all cycles; the slowest of
-them; state; and the memory that a step needs on top.
+Prints a table per race. Each step of a refresh cycle (ten steps; one for SIRF-Shampoo) counts with
+its median over all cycles. The columns are the mean over the cycle, its slowest step, the state,
+and the extra memory of a step.
 
     python benchmarks/step_time.py --workloads W1 --races soap "muon, float32" --json times.json
     python benchmarks/step_time.py --report times.json
 
-Contestants that cannot be imported, or fail at their first step, are left out and named.
-`--peer-path` adds a directory to the places where packages are looked for.
+Contestants that fail to import or fail at their first step are skipped with a message.
+`--peer-path` adds a directory to the import path.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Result:
         mean: The mean over a refresh cycle.
         worst: The slowest step of the cycle.
         state: The bytes of state per parameter.
-        peak: The bytes per parameter that a step needs on top of state and gradients; None if
+        peak: The bytes per parameter that a step needs besides state and gradients; None if
             unknown.
     """
 
@@ -77,7 +77,7 @@ class Contestant:
         self.times: list[float] = []
 
     def step(self, seed: int) -> None:
-        """Make one timed step; gradients are made before the clock starts."""
+        """Make one timed step; making gradients is not timed."""
         fill_gradients(self.model, seed)
         device = next(self.model.parameters()).device
         if device.type == "cuda":
@@ -89,11 +89,11 @@ class Contestant:
         self.times.append(1e3 * (time.perf_counter() - start))
 
     def cycle(self, settled: int, length: int = CYCLE) -> list[float]:
-        """Return the median time of each step of a cycle, from step number `settled` on."""
+        """Return the median time of each step of a cycle, from step `settled` on."""
         return [statistics.median(self.times[settled + i :: length]) for i in range(length)]
 
     def result(self, workload: str, race: str, settled: int, cycle: int) -> Result:
-        """Sum up the steps from number `settled` on, and measure memory with one more cycle."""
+        """Summarize the steps from `settled` on, and measure memory with one more cycle."""
         numel = sum(p.numel() for p in self.model.parameters())
         steps = self.cycle(settled, cycle)
         state = state_bytes(self.optimizer) / numel
@@ -105,7 +105,7 @@ class Contestant:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of all state, each piece of memory counted once."""
+    """Return the bytes of all state, counting shared memory once."""
     found: dict[tuple[int, int], int] = {}
     params = {p.data_ptr() for group in optimizer.param_groups for p in group["params"]}
 
@@ -125,7 +125,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
         elif hasattr(value, "__dict__") and not isinstance(value, nn.Module):
             add(vars(value))
 
-    # other packages keep some of it in attributes
+    # other packages keep some state in attributes
     add(optimizer.state)
     if not isinstance(optimizer, StructuredOptimizer):
         add({k: v for k, v in vars(optimizer).items() if k not in ("param_groups", "defaults")})
@@ -133,7 +133,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def peak_bytes(contestant: Contestant, cycle: int) -> int | None:
-    """Return the most memory that was in use during a cycle beyond that at its start."""
+    """Return the peak memory during a cycle, above the memory before each step."""
     device = next(contestant.model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -146,7 +146,7 @@ def peak_bytes(contestant: Contestant, cycle: int) -> int | None:
     for seed in range(cycle):
         fill_gradients(contestant.model, seed)
         try:
-            # give freed memory back, and let the kernel forget the peak so far
+            # return freed memory, and reset the kernel's peak
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
@@ -158,7 +158,7 @@ def peak_bytes(contestant: Contestant, cycle: int) -> int | None:
 
 
 def _resident(field: str) -> int:
-    """Return a figure of this process's memory, in bytes."""
+    """Return a memory statistic of this process, in bytes."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split(f"{field}:")[1].split()[0])
 
@@ -166,7 +166,7 @@ def _resident(field: str) -> int:
 def race(
     workload: str, name: str, builds: Mapping[str, Build], cycles: int, device: str
 ) -> list[Result]:
-    """Let all contestants step in turn, for a cycle to warm up and `cycles` that count."""
+    """Step all contestants alternately, for a warm-up cycle and `cycles` that count."""
     model = WORKLOADS[workload]().to(device)
     contestants = []
     for who, build in builds.items():
@@ -179,7 +179,7 @@ def race(
     # SOAP initializes at its first step, so cycles start after it
     settled = 1 + cycle
     for step in range(1, settled + cycle * cycles):
-        # who goes first takes turns, so that nobody profits from another's warm caches
+        # rotate the order, so that nobody always profits from another's warm caches
         turn = step % len(contestants)
         for contestant in contestants[turn:] + contestants[:turn]:
             contestant.step(step)
@@ -190,7 +190,7 @@ def race(
 
 
 def _can_step(contestant: Contestant) -> bool:
-    """Make the first step; return False if another package fails at it."""
+    """Make the first step; return False if another package fails."""
     try:
         contestant.step(0)
     except Exception as error:
@@ -202,7 +202,7 @@ def _can_step(contestant: Contestant) -> bool:
 
 
 def report(results: Sequence[Result]) -> str:
-    """Lay out Markdown tables, one per race; the ratio is to the fastest other package."""
+    """Return Markdown tables, one per race; ratios are relative to our optimizer."""
     lines = []
     for race_name in dict.fromkeys(r.race for r in results):
         lines += [
@@ -227,7 +227,7 @@ def report(results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Draw the time of each contestant relative to ours, race by race."""
+    """Plot the time of each contestant relative to ours, race by race."""
     races = list(dict.fromkeys((r.race, r.workload) for r in results))
     figure, axes = plt.subplots(figsize=(9, 0.6 + 0.32 * len(results)), layout="constrained")
     labels: list[str] = []
@@ -248,7 +248,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
-    """Run the races, or report on those of a file."""
+    """Run the races, or report on those in a file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -260,10 +260,10 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     parser.add_argument(
         "--onednn",
         action="store_true",
-        help="let all contestants multiply in oneDNN, as ours do on AMD (see docs/performance.md)",
+        help="use oneDNN products for all contestants, as ours on AMD (see docs/performance.md)",
     )
     parser.add_argument("--peer-path", type=Path, action="append", default=[])
-    parser.add_argument("--json", type=Path, help="write the results here, and a plot beside")
+    parser.add_argument("--json", type=Path, help="write the results here, and a plot next to it")
     parser.add_argument("--report", type=Path, help="print the tables of such a file")
     args = parser.parse_args(argv)
     if args.report:

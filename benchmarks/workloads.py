@@ -1,4 +1,4 @@
-"""The models whose steps are timed, with random gradients by seed."""
+"""The models whose steps are timed, and their random gradients."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 def transformer_matrices(
     layers: int = 4, width: int = 256, gated: bool = True, vocabulary: int = 0
 ) -> nn.Module:
-    """Return the weights of a transformer: q, k, v, o, an MLP of 4 times the width, perhaps more.
+    """Return the weights of a transformer: q, k, v, o, and an MLP of 4 times the width.
 
     Args:
         layers: The number of layers.
         width: Their width.
         gated: Whether the MLP has a third matrix.
-        vocabulary: If above 0, each layer has two norm vectors, and there is an embedding.
+        vocabulary: If above 0, adds an embedding, and two norm vectors per layer.
     """
     block = [(width, width)] * 4 + [(width, 4 * width)] * (1 + gated) + [(4 * width, width)]
     parts: list[nn.Module] = [nn.Embedding(vocabulary, width)] if vocabulary else []
@@ -52,7 +52,7 @@ WORKLOADS: dict[str, Callable[[], nn.Module]] = {
 
 
 def fill_gradients(model: nn.Module, seed: int) -> None:
-    """Give every parameter a random gradient, as large as those of a mean over a batch are."""
+    """Give every parameter a random gradient with an expected squared norm of 1."""
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         grad = torch.randn(p.shape, generator=generator) / p.numel() ** 0.5

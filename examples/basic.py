@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     model = nn.Sequential(
         nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)
     )
-    # matrices are rotated in blocks of 16 rows on one axis and as a whole on the other one
+    # weights: rotate the output axis in blocks of 16 and the whole input axis; biases: no rotation
     optimizer = SOAP(model, lr=0.02, structures={1: "none", 2: ("block16diagonal", "dense")})
     print(describe(optimizer))
 

@@ -1,8 +1,8 @@
 """A small character-level language model: the training job that the examples share.
 
-The model is a decoder-only transformer, the data is the source text of the Python standard library
-that runs this program, so nothing has to be downloaded. Weights, batches and schedule depend on the
-seed alone: with the same seed, two optimizers start from the same weights and see the same batches.
+The model is a decoder-only transformer. The data is the source text of the running Python's
+standard library, so nothing is downloaded. Weights, batches and schedule depend only on the seed:
+with the same seed, two optimizers start from the same weights and see the same batches.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-# Newline and printable ASCII have a token each; every other byte is the last token, "unknown".
+# One token for newline and for each printable ASCII character; the last token is "unknown".
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 VOCABULARY = len(ALPHABET) + 1
 
-# Installed packages, tests, tables and programs with windows: no part of the text to learn.
+# Installed packages, tests, tables and GUI programs are not part of the text.
 LEFT_OUT = frozenset(
     "site-packages dist-packages test tests encodings pydoc_data distutils lib2to3 ensurepip "
     "idlelib tkinter turtledemo".split()
@@ -125,8 +125,8 @@ def load_corpus(limit: int = 8_000_000) -> Corpus:
         limit: The largest number of characters to use, training and validation together.
 
     Returns:
-        The tokens. A hash of a file's name decides on its turn and on its part: a tenth of the
-        files is for validation.
+        The tokens. A hash of a file's name decides its order and its split: a tenth of the files
+        is for validation.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     names = (path.relative_to(root) for path in root.rglob("*.py"))
@@ -145,7 +145,7 @@ def batches(
     shape: Shape,
     seed: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # inputs and targets, each (batch, context)
-    """Draw random windows of the text without end, the same ones for the same seed."""
+    """Draw random windows of the text endlessly; equal seeds draw equal windows."""
     generator = torch.Generator().manual_seed(seed)
     window = torch.arange(shape.context + 1)
     while True:
@@ -170,17 +170,17 @@ def evaluate(model: nn.Module, held_out: list[tuple[Tensor, Tensor]]) -> float:
 
 @dataclass
 class Run:
-    """One training run: what was asked for, and what came out.
+    """The settings and the results of a training run.
 
     Attributes:
         name: The optimizer's name.
         lr: The peak learning rate.
         seed: The seed of the weights and of the batches.
         steps: The length of the schedule.
-        curve: (step, training seconds until then, validation loss); evaluations take no time.
+        curve: (step, training seconds so far, validation loss); evaluations are not timed.
         step_seconds: The time of a training step: the median over stretches of 20 steps of their
-            mean, so that neither a busy moment nor a rare expensive step is lost or decides.
-        diverged: Whether a loss that is not finite ended the run early.
+            mean. It includes rare expensive steps, but not busy moments of the machine.
+        diverged: Whether a non-finite loss ended the run early.
     """
 
     name: str
@@ -197,9 +197,9 @@ class Run:
         return math.inf if self.diverged else self.curve[-1][2]
 
     def time_to(self, loss: float) -> tuple[float, float] | None:
-        """Find the step and the seconds at which the validation loss came down to `loss`.
+        """Return the step and the seconds at which the validation loss reached `loss`.
 
-        Between two evaluations the curve is a straight line. None if it never came down so far.
+        Interpolates linearly between evaluations. None if the loss was never reached.
         """
         for before, after in pairwise(self.curve):
             if after[2] <= loss < before[2]:
@@ -228,13 +228,13 @@ def train(
     """Train a new model.
 
     Args:
-        run: The record to fill in, which says what to do.
+        run: The settings, and the record to fill in.
         make_optimizer: Makes the optimizer from the model and the peak learning rate.
         shape: The sizes of the model and of a batch.
         corpus: The text.
         eval_every: The number of steps between two evaluations.
-        eval_batches: The number of validation batches, the same ones in every evaluation.
-        quiet: Whether to hide the progress bar. None hides it where there is no terminal.
+        eval_batches: The number of validation batches, the same in every evaluation.
+        quiet: Whether to hide the progress bar. None hides it without a terminal.
 
     Returns:
         The record.

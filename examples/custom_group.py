@@ -1,4 +1,4 @@
-"""A grouping rule of your own: which parameters are preconditioned as one tensor.
+"""Your own grouping: which parameters are preconditioned as one tensor.
 
 Usage: python examples/custom_group.py [--steps 200]
 """
@@ -16,7 +16,7 @@ from structprecond import FlattenAndConcatenate, PerParameter, SIRFShampoo, Spli
 
 @dataclass(frozen=True)
 class NormWeightBias(FlattenAndConcatenate):
-    """Treat scale and shift of each layer norm as one vector, so that they share one factor."""
+    """Group weight and bias of each layer norm into one vector, which has one factor."""
 
     def identify(self, model: nn.Module) -> list[list[nn.Parameter]]:
         """Return weight and bias of every layer norm."""
@@ -49,12 +49,12 @@ class Block(nn.Module):
         self.norm, self.attention = nn.LayerNorm(width), Attention(width, heads)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Add what attention finds."""
+        """Add the output of attention."""
         return x + self.attention(self.norm(x))  # type: ignore[no-any-return]
 
 
 def main(argv: list[str] | None = None) -> list[float]:
-    """Learn to copy the value that stands three places before; return the losses."""
+    """Learn to copy the value three places back; return the losses."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args(argv)
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     optimizer = SIRFShampoo(
         model,
         lr=0.02,
-        # the first rule that fits wins: every head of q, k and v has factors of its own
+        # the first matching grouping wins: every head of q, k and v has its own factors
         combine_params=(
             NormWeightBias(),
             SplitHeads("*.attention.qkv.weight", heads=3 * heads),

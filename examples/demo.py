@@ -1,7 +1,7 @@
 """Train a small language model with AdamW and with a structured preconditioner.
 
-Both get the same weights, batches, schedule and number of steps. The learning rates are those of
-`optimizers.py`, found with `benchmarks/compare.py` and not tuned here.
+Both get the same weights, batches, schedule and number of steps. The learning rates come from
+`optimizers.py`, where `benchmarks/compare.py` found them; they are not tuned here.
 
     python examples/demo.py
 """
@@ -25,18 +25,18 @@ from optimizers import OPTIMIZERS
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
-    """Let the sizes of the job be given on the command line."""
+    """Add command-line arguments for the sizes of the job."""
     for size in fields(Shape):
         parser.add_argument(f"--{size.name}", type=int, default=size.default)
 
 
 def shape_of(args: argparse.Namespace) -> Shape:
-    """Read the sizes back."""
+    """Return the sizes from the command line."""
     return Shape(**{size.name: getattr(args, size.name) for size in fields(Shape)})
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a Markdown table, its first column aligned left and the others right."""
+    """Return a Markdown table with a left-aligned first column; the others are right-aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
     return "\n".join(
@@ -51,7 +51,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def summary(runs: Sequence[Run]) -> str:
-    """Compare finished runs with the first of them."""
+    """Compare finished runs with the first one."""
     first = runs[0]
     rows = []
     for run in runs:
@@ -68,11 +68,11 @@ def summary(runs: Sequence[Run]) -> str:
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:
-    """Draw the validation loss by step and by time."""
+    """Plot the validation loss over steps and over time."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for column, (panel, unit) in enumerate(zip(panels, ("step", "training seconds"), strict=True)):
         for run in runs:
-            # Not the untrained model's loss, beside which all curves look the same.
+            # Without the untrained model's loss, which would flatten the curves.
             curve = run.curve[1:]
             axis, losses = [point[column] for point in curve], [point[2] for point in curve]
             panel.plot(axis, losses, label=f"{run.name}, lr {run.lr:g}")
@@ -88,7 +88,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Run]:
-    """Run the demo and return what was measured."""
+    """Run the demo and return the runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--optimizers", nargs="+", default=["adamw", "soap"], choices=OPTIMIZERS)
     parser.add_argument("--steps", type=int, default=300)

@@ -1,4 +1,4 @@
-"""One optimizer, several strategies: each parameter gets what suits its role.
+"""One optimizer with several strategies: each parameter gets the strategy for its role.
 
 Usage: python examples/mixed.py [--steps 200]
 """
@@ -32,7 +32,7 @@ class Tagger(nn.Module):
         self.head = nn.Linear(2 * width, symbols)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (batch, time) -> (batch, time, symbols)
-        """Return the logits of a symbol for every position."""
+        """Return the logits of the symbols at every position."""
         x = self.embedding(tokens)
         x = x + self.conv(x.mT).mT.relu()
         return self.head(self.hidden(self.norm(x)).relu())  # type: ignore[no-any-return]
@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> list[float]:
             "conv": SOAPStrategy(),
             "default": AdamWStrategy(),
         },
-        # the default strategy's hyperparameters have their own names, the others' a prefix;
-        # all follow the one learning rate of the param group
+        # hyperparameters of the default strategy have no prefix, those of the others have one;
+        # all strategies share the learning rate of the param group
         hyperparameters={
             "lr": 0.01,
             "weight_decay": 0.0,

@@ -1,7 +1,7 @@
-"""The optimizers that the examples and the comparison choose from, by name.
+"""The optimizers of the examples and the comparison, by name.
 
-A new one is one line: a learning rate that suits it, and how to make it from a model and a learning
-rate. Settings come from `structprecond.RECOMMENDED`.
+To add one, add a line to `OPTIMIZERS`: its learning rate, and a function that makes it from a model
+and a learning rate. Settings come from `structprecond.RECOMMENDED`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from structprecond.core.rounding import Rounding
 
 
 class Choice(NamedTuple):
-    """An optimizer, the learning rate that suits it, and the middle of the grid to search."""
+    """An optimizer: its learning rate, how to make it, and the middle of its grid."""
 
     lr: float
     make: Callable[[nn.Module, float], Optimizer]
@@ -40,7 +40,7 @@ class Choice(NamedTuple):
 
 
 def count_tokens(inputs: tuple[Tensor, ...]) -> int:
-    """Count what the loss is a mean over, which for a language model is tokens."""
+    """Count the samples that the loss averages: for a language model, tokens."""
     return inputs[0].numel()
 
 
@@ -73,8 +73,8 @@ def soap(model: nn.Module, lr: float, **options: Any) -> Optimizer:
 def sirf_unrouted(model: nn.Module, lr: float) -> Optimizer:
     """Make SIRF-Shampoo for all parameters, with batch sizes in tokens.
 
-    Its directions are natural gradients: they have no scale of their own, so learning rate and
-    damping are larger than for the optimizers that take a root.
+    It takes no root, so its directions are natural gradients of another scale: learning rate and
+    damping are larger than those of the other optimizers.
     """
     structures = {1: "diagonal", 2: "dense"}
     return SIRFShampoo(
@@ -83,7 +83,7 @@ def sirf_unrouted(model: nn.Module, lr: float) -> Optimizer:
 
 
 def soap_in_bfloat16(model: nn.Module, lr: float, rounding: Rounding) -> Optimizer:
-    """Make SOAP for a model whose parameters become bfloat16."""
+    """Convert the model's parameters to bfloat16, and make SOAP."""
     return soap(model.bfloat16(), lr, rounding=rounding)
 
 
@@ -122,11 +122,11 @@ OPTIMIZERS = {
     "soap-transport": Choice(1.6e-2, partial(soap, transport=True)),
     "soap-unskipped": Choice(1.6e-2, partial(soap, skip_first=False)),
     "soap-clipped": Choice(1.6e-2, partial(soap, clip_rms=3.0)),
-    # SOAP with parameters, or with factors, in low precision
+    # SOAP with parameters or factors in low precision
     "soap-nearest": Choice(1.6e-2, partial(soap_in_bfloat16, rounding="nearest")),
     "soap-stochastic": Choice(1.6e-2, partial(soap_in_bfloat16, rounding="stochastic")),
     "soap-kahan": Choice(1.6e-2, partial(soap_in_bfloat16, rounding="kahan")),
     "soap-bfloat16-factors": Choice(1.6e-2, partial(soap, preconditioner_dtypes=torch.bfloat16)),
 }
 DEFAULTS = ("adamw", "soap", "klshampoo", "sirf", "muon")
-"""What the comparison runs unless told otherwise."""
+"""The comparison's default optimizers."""

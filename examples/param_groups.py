@@ -1,4 +1,4 @@
-"""Param groups with hyperparameters and structures of their own, and a learning-rate schedule.
+"""Param groups with their own hyperparameters and structures, and a learning-rate schedule.
 
 Usage: python examples/param_groups.py [--steps 200]
 """
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     optimizer = SIRFShampoo(
         model,
         [
-            # weight and bias of each hidden layer as one matrix, in blocks of 16 neurons
+            # hidden layers: weight and bias form one matrix, with factors in blocks of 16
             {
                 "params": body.parameters(),
                 "structures": "block16diagonal",
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         lr=0.05,
         verbose_init=True,
     )
-    # one function per group, as with every torch optimizer: warm-up, then linear decay
+    # one function per group, as for every torch optimizer; the head's rate decays after warm-up
     warmup = max(1, args.steps // 10)
     schedule = LambdaLR(
         optimizer,

@@ -1,4 +1,4 @@
-"""Save a run in the middle, resume it in new objects, and end up with the same bits.
+"""Save a run halfway, resume it in new objects, and get the same bits.
 
 Usage: python examples/resume.py [--steps 100]
 """
@@ -23,7 +23,7 @@ def build() -> tuple[nn.Module, SIRFShampoo]:
 
 
 def train(model: nn.Module, optimizer: SIRFShampoo, steps: range) -> float:
-    """Train on data that depends on the step alone; return the last loss."""
+    """Train on data that depends only on the step; return the last loss."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(32, 8, generator=generator)
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> bool:
         uninterrupted = train(model, optimizer, range(half, args.steps))
 
         resumed_model, resumed_optimizer = build()
-        checkpoint = torch.load(file)  # tensors and plain values: no trust needed
+        checkpoint = torch.load(file)  # tensors and plain values load with weights_only=True
     resumed_model.load_state_dict(checkpoint["model"])
     resumed_optimizer.load_state_dict(checkpoint["optimizer"])
     resumed = train(resumed_model, resumed_optimizer, range(half, args.steps))

@@ -31,7 +31,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, channels, height, width), in and out
-        """Add what the convolutions find."""
+        """Add the output of the convolutions."""
         return torch.relu(x + self.body(x))
 
 
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> tuple[list[float], float]:
     torch.manual_seed(0)
     (images, labels), (test_images, test_labels) = load()
     model = network(channels=32)
-    # Decay and layer-wise rates are for weights; biases and the scales of norms take plain steps.
+    # Weights get decay and layer-wise rates; biases and norm scales take plain steps.
     vectors = [p for p in model.parameters() if p.ndim < 2]
     weights = [p for p in model.parameters() if p.ndim >= 2]
     base = LARS(
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> tuple[list[float], float]:
         lr=20.0,
         momentum=0.9,
     )
-    # SAM knows the model through its base, so it freezes batch-norm statistics in its second pass
+    # SAM gets the model from its base, so it freezes batch-norm statistics in its second pass
     optimizer = SAM(None, base, rho=0.5)
     schedule = OneCycleLR(optimizer, [20.0, 0.2], total_steps=args.steps, cycle_momentum=False)
 

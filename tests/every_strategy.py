@@ -1,4 +1,4 @@
-"""The strategies of the table, for the tests that treat all of them alike."""
+"""The strategies of the table, for tests that run on all of them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ OPTIMIZERS: tuple[Any, ...] = tuple(
 
 
 def strategy_of(optimizer: Any) -> type[Strategy[Any]]:
-    """Return the strategy that has the name of an optimizer."""
+    """Return the strategy of an optimizer by name."""
     strategy: type[Strategy[Any]] = getattr(structprecond, f"{optimizer.__name__}Strategy")
     return strategy

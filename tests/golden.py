@@ -1,4 +1,4 @@
-"""Replay of trajectories that were recorded from published implementations (tests/data)."""
+"""Replays trajectories recorded from published implementations (tests/data)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
 
 @dataclass(frozen=True)
 class Golden:
-    """A recorded trajectory: arrays by key, and what they were recorded with."""
+    """A recorded trajectory: arrays by key, and the settings of the run."""
 
     arrays: dict[str, Any]
     meta: dict[str, Any]
@@ -35,7 +35,7 @@ class Golden:
         return dict(self.meta["kwargs"])
 
     def model(self) -> nn.Sequential:
-        """Build the model with the recorded parameters of the start."""
+        """Build the model with the recorded initial parameters."""
         dtype = getattr(torch, self.meta.get("dtype", "float64"))
         model = nn.Sequential(*(LAYERS[kind](*sizes) for kind, *sizes in self.meta["model"]))
         model = model.to(dtype)

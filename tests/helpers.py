@@ -1,4 +1,4 @@
-"""What the tests share: small models, copies, comparison, and SIRF-Shampoo by the book."""
+"""Shared by the tests: small models, copies, comparisons, and a dense SIRF-Shampoo."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def matrices(count: int = 4) -> nn.ParameterList:
 
 
 def two_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Deal the parameters of `mlp` out in an order that is neither the model's nor by shape."""
+    """Split the parameters of `mlp` into two groups, neither in model order nor by shape."""
     params = list(model.parameters())
     return [
         {"params": [params[4], params[1], params[0]], "lr": 0.1},
@@ -83,7 +83,7 @@ def sirf(model: nn.Module, params: Any = None, **kwargs: Any) -> SIRFShampoo:
 
 
 def data(step: int, samples: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Return the batch of a step, always the same."""
+    """Return the fixed batch of a step."""
     generator = torch.Generator().manual_seed(1000 + step)
     x, y = (torch.randn(samples, n, generator=generator, dtype=torch.float64) for n in (3, 2))
     return x.to(dtype), y.to(dtype)
@@ -122,24 +122,24 @@ def spoil(p: Tensor, value: float) -> None:
 
 
 def through_a_file(value: Any) -> Any:
-    """Save, and load as torch does by default: without trust in the file."""
+    """Save and load with torch's defaults, which do not trust the file."""
     return torch.load(io.BytesIO(saved_bytes(value)))
 
 
 def saved_bytes(value: Any) -> bytes:
-    """Return what `torch.save` writes."""
+    """Return the bytes that `torch.save` writes."""
     file = io.BytesIO()
     torch.save(value, file)
     return file.getvalue()
 
 
 def by_pickle(value: Any) -> Any:
-    """Copy objects of any kind by `pickle`."""
+    """Copy objects by `pickle`."""
     return pickle.loads(pickle.dumps(value))
 
 
 def by_file(value: Any) -> Any:
-    """Copy objects of any kind by `torch.save`."""
+    """Copy objects by `torch.save`."""
     return torch.load(io.BytesIO(saved_bytes(value)), weights_only=False)
 
 
@@ -151,7 +151,7 @@ COPIERS = [copy.deepcopy, by_pickle, by_file]
 
 
 def snapshot(model: nn.Module, optimizer: StructuredOptimizer) -> dict[str, Any]:
-    """Copy all that a step may change: parameters, state (stacks and what is shown), groups."""
+    """Copy all that a step may change: parameters, state (stacks and views), param groups."""
     entries = [(name, p) for name, p in model.named_parameters() if p in optimizer.state]
     return {
         "params": {name: p.detach().clone() for name, p in model.named_parameters()},
@@ -163,7 +163,7 @@ def snapshot(model: nn.Module, optimizer: StructuredOptimizer) -> dict[str, Any]
 
 
 def assert_refused(make: Callable[[nn.Module], Any], message: str) -> None:
-    """Check that something raises for a model, which stays as it was."""
+    """Check that a function raises and leaves a model unchanged."""
     model = net()
     before = values(model)
     with pytest.raises(StructPrecondError, match=f"(?s){message}"):
@@ -192,13 +192,13 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-12) -> None:
 
 
 def along(axis: int, matrix: Tensor, tensor: Tensor) -> Tensor:
-    """Multiply one axis of a tensor with a matrix."""
+    """Multiply one axis of a tensor by a matrix."""
     axes = string.ascii_lowercase[: tensor.ndim]
     return torch.einsum(f"Z{axes[axis]},{axes}->{axes.replace(axes[axis], 'Z')}", matrix, tensor)
 
 
 class DenseSIRF:
-    """One problem of SIRF-Shampoo, as MATH.md writes it: dense matrices, nothing stacked."""
+    """One problem of SIRF-Shampoo, as published: dense matrices, nothing stacked."""
 
     def __init__(self, shape: Sequence[int], structures: Sequence[str]) -> None:
         self.dims, self.structures = list(shape), structures
@@ -230,7 +230,7 @@ class DenseSIRF:
         self.K = K
 
     def direction(self, G: Tensor, p: Tensor, hp: dict[str, float]) -> Tensor:
-        """Return what the learning rate multiplies."""
+        """Return the update direction."""
         U = G
         for k in range(len(self.dims)):
             U = along(k, self.K[k] @ self.K[k].T, U)
@@ -239,19 +239,19 @@ class DenseSIRF:
 
 
 def squeezed(tensors: list[Tensor]) -> list[Tensor]:
-    """Group a parameter by itself, without axes of size 1."""
+    """Make each parameter a unit, without axes of size 1."""
     (tensor,) = tensors
     return [tensor.reshape([n for n in tensor.shape if n != 1] or [1])]
 
 
 class DenseUnit:
-    """The parameters that form problems together, trained by `DenseSIRF`.
+    """Parameters that form problems together, trained by `DenseSIRF`.
 
     Args:
-        params: The parameters, of a model of their own.
-        split: From tensors shaped as the parameters to problems: the grouping in plain torch.
-        join: The inverse. Default: reshape the only problem to the only parameter.
-        structures: The structures of the axes, "dense" for all by default.
+        params: The parameters, from a separate model.
+        split: Maps tensors shaped like the parameters to problems: the grouping in plain torch.
+        join: The inverse of split. Default: reshape the only problem to the only parameter.
+        structures: The structures of the axes, dense for matrices, diagonal for vectors by default.
     """
 
     def __init__(
@@ -264,7 +264,10 @@ class DenseUnit:
         self.params, self.split = list(params), split
         self.join = join or (lambda problems: [problems[0].reshape(self.params[0].shape)])
         shapes = [problem.shape for problem in split([p.detach() for p in params])]
-        self.problems = [DenseSIRF(s, structures or ["dense"] * len(s)) for s in shapes]
+        self.problems = [
+            DenseSIRF(s, structures or (["dense"] * len(s) if len(s) > 1 else ["diagonal"]))
+            for s in shapes
+        ]
 
     @torch.no_grad()
     def step(self, batch_size: int, refresh: bool = True, **hp: float) -> None:
@@ -282,12 +285,12 @@ class DenseUnit:
 
 
 def dense_units(model: nn.Module) -> list[DenseUnit]:
-    """Treat every parameter of a model by itself."""
+    """Make every parameter of a model a unit."""
     return [DenseUnit([p]) for p in model.parameters()]
 
 
 def linear_unit(layer: nn.Linear) -> DenseUnit:
-    """Treat a linear layer as the matrix of its weight, with the bias as last column."""
+    """Make a linear layer one unit: its weight, with the bias as last column."""
 
     def split(tensors: list[Tensor]) -> list[Tensor]:
         return squeezed([torch.cat([tensors[0], tensors[1][:, None]], dim=1)])
@@ -313,7 +316,7 @@ def train_dense(model: nn.Module, dense: list[DenseUnit], steps: int, start: int
 
 @dataclass
 class Nothing(State):
-    """No state."""
+    """An empty state."""
 
 
 @dataclass(frozen=True)
@@ -347,5 +350,5 @@ class WithBetas(PlainDescent):
 
 
 def with_betas(strategy: Strategy[Any], **hyperparameters: Any) -> StructuredOptimizer:
-    """Return an optimizer of `mlp` by a strategy."""
+    """Return an optimizer of `mlp` with `WithBetas`."""
     return StructuredOptimizer(mlp(), strategy=strategy, hyperparameters=hyperparameters)

@@ -1,4 +1,4 @@
-"""Change the code in small ways, and see whether the tests notice.
+"""Change the code in small ways and check that the tests notice.
 
     OMP_NUM_THREADS=1 python tests/mutate.py                        # a sample of all files
     OMP_NUM_THREADS=1 python tests/mutate.py structprecond/linalg   # of some files
@@ -8,7 +8,7 @@ A mutant is one change of one file: an operator or the arguments of a call swapp
 by one or made zero, a condition negated, a statement or a method call removed, a result dropped.
 It is killed if a test fails or takes too long. Docstrings, annotations, messages of errors and
 signatures of optimizers stay as they are. The sample depends on nothing but the seed and the
-sources. Works on a copy; each mutant runs in a fork of a process that has torch imported already.
+sources. Works on a copy; each mutant runs in a fork of a process that has imported torch.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ TESTS = {
     "linalg": LINALG,
     "structures": STRUCTURES,
     "linalg/cholesky_qr": QR,
+    "linalg/null_space": ["linalg/test_null_space.py", *LINALG, *KRONECKER],
+    "linalg/settings": ["linalg/test_settings.py", "linalg/test_precision.py"],
     "linalg/precision": ["linalg/test_precision.py", *LINALG],
     "linalg/product": ["linalg/test_product.py"],
     "linalg/qr": QR,
@@ -72,13 +74,15 @@ TESTS = {
     "structures/mode_product": ["structures/test_mode_product.py", *KRONECKER],
     "structures/toeplitz": [*STRUCTURES, "structures/test_toeplitz.py"],
     "strategies/adamw": ["strategies/test_adamw.py", *PROTOCOL],
-    "strategies/base": [
+    "core/strategy": [
+        "core/test_random_numbers.py",
         "strategies/test_adamw.py",
         "strategies/test_muon.py",
         *KRONECKER,
         *BAD_INPUT,
         *PROTOCOL,
     ],
+    "strategies/auxiliary": ["strategies/test_muon.py", *BAD_INPUT, *PROTOCOL],
     "strategies/kl": ["strategies/test_kl.py", *BAD_INPUT, *PROTOCOL],
     "strategies/lars": ["strategies/test_lars.py", *BAD_INPUT, *PROTOCOL],
     "strategies/moments": ["strategies/test_adamw.py", *KRONECKER, *BAD_INPUT, *PROTOCOL],
@@ -125,7 +129,7 @@ SWAPS: dict[type[ast.AST], list[type[ast.AST]]] = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: bytes of a file, and what stands there instead."""
+    """One change: a range of bytes of a file, and its replacement."""
 
     path: str
     line: int
@@ -136,13 +140,13 @@ class Mutant:
     new: str
 
     def __str__(self) -> str:
-        """Return one line: the place, and what becomes what."""
+        """Return one line: the place, the old code and the new code."""
         old = " ".join(self.old.split())
         return f"{self.path}:{self.line}:{self.column}: {old}  ->  {self.new}"
 
 
 def variants(node: ast.AST) -> Iterator[ast.AST]:
-    """Return what a node may be changed to."""
+    """Return the possible replacements of a node."""
     match node:
         case ast.BinOp(left, ast.MatMult(), right):
             yield ast.BinOp(right, ast.MatMult(), left)
@@ -200,7 +204,7 @@ def _with(node: ast.AST, **fields: object) -> ast.AST:
 
 
 def visible(node: ast.AST) -> Iterator[ast.AST]:
-    """Return a node and what stands in it, without annotations, messages and the like."""
+    """Return a node and its children, without annotations, messages and the like."""
     yield node
     skipped: set[str] = {"decorator_list", "annotation", "returns", "type_params", "bases"}
     if isinstance(node, ast.FunctionDef):
@@ -252,7 +256,7 @@ def mutants_of(path: str) -> list[Mutant]:
 
 
 def sample(paths: Sequence[str], total: int, seed: int) -> list[Mutant]:
-    """Return about `total` mutants: of every file by its size, but a few at least."""
+    """Return about `total` mutants: of each file by its size, but at least a few."""
     mutants = {path: mutants_of(path) for path in paths}
     per_mutant = total / sum(map(len, mutants.values()))
     chosen: list[Mutant] = []
@@ -260,7 +264,7 @@ def sample(paths: Sequence[str], total: int, seed: int) -> list[Mutant]:
         count = min(len(all_of_it), max(FEWEST, round(per_mutant * len(all_of_it))))
         shuffled = random.Random(f"{seed} {path}").sample(all_of_it, len(all_of_it))
         seen: Counter[int] = Counter()
-        rounds = []  # of every line one, then of every line a second one, and so on
+        rounds = []  # one of every line, then a second one of every line, and so on
         for m in shuffled:
             rounds.append((seen[m.line], m))
             seen[m.line] += 1
@@ -308,7 +312,7 @@ def run_tests(directory: Path, paths: Sequence[str], limit: float, quiet: bool =
     else:
         status = 1
     with suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # and what it has started
+        os.killpg(child, signal.SIGKILL)  # and its children
     if not done:
         os.waitpid(child, 0)
     return status == 0
@@ -326,7 +330,7 @@ def main() -> None:
     every = (p for pkg in PACKAGES for p in sorted((ROOT / "structprecond" / pkg).glob("*.py")))
     names = [str(p.relative_to(ROOT)) for p in every]
     names = [name for name in names if mutants_of(name)]
-    # the sample of a file is the same whichever other files are looked at
+    # the sample of a file does not depend on other files
     chosen = sample(names, given.mutants, given.seed)
     if given.again:
         wanted = {line.removeprefix("SURVIVED ").strip() for line in given.again.open()}

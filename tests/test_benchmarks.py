@@ -1,4 +1,4 @@
-"""The benchmarks run, shortened, and their figures mean what they say."""
+"""The benchmarks run, shortened, and their figures are correct."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import compiled
@@ -38,7 +39,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_races_have_the_same_rules_for_all(tiny: str) -> None:
-    # what is timed is the same step: ours and torch's Muon end up in the same place
+    # both time the same step: our Muon and torch's end up in the same place
     ours = workloads.WORKLOADS[tiny]()
     theirs = copy.deepcopy(ours)
     pairs = [
@@ -50,7 +51,7 @@ def test_races_have_the_same_rules_for_all(tiny: str) -> None:
         for model, optimizer in pairs:
             workloads.fill_gradients(model, seed)
             optimizer.step()
-    # but for epsilons and the settings of AdamW, which has the embedding and the biases
+    # except for epsilons and the settings of AdamW for the embedding and the biases
     for p, q, before in zip(ours.parameters(), theirs.parameters(), start, strict=True):
         if p.shape == (4, 6):
             assert (p - q).norm() < 1e-3 * (q - before).norm()
@@ -160,7 +161,10 @@ def test_staggered_refreshes_take_part(tiny: str) -> None:
     assert optimizer.refresh == "staggered"
 
 
-def test_growth_is_fitted_and_reported(capsys: pytest.CaptureFixture[str]) -> None:
+def test_growth_is_fitted_and_reported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "import_seconds", partial(scaling.import_seconds, repeats=1))
     assert scaling.exponent([1, 2, 4], [3.0, 24.0, 192.0]) == pytest.approx(3.0)
     threads = torch.get_num_threads()
     arguments = ["--counts", "1", "2", "--widths", "2", "4", "--params", "1", "2"]

@@ -1,4 +1,4 @@
-"""Every example runs, shortened, and learns something."""
+"""Every example runs, shortened, and reduces its loss."""
 
 from __future__ import annotations
 

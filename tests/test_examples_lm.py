@@ -1,4 +1,4 @@
-"""The language model demo and the comparison, on a model that trains in a blink."""
+"""The language model demo and the comparison, on a tiny model."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def is_png(path):
 
 
 def rows_of(table):
-    """Read the cells of a Markdown table, by the first one of each row."""
+    """Read the cells of a Markdown table, by the first cell of each row."""
     lines = [line for line in table.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert len({len(row) for row in rows}) == 1

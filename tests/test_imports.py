@@ -1,4 +1,4 @@
-"""Imports point downwards: no cycle, and the core does not know any strategy."""
+"""Imports point downwards: there is no cycle, and the core imports no strategy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import structprecond
 
 ROOT = Path(structprecond.__file__).parent
-# a file may import from its own floor and from the floors before it
+# a file may import from its own layer and the layers before it
 FLOORS = (
     {"errors", "tables", "checks"},
     {"linalg", "structures", "groups", "roles"},
@@ -30,7 +30,7 @@ def _modules(root: Path) -> dict[str, Path]:
 
 
 def imports_of(root: Path) -> dict[str, set[str]]:
-    """Return which modules of a package each of them imports, functions and `if`s included."""
+    """Return the modules of a package that each module imports, also in functions and `if`s."""
     modules = _modules(root)
     graph = {}
     for name, file in modules.items():

@@ -1,4 +1,4 @@
-"""The strategy of the example, written from the docs alone, gets the tests of all strategies."""
+"""The example's own strategy passes the tests of all strategies."""
 
 from __future__ import annotations
 

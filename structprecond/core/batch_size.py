@@ -26,7 +26,7 @@ def get_batch_size(inputs: tuple[Any, ...]) -> int:
             keyword inputs; tensors may be nested in tuples, lists and dicts.
 
     Raises:
-        StructPrecondError: If there is no tensor with a dimension.
+        StructPrecondError: If no input is a tensor with a dimension.
 
     Example:
         >>> get_batch_size(({"x": torch.zeros(8, 3)},))
@@ -115,7 +115,7 @@ class BatchSizeCounter:
         return self._generation
 
     def __getstate__(self) -> dict[str, Any]:
-        """Drop the handle, which belongs to one model: a copy has to `watch` its own."""
+        """Drop the handle, which belongs to one model: a copy must `watch` its own."""
         return {**self.__dict__, "_handle": None}
 
 

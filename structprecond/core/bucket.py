@@ -14,8 +14,8 @@ from structprecond.core.counters import Counters
 from structprecond.core.layout import Layout
 from structprecond.core.rounding import Rounding, is_low_precision
 from structprecond.core.routing import hyperparameters_of
-from structprecond.core.state import Rows, State
-from structprecond.core.strategy import Strategy
+from structprecond.core.state import Rows, State, on_device_of
+from structprecond.core.strategy import Strategy, decay_of, interval_of
 from structprecond.core.units import Unit
 from structprecond.errors import StructPrecondError
 from structprecond.structures.spec import Structure
@@ -60,6 +60,8 @@ class Bucket:
             unless they have low precision and rounding is "kahan".
         refresh_decomposes: Whether a refresh decomposes matrices, which needs a host-device sync;
             None before the first refresh.
+        staggered_over: The interval for which the rows' phase offsets were assigned; None if that
+            is not known.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Bucket:
         if rounding == "kahan" and is_low_precision(key.param_dtype):
             self.compensation = torch.zeros(self.shape, dtype=key.param_dtype, device=key.device)
         self.refresh_decomposes: bool | None = None
+        self.staggered_over: int | None = None
         self._check_names()
 
     def _check_names(self) -> None:
@@ -121,8 +124,9 @@ class Bucket:
     def hyperparameters(self) -> dict[str, Any]:
         """The strategy's current hyperparameters, under their own names."""
         hp = hyperparameters_of(self.strategy, self.group, self.prefix)
-        if not self.key.decays and self.strategy.decay_hyperparameter in hp:
-            hp[self.strategy.decay_hyperparameter] = 0.0
+        decay = None if self.key.decays else decay_of(self.strategy)
+        if decay is not None:
+            hp[decay] = 0.0
         if isinstance(hp["lr"], Tensor):
             # a tensor stays a tensor: reading it would need a host-device sync
             hp["lr"] = hp["lr"].to(self.device).reshape(())
@@ -131,13 +135,13 @@ class Bucket:
     @property
     def weight_decay(self) -> float | None:
         """The current weight decay; None if the strategy has none."""
-        decay = self.hyperparameters.get(self.strategy.decay_hyperparameter)
-        return None if decay is None else float(decay)
+        name = decay_of(self.strategy)
+        return None if name is None else float(self.hyperparameters[name])
 
     @property
     def interval(self) -> Any:
         """The current refresh interval; False if the strategy has no refreshes."""
-        name = self.strategy.refresh_interval
+        name = interval_of(self.strategy)
         return False if name is None else self.group[f"{self.prefix}{name}"]
 
     def empty(self) -> Tensor:
@@ -202,6 +206,29 @@ class Bucket:
         if self.compensation is not None:
             self.compensation = self.compensation.to(self.device)
         return True
+
+    def keep(self, units: Sequence[bool], renewed: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Drop the other units with their state, and replace parameters.
+
+        Makes all views of the state stale.
+
+        Args:
+            units: Whether each unit stays.
+            renewed: The parameters that stay, and for each the one that is updated from now on.
+        """
+        if not all(units):
+            rows = self.layout.live_rows(units).nonzero().squeeze(1)
+            self.state = self.state.map(lambda t: t[on_device_of(rows, t)])
+            self.counters = self.counters.map(lambda t: t[rows])
+            if self.compensation is not None:
+                self.compensation = self.compensation[on_device_of(rows, self.compensation)]
+            self.rules = [rule for rule, on in zip(self.rules, units, strict=True) if on]
+        left = [unit for unit, on in zip(self.units, units, strict=True) if on]
+        if left:
+            self.layout = Layout([unit.renewed(renewed) for unit in left])
+            self.rows = self.layout.rows
+        else:
+            self.layout.units.clear()
 
     # --- gradients and parameters ----------------------------------------------------------------
 

@@ -2,65 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
+from structprecond.core.costs import count_entries, naming_units
 from structprecond.core.decay import decays, undecayed
 from structprecond.core.naming import BareParameters
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Route, Routing
 from structprecond.core.strategy import Strategy
 from structprecond.core.units import Unit, find_units
+from structprecond.core.usable import problem_of
 from structprecond.errors import GroupError, StructPrecondError, StructureError
 from structprecond.groups import PreconditionerGroup, StackExperts
 from structprecond.roles import ROLES, Role, infer_roles
-from structprecond.structures import StructuredMatrix
-from structprecond.structures.spec import per_axis, resolve_structures
+from structprecond.structures.spec import AUTO, Structure, per_axis, resolve_structures
 
 # 16 MB in float32
 _MOST_ENTRIES = 2**22
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # factors hold squares of gradients, which leave the range of float16 and of anything shorter
 _FACTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
-def make_buckets(
+def route_units(
     model: nn.Module | None,
     group: dict[str, Any],
     routing: Routing,
     names: Mapping[nn.Parameter, str],
-    rounding: Rounding,
-) -> list[Bucket]:
-    """Group the parameters of a param group, route the units and stack them.
+) -> list[RoutedUnit]:
+    """Group the parameters of a param group into units, and route these.
 
     Args:
         model: The model; None if only parameters are known.
         group: The complete param group.
         routing: The routing from the group's `strategy`.
         names: The names of its parameters.
-        rounding: How low-precision parameters are rounded.
 
     Raises:
         StructPrecondError: If the group's settings do not fit its parameters.
     """
     for p, name in names.items():
-        if is_lazy(p):
-            raise GroupError(
-                f"{name} has no shape yet. Run one forward pass before building the optimizer."
-            )
-        if p.dtype not in _DTYPES or p.layout != torch.strided:
-            raise GroupError(
-                f"{name} has {p.dtype} and the layout {p.layout}, expected a dense real "
-                "floating-point parameter of at least 16 bits. Convert it or leave it out."
-            )
-    if group["structures"] != "dense" and not any(s.structures for s in routing.strategies):
+        problem = problem_of(p)
+        if problem is not None:
+            raise GroupError(f"{name} {problem}")
+    nothing_asked = group["structures"] in (AUTO, "dense")
+    if not nothing_asked and not any(s.structures for s in routing.strategies):
         raise StructureError(
             f"structures={group['structures']!r} is given, but "
             f"{type(routing.main).__name__} has no Kronecker factors. Leave it out."
@@ -71,56 +62,115 @@ def make_buckets(
         found = roles_of(model, names) if by_role else {}
         roles = {p: role.role for p, role in found.items()}
         without_decay = undecayed(group["no_decay"], names, roles)
-    together: dict[tuple[Strategy[Any], BucketKey], list[tuple[Unit, str]]] = {}
-    for unit, route in _find_routes(model, group, routing, names):
-        if unit.shape.numel() and unit.rows:
-            key = _bucket_key(unit, group, route.strategy)
-            if not decays(unit.params, without_decay, unit.label):
-                key = replace(key, decays=False)
-            together.setdefault((route.strategy, key), []).append((unit, route.rule))
-    return [
-        Bucket(
+    units = [
+        RoutedUnit(
             group,
-            strategy,
-            routing.prefix(strategy),
-            key,
-            [unit for unit, _ in members],
-            [rule for _, rule in members],
-            rounding,
+            unit,
+            route,
+            routing.prefix(route.strategy),
+            decays(unit.params, without_decay, unit.label),
         )
-        for (strategy, key), stack in together.items()
-        for members in _split(key, stack)
+        for unit, route in _find_routes(model, group, routing, names)
+        if unit.shape.numel() and unit.rows
     ]
+    for routed in units:
+        routed.key()  # raises if the settings do not fit
+    return units
 
 
-def _split(key: BucketKey, stack: Sequence[tuple[Unit, str]]) -> Iterator[list[tuple[Unit, str]]]:
+@dataclass(frozen=True, eq=False)
+class RoutedUnit:
+    """A unit and its route, before it has any state.
+
+    Args:
+        group: Its param group.
+        unit: The unit.
+        route: Its strategy, and the role or pattern that decided.
+        prefix: What precedes the names of the strategy's hyperparameters in the group.
+        decays: Whether weight decay applies to it.
+    """
+
+    group: dict[str, Any]
+    unit: Unit
+    route: Route
+    prefix: str
+    decays: bool
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no parameter of the unit requires a gradient."""
+        return not any(p.requires_grad for p in self.unit.params)
+
+    def key(self) -> BucketKey:
+        """Return what the unit shares with those it is stacked with, as its parameters are now."""
+        key = _bucket_key(self.unit, self.group, self.route.strategy)
+        return replace(key, decays=self.decays)
+
+
+def make_buckets(units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:
+    """Stack units, which allocates their state.
+
+    Args:
+        units: The units.
+        rounding: How low-precision parameters are rounded.
+    """
+    together: dict[tuple[int, Strategy[Any], BucketKey], list[RoutedUnit]] = {}
+    for routed in units:
+        alike = (id(routed.group), routed.route.strategy, routed.key())
+        together.setdefault(alike, []).append(routed)
+    buckets = []
+    for (_, strategy, key), stack in together.items():
+        for members in _split(key, stack):
+            group, prefix = members[0].group, members[0].prefix
+            own = [routed.unit for routed in members]
+            rules = [routed.route.rule for routed in members]
+            with naming_units("making the state", own, key):
+                buckets.append(Bucket(group, strategy, prefix, key, own, rules, rounding))
+    return buckets
+
+
+def thaw(
+    units: list[RoutedUnit], thawed: Callable[[RoutedUnit], bool], rounding: Rounding
+) -> list[Bucket]:
+    """Remove some units from a list of frozen ones, and stack them.
+
+    Args:
+        units: The frozen units.
+        thawed: Whether a unit needs state.
+        rounding: How low-precision parameters are rounded.
+    """
+    awake = [routed for routed in units if thawed(routed)]
+    if not awake:
+        return []
+    buckets = make_buckets(awake, rounding)
+    units[:] = [routed for routed in units if routed not in awake]
+    for bucket in buckets:
+        bucket.counters.overdue[:] = True  # they missed all refreshes so far
+    return buckets
+
+
+def _split(key: BucketKey, stack: Sequence[RoutedUnit]) -> Iterator[list[RoutedUnit]]:
     """Split a long stack of units on the CPU, where it would gain nothing and leave the caches."""
     most = _MOST_ENTRIES // _largest(key) if key.device.type == "cpu" else None
-    part: list[tuple[Unit, str]] = []
+    part: list[RoutedUnit] = []
     rows = 0
-    for unit, rule in stack:
-        if part and most is not None and rows + unit.rows > most:
+    for routed in stack:
+        if part and most is not None and rows + routed.unit.rows > most:
             yield part
             part, rows = [], 0
-        part.append((unit, rule))
-        rows += unit.rows
+        part.append(routed)
+        rows += routed.unit.rows
     yield part
 
 
 def _largest(key: BucketKey) -> int:
     """Return the number of entries of a tensor or of its largest Kronecker factor."""
     factors = [
-        _entries(structure, dim)
+        count_entries(structure, dim)
         for structure, dim in zip(key.structures, key.shape, strict=True)
         if structure is not None
     ]
     return max([key.shape.numel(), *factors])
-
-
-@lru_cache
-def _entries(structure: type[StructuredMatrix], dim: int) -> int:
-    """Return the number of entries that a structure stores."""
-    return sum(t.numel() for t in structure.zeros(dim, device="cpu").named_tensors().values())
 
 
 def _find_routes(
@@ -167,6 +217,30 @@ def roles_of(
     return {p: roles[name] for name, p in seen.named_parameters()}
 
 
+def left_out_axes(
+    unit: Unit,
+    strategy: Strategy[Any],
+    group: Mapping[str, Any],
+    structures: Sequence[Structure],
+) -> tuple[int, ...]:
+    """Return the axes that have no factor because of their length: shorter ones would have one."""
+    order = len(unit.shape)
+    if not strategy.structures:
+        return ()
+    try:
+        asked = resolve_structures(group["structures"], order, unit.label)
+        short = strategy.adapt_structures(asked, (1,) * order, _axes_of(unit), unit.label)
+    except StructureError:  # with more factors there may be no root
+        return ()
+    both = zip(short, structures, strict=True)
+    return tuple(axis for axis, (s, own) in enumerate(both) if s is not None and own is None)
+
+
+def _axes_of(unit: Unit) -> int:
+    """Return the largest number of axes of the ungrouped parameters."""
+    return max(p.ndim for p in unit.params)
+
+
 def _bucket_key(unit: Unit, group: Mapping[str, Any], strategy: Strategy[Any]) -> BucketKey:
     label = f"{unit.label} (grouped shape {tuple(unit.shape)})"
     order, dtype, device = len(unit.shape), unit.params[0].dtype, unit.params[0].device
@@ -174,9 +248,9 @@ def _bucket_key(unit: Unit, group: Mapping[str, Any], strategy: Strategy[Any]) -
     if not strategy.structures:
         return BucketKey(unit.rule, unit.shape, (None,) * order, (own,) * order, dtype, device)
     structures = strategy.adapt_structures(
-        resolve_structures(group["structures"], order, label),
+        resolve_structures(group["structures"], order, label, strategy.auto_structures(unit.shape)),
         unit.shape,
-        max(p.ndim for p in unit.params),
+        _axes_of(unit),
         label,
     )
     given = per_axis(group["preconditioner_dtypes"], order, "preconditioner_dtypes", label)

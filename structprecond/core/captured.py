@@ -128,7 +128,8 @@ class CapturedStep:
 
     def _write_inputs(self, plans: Sequence[Plan]) -> None:
         """Write the inputs of the graphs."""
-        if [r.lr.device for r in self._inputs] != [plan.bucket.device for plan in plans]:
+        sizes = [(plan.bucket.rows, plan.bucket.device) for plan in plans]
+        if [(len(r.t), r.lr.device) for r in self._inputs] != sizes:
             self._graphs.clear()
             self._inputs = [
                 Recorded(

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from structprecond.core.misfits import (
+    COMPARED,
+    check_numbers,
+    compare_entries,
+    compare_groups,
+    compare_shared,
+    other_default,
+    tensor_like,
+    with_tuples,
+)
 from structprecond.core.plain import plain_value
-from structprecond.core.routing import Routing, as_routing
-from structprecond.core.strategy import Hyperparameter
-from structprecond.errors import CheckpointError, StructPrecondError
+from structprecond.errors import CheckpointError
 
 FORMAT = 2
 """The version of the layout, saved as `format` in every param group."""
@@ -24,10 +31,10 @@ _RENAMED_IN_2 = {"begun": "initialized", "lost": "compensation"}
 _NEW_IN_2 = {"phase_offset", "seed"}
 
 _MOST_PROBLEMS = 20
-_LATER_ROLES = ("depthwise", "router")
-_COMPARED = ("strategy", "structures", "combine_params", "no_decay")
-_NOT_LOADED = {*_COMPARED, "preconditioner_dtypes", "params", "param_names", "format"}
+_SHARED = {"global_step", "batch_size"}
+_NOT_LOADED = {*COMPARED, "preconditioner_dtypes", "params", "param_names", "format"}
 
+_T = TypeVar("_T")
 Groups: TypeAlias = Sequence[dict[str, Any]]
 State: TypeAlias = Mapping[Tensor, Mapping[str, Tensor]]
 
@@ -46,12 +53,29 @@ def save(param_groups: Groups, state: State) -> dict[str, Any]:
     saved = {
         index[p]: {name: tensor.clone() for name, tensor in entry.items()}
         for p, entry in state.items()
+        if p in index  # looking up any other key has made an entry
     }
     return {"state": saved, "param_groups": groups}
 
 
+def hooked(optimizer: Optimizer, when: str, state_dict: _T) -> _T:
+    """Return a state dict after an optimizer's hooks, which may change a copy of it.
+
+    Args:
+        optimizer: The optimizer.
+        when: Which of its hooks, such as "state_dict_post".
+        state_dict: The state dict.
+    """
+    changed: Any = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
+    for hook in getattr(optimizer, f"_optimizer_{when}_hooks").values():
+        result = hook(optimizer, changed)
+        changed = changed if result is None else result
+    return changed  # type: ignore[no-any-return]
+
+
 def load(
     param_groups: Groups,
+    used: Groups,
     state: State,
     names: Mapping[nn.Parameter, str],
     checkpoint: Mapping[str, Any],
@@ -63,6 +87,7 @@ def load(
 
     Args:
         param_groups: The live param groups.
+        used: The same groups, with the configuration and the names that the optimizer uses.
         state: The live state of each parameter by name.
         names: The names of the parameters, for messages.
         checkpoint: The return value of `save`.
@@ -71,7 +96,7 @@ def load(
         CheckpointError: If the checkpoint does not fit; the message lists the differences.
     """
     try:
-        copies, changes = _plan(param_groups, state, names, checkpoint)
+        copies, changes = _plan(used, state, names, checkpoint)
     except CheckpointError:
         raise
     # a damaged or foreign file may hold anything
@@ -87,12 +112,21 @@ def load(
         group.update(values)
 
 
-def hooked(optimizer: Optimizer, when: str, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a state dict after the hooks of an optimizer, such as those of "state_dict_post"."""
-    for hook in getattr(optimizer, f"_optimizer_{when}_hooks").values():
-        result = hook(optimizer, state_dict)
-        state_dict = state_dict if result is None else result
-    return state_dict
+def with_state(param_groups: Groups, checkpoint: Any) -> set[Tensor]:
+    """Return the parameters that a checkpoint holds state of their own for.
+
+    Others were frozen, or belong to the unit of another parameter.
+    """
+    try:
+        groups, state = _parts(checkpoint)
+        pairs = [
+            (i, p)
+            for saved, live in zip(_in_live_order(groups, param_groups), param_groups, strict=True)
+            for i, p in zip(_match(saved, live), live["params"], strict=True)
+        ]
+        return {p for i, p in pairs if set(state.get(i, {})) - _SHARED}
+    except (CheckpointError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return set()  # loading says what is wrong with it
 
 
 def _plan(
@@ -107,6 +141,7 @@ def _plan(
         Pairs (target, source) of tensors to copy, and the new values of each group.
     """
     saved_groups, saved_state = _parts(checkpoint)
+    saved_groups = _in_live_order(saved_groups, live_groups)
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in live_groups]:
         raise CheckpointError(
             f"The checkpoint's param groups have {[len(g['params']) for g in saved_groups]} "
@@ -117,19 +152,23 @@ def _plan(
     copies: list[tuple[Tensor, Tensor]] = []
     changes: list[dict[str, Any]] = []
     for number, (saved, live) in enumerate(zip(saved_groups, live_groups, strict=True)):
-        problems += _compare_groups(number, saved, live)
-        problems += _check_numbers(number, saved, live)
+        problems += compare_groups(number, saved, live)
+        problems += check_numbers(number, saved, live)
+        misfits: list[str] = []
         for i, p in zip(_match(saved, live), live["params"], strict=True):
             mine, theirs = dict(state.get(p, {})), saved_state.get(i, {})
             if not theirs and not p.requires_grad:
                 continue  # torch's distributed checkpoints omit frozen parameters
+            if not set(theirs) - _SHARED and _is_fresh(mine):
+                mine = {name: mine[name] for name in theirs}  # it was frozen when it was saved
             theirs = _up_to_date(theirs, mine)
-            problems += _compare_entries(names[p], theirs, mine)
+            misfits += compare_entries(names[p], theirs, mine)
             copies += [(target, theirs[name]) for name, target in mine.items() if name in theirs]
+        problems += (other_default(number, saved, live) if misfits else []) + misfits
     known = {i for group in saved_groups for i in group["params"]}
     problems += [f"state of a parameter {i!r} in no group" for i in saved_state if i not in known]
     if not problems:  # otherwise values may have wrong types
-        problems += _compare_shared(copies)
+        problems += compare_shared(copies)
         for saved, live in zip(saved_groups, live_groups, strict=True):
             more, values = _numbers(saved, live)
             copies += more
@@ -168,6 +207,11 @@ def _parts(checkpoint: Any) -> tuple[Sequence[Mapping[str, Any]], Mapping[Any, A
     return groups, state
 
 
+def _is_fresh(mine: Mapping[str, Tensor]) -> bool:
+    """Return whether a unit has state, but no gradient has come so far."""
+    return "initialized" in mine and not bool(mine["initialized"].any())
+
+
 def _up_to_date(theirs: Mapping[str, Any], mine: Mapping[str, Tensor]) -> Mapping[str, Any]:
     """Return a unit's saved state under today's names; values that format 1 lacks stay live."""
     if "begun" not in theirs:  # torch's distributed checkpoints drop the format number
@@ -176,109 +220,44 @@ def _up_to_date(theirs: Mapping[str, Any], mine: Mapping[str, Tensor]) -> Mappin
     return kept | {_RENAMED_IN_2.get(name, name): value for name, value in theirs.items()}
 
 
+def _names_in(group: Mapping[str, Any]) -> Sequence[str] | None:
+    """Return the name of each parameter of a group; None if it has none."""
+    # torch.distributed.checkpoint puts names into params in the live order; param_names are saved
+    if group["params"] and all(isinstance(p, str) for p in group["params"]):
+        return list(group["params"])
+    return group.get("param_names") or None
+
+
+def _in_live_order(
+    saved_groups: Sequence[Mapping[str, Any]], live_groups: Groups
+) -> Sequence[Mapping[str, Any]]:
+    """Return saved groups in the order of the live groups with the same names, if all have one."""
+    if len(saved_groups) != len(live_groups):
+        return saved_groups
+    waiting: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for group in saved_groups:
+        waiting.setdefault(tuple(sorted(_names_in(group) or ())), []).append(group)
+    found = []
+    for group in live_groups:
+        same = waiting.get(tuple(sorted(_names_in(group) or ())))
+        if not same:
+            return saved_groups
+        found.append(same.pop(0))
+    return found
+
+
 def _match(saved: Mapping[str, Any], live: Mapping[str, Any]) -> Iterable[Any]:
-    """Return the saved index of every live parameter: by name if both sides have names."""
-    theirs, mine = saved.get("param_names"), live.get("param_names")
-    if theirs and mine and set(theirs) == set(mine):
-        by_name = dict(zip(theirs, saved["params"], strict=True))
-        return [by_name[name] for name in mine]
-    return list(saved["params"])
+    """Return the saved index of every live parameter: by name if both sides have names.
 
-
-def _compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
-    problems = []
-    theirs, mine = saved.get("param_names"), live.get("param_names")
-    if theirs and mine and set(theirs) != set(mine):
-        problems += [f"{n}: not in the checkpoint" for n in mine if n not in set(theirs)]
-        problems += [f"{n}: not in the optimizer" for n in theirs if n not in set(mine)]
-    for key in _COMPARED:
-        theirs, mine = saved.get(key), plain_value(live.get(key))
-        if key == "combine_params":  # None means the strategy's default groupings
-            usual = plain_value(as_routing(live["strategy"]).main.combine_params)
-            theirs, mine = theirs or usual, mine or usual
-        if key == "no_decay":  # older checkpoints have none
-            theirs = tuple(theirs or ())
-        if key in live and theirs not in (mine, plain_value(_older(live[key]))):
-            problems.append(
-                f"param group {number}: {key} is {theirs!r} in the checkpoint, {mine!r} in the "
-                "optimizer"
-            )
-    return problems
-
-
-def _older(value: Any) -> Any:
-    """Return a routing without the roles that older checkpoints did not know.
-
-    Where it matters, since parameters with such a role went elsewhere, their state does not fit.
+    Parameters of the same name are matched by order.
     """
-    if not isinstance(value, Routing):
-        return value
-    known = {role: s for role, s in value.roles.items() if role not in _LATER_ROLES}
-    return replace(value, roles=known)
-
-
-def _compare_entries(
-    label: str, theirs: Mapping[str, Any], mine: Mapping[str, Tensor]
-) -> list[str]:
-    """Return the problems of a unit's saved state."""
-    problems = [f"{label}: missing {name}" for name in mine if name not in theirs]
-    problems += [f"{label}: unexpected {name}" for name in theirs if name not in mine]
-    for name, target in mine.items():
-        source = theirs.get(name, target)
-        if not isinstance(source, Tensor) or source.shape != target.shape:
-            got = tuple(source.shape) if isinstance(source, Tensor) else repr(source)
-            problems.append(f"{label}: {name} is {got}, expected {tuple(target.shape)}")
-        elif not _can_copy(source, target):
-            problems.append(
-                f"{label}: {name} is {source.dtype}, {source.layout}, on {source.device}, which "
-                f"cannot be copied into {target.dtype}, {target.layout}, on {target.device}"
-            )
-    return problems
-
-
-def _compare_shared(copies: Sequence[tuple[Tensor, Tensor]]) -> list[str]:
-    """Check that all parameters save the same values of the optimizer's shared tensors."""
-    first: dict[int, Tensor] = {}
-    for target, source in copies:
-        known = first.setdefault(id(target), source)
-        if known is not source and not known.equal(source):
-            return ["global_step or batch_size: parameters have different ones in the checkpoint"]
-    return []
-
-
-def _can_copy(source: Tensor, target: Tensor) -> bool:
-    """Return whether copying keeps the values, up to rounding."""
-    if source.is_meta or source.layout != target.layout:
-        return False
-    return torch.can_cast(source.dtype, target.dtype)
-
-
-def _check_numbers(number: int, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
-    """Return the problems of the saved hyperparameters."""
-    problems = []
-    for name, hyperparameter in as_routing(live["strategy"]).hyperparameters.items():
-        value = saved.get(name)
-        if name not in saved:
-            problems.append(f"param group {number}: {name} is missing")
-            continue
-        if isinstance(value, str) and _may_be_callable(hyperparameter):
-            continue
-        try:
-            hyperparameter.validate(name, value)
-            if isinstance(live[name], Tensor):
-                torch.as_tensor(value).reshape(live[name].shape)
-        except (StructPrecondError, RuntimeError, TypeError, ValueError) as error:
-            problems.append(f"param group {number}: {error}")
-    return problems
-
-
-def _may_be_callable(hyperparameter: Hyperparameter) -> bool:
-    """Return whether a string in the checkpoint may describe a callable."""
-    try:
-        hyperparameter.validate("", _may_be_callable)
-    except StructPrecondError:
-        return False
-    return True
+    theirs, mine = _names_in(saved), _names_in(live)
+    if theirs is None or mine is None or sorted(theirs) != sorted(mine):
+        return list(saved["params"])
+    by_name: dict[str, list[Any]] = {}
+    for name, i in zip(theirs, saved["params"], strict=True):
+        by_name.setdefault(name, []).append(i)
+    return [by_name[name].pop(0) for name in mine]
 
 
 def _numbers(
@@ -289,10 +268,11 @@ def _numbers(
     for key in saved.keys() - _NOT_LOADED:
         value, current = saved[key], live.get(key)
         if isinstance(current, Tensor):
-            copies.append((current, torch.as_tensor(value).reshape(current.shape)))
+            copies.append((current, tensor_like(current, value)))
         elif callable(current) or (isinstance(value, str) and not isinstance(current, str)):
             continue  # callables stay live; the checkpoint describes them in strings
         else:
             # a copy: the caller keeps the dict and its contents
-            values[key] = value.item() if isinstance(value, Tensor) else deepcopy(value)
+            value = value.item() if isinstance(value, Tensor) else deepcopy(value)
+            values[key] = with_tuples(value) if isinstance(current, tuple) else value
     return copies, values

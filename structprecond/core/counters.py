@@ -13,6 +13,9 @@ from typing_extensions import Self
 from structprecond.core.state import State
 from structprecond.core.units import Unit
 
+UNASSIGNED = -1
+"""The phase offset of rows that have none yet."""
+
 
 @dataclass
 class Counters(State):
@@ -27,7 +30,7 @@ class Counters(State):
         initialized: Whether the strategy has seen the first gradient of each row, bool.
         overdue: Whether each row missed a refresh because it was not live, bool.
         phase_offset: The phase offset of each row's refreshes, in steps before its multiples of the
-            interval, int64; see `refresh.stagger`.
+            interval, int64; `UNASSIGNED` until refreshes are staggered, see `refresh.stagger`.
         seed: The seed of each row's random numbers, int64.
     """
 
@@ -54,7 +57,7 @@ class Counters(State):
             failed=zeros(torch.int64),
             initialized=zeros(torch.bool),
             overdue=zeros(torch.bool),
-            phase_offset=zeros(torch.int64),
+            phase_offset=zeros(torch.int64).fill_(UNASSIGNED),
             seed=torch.tensor(seeds, dtype=torch.int64, device="cpu"),
         )
 

@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from structprecond.core.bucket import Bucket
 from structprecond.core.memory import keep_freed_memory
+from structprecond.core.units import Unit
 from structprecond.errors import StructPrecondError
 
 
@@ -98,11 +99,11 @@ class Entries:
     """The entries of all units; adopts entries that the user has replaced.
 
     Args:
-        shared: Tensors that every entry shows: the counters of the whole optimizer.
+        **shared: Tensors that every entry shows: the counters of the whole optimizer.
     """
 
-    def __init__(self, shared: Mapping[str, Tensor]) -> None:
-        self._shared = dict(shared)
+    def __init__(self, **shared: Tensor) -> None:
+        self._shared = shared
         self._entries: dict[nn.Parameter, Entry] = {}
 
     def show(self, buckets: Sequence[Bucket], state: MutableMapping[Any, Any]) -> None:
@@ -114,9 +115,15 @@ class Entries:
         for bucket in buckets:
             keep_freed_memory(bucket.device)
             for unit, tensors in zip(bucket.units, bucket.unit_tensors(), strict=True):
-                for p in unit.params:
-                    own = tensors if p is unit.params[0] else {}
-                    state[p] = self._entries[p] = Entry(unit.label, own | self._shared)
+                self.show_unit(unit, state, tensors)
+
+    def show_unit(
+        self, unit: Unit, state: MutableMapping[Any, Any], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Show the state of one unit, of which there is none while it is frozen."""
+        for p in unit.params:
+            own = tensors if p is unit.params[0] else {}
+            state[p] = self._entries[p] = Entry(unit.label, {**own, **self._shared})
 
     def follow(
         self,
@@ -131,6 +138,14 @@ class Entries:
                 shapes of an entry have changed.
         """
         self.show([bucket for bucket in buckets if bucket.follow_device(names)], state)
+        self.adopt(state)
+
+    def adopt(self, state: MutableMapping[Any, Any]) -> None:
+        """Adopt entries that were replaced.
+
+        Raises:
+            StructPrecondError: If names or shapes of an entry have changed.
+        """
         if list(map(id, state.values())) == list(map(id, self._entries.values())):
             return
         for p, entry in self._entries.items():
@@ -138,3 +153,18 @@ class Entries:
             if shown is not entry:
                 entry.adopt(shown)
                 state[p] = entry
+
+    def renew(
+        self, params: Mapping[nn.Parameter, nn.Parameter], state: MutableMapping[Any, Any]
+    ) -> None:
+        """Move entries to other parameters, and remove those of all others.
+
+        Args:
+            params: The parameters that keep their entries, and for each the one that has it next.
+            state: The optimizer's state; what is not from this library stays.
+        """
+        gone = self._entries.keys() - params.keys()
+        for entries in (state, self._entries):
+            left = {params.get(p, p): entry for p, entry in entries.items() if p not in gone}
+            entries.clear()
+            entries.update(left)

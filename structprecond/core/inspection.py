@@ -12,11 +12,11 @@ from structprecond.core.bucket import Bucket
 from structprecond.core.naming import enumerate_names
 from structprecond.core.routing import as_routing
 from structprecond.core.strategy import nonnegative
-from structprecond.errors import GradientError, StructPrecondError
+from structprecond.errors import GradientError, HyperparameterError, StructPrecondError
 
 
 def check_values(group: Mapping[str, Any]) -> None:
-    """Raise `HyperparameterError` unless all hyperparameters of a param group are valid.
+    """Raise `HyperparameterError` unless a param group has all hyperparameters, and valid ones.
 
     Tensors on an accelerator are not checked: that would need a host-device sync.
     """
@@ -24,9 +24,32 @@ def check_values(group: Mapping[str, Any]) -> None:
     if "weight_decay" in group:  # also where the strategy has another name for it
         hyperparameters.setdefault("weight_decay", nonnegative(0.0))
     for name, hyperparameter in hyperparameters.items():
+        if name not in group:
+            raise HyperparameterError(
+                f"A param group has no {name!r} any more. Set it, for example to the default, "
+                f"{hyperparameter.default!r}."
+            )
         value = group[name]
         if not (isinstance(value, Tensor) and value.device.type not in ("cpu", "meta")):
             hyperparameter.validate(name, value)
+
+
+def check_step(
+    param_groups: Sequence[Mapping[str, Any]],
+    buckets: Sequence[Bucket],
+    names: Mapping[nn.Parameter, str],
+) -> list[list[bool]]:
+    """Check hyperparameters and tensors; return the live units of each bucket.
+
+    Raises:
+        StructPrecondError: If a hyperparameter, a parameter or a gradient cannot be used.
+    """
+    for group in param_groups:
+        check_values(group)
+    live = [bucket.layout.live() for bucket in buckets]
+    for bucket, alive in zip(buckets, live, strict=True):
+        check_tensors(bucket, alive, names)
+    return live
 
 
 def check_tensors(bucket: Bucket, live: Sequence[bool], names: Mapping[nn.Parameter, str]) -> None:

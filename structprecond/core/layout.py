@@ -60,7 +60,7 @@ class Layout:
         return first if tiles and in_order else None
 
     def live(self) -> list[bool]:
-        """Return whether each unit takes part in a step: unfrozen, with all gradients."""
+        """Return whether each unit takes part: its parameters require and have gradients."""
         if all(p.grad is not None and p.requires_grad for p in self.params):
             return [True] * len(self.units)
         return [

@@ -16,9 +16,9 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 # the largest blocks to keep; older versions of glibc allow only the second value
 _LARGEST_BLOCKS = 256 * 2**20, 32 * 2**20
 _MOST_KEPT = 512 * 2**20
-# the user's own settings
+# variables with the user's own settings, which take precedence
 _VARIABLES = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"
-# the user's switch
+# the variable that turns this off
 _SWITCH = "STRUCTPRECOND_KEEP_FREED_MEMORY"
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from structprecond.structures.spec import Structure
+
 _COMPILED = "_orig_mod"
 _MOST_NAMES = 5
 
@@ -34,8 +36,18 @@ def enumerate_names(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def describe_shape(shape: Sequence[int]) -> str:
+    """Return a shape as in "64x32x3"."""
+    return "x".join(map(str, shape))
+
+
+def names_of_structures(structures: Sequence[Structure]) -> tuple[str, ...]:
+    """Return the names by which `structures=` knows them."""
+    return tuple("none" if s is None else s.name for s in structures)
+
+
 class BareParameters(nn.Module):
-    """Replaces the model if only parameters are known; builds its modules from their names.
+    """A stand-in for the model if only parameters are known; their names define its modules.
 
     Args:
         names: The parameters, which may be plain tensors, and their names.

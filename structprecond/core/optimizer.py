@@ -14,28 +14,30 @@ from typing_extensions import Self
 from structprecond.core import checkpoint, options, param_groups
 from structprecond.core.batch_size import GetBatchSize, Samples
 from structprecond.core.bucket import Bucket
-from structprecond.core.build import make_buckets
+from structprecond.core.build import RoutedUnit, make_buckets, route_units, thaw
 from structprecond.core.compiler import leave_to_python
-from structprecond.core.decay import as_rules, check_patterns
+from structprecond.core.costs import too_high
+from structprecond.core.decay import as_rules
 from structprecond.core.entry import Entries
 from structprecond.core.finite import exclude_unusable
-from structprecond.core.inspection import check_batch_size, check_tensors, check_values
-from structprecond.core.naming import enumerate_names, unwrap
+from structprecond.core.follow import Follower
+from structprecond.core.inspection import check_batch_size, check_step, check_values
+from structprecond.core.naming import unwrap
 from structprecond.core.options import Nonfinite, Refresh
-from structprecond.core.refresh import RefreshSchedule
+from structprecond.core.refresh import RefreshSchedule, warning_of_failures
 from structprecond.core.report import describe
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routes, UserRoutes, as_routing, settle, with_defaults
 from structprecond.core.step import Plan
-from structprecond.core.warn import warn
+from structprecond.core.warn import warn_once
 from structprecond.groups import PreconditionerGroup
 from structprecond.linalg.precision import step_precision
 from structprecond.structures.spec import PerAxis, StructureSpec
 
 # the attributes that copies and pickles keep: no views, nothing that other code adds
 _COPIED = (
-    "defaults param_groups model refresh nonfinite maximize rounding buckets "
-    "_names _global_step _samples _warned"
+    "defaults param_groups model refresh nonfinite maximize rounding buckets frozen_units "
+    "_names _global_step _samples _warned _follower"
 ).split()
 
 
@@ -82,8 +84,8 @@ class StructuredOptimizer(Optimizer):
         >>> optimizer.step()
     """
 
+    # what checkpoints hold beside `state`
     STATE_ATTRIBUTES: tuple[str, ...] = ("global_step", "batch_size")
-    """Attributes besides `state` that checkpoints hold."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Add the shared keywords to the signature and the docstring of a facade."""
@@ -105,7 +107,7 @@ class StructuredOptimizer(Optimizer):
         no_decay: Sequence[str] = (),
         hyperparameters: Mapping[str, Any] | None = None,
         batch_size: int | GetBatchSize | None = None,
-        structures: StructureSpec = "dense",
+        structures: StructureSpec = "auto",
         preconditioner_dtypes: PerAxis[torch.dtype | None] = None,
         combine_params: Sequence[PreconditionerGroup] | None = None,
         refresh: Refresh = "synchronous",
@@ -120,11 +122,12 @@ class StructuredOptimizer(Optimizer):
         self.refresh, self.nonfinite, self.maximize = refresh, nonfinite, maximize
         self.rounding = rounding
         self.buckets: list[Bucket] = []
+        self.frozen_units: list[RoutedUnit] = []
         self._names: dict[nn.Parameter, str] = {}
         self._global_step = torch.zeros((), dtype=torch.int64, device="cpu")
         self._samples = Samples(self.model)
         self._warned: set[str] = set()
-        self._used_rules: set[str] = set()
+        self._follower = Follower(self.buckets, self.frozen_units, self._names)
         self._start_anew()
         settled = settle(strategy, routes)
         routing = as_routing(settled)
@@ -138,8 +141,8 @@ class StructuredOptimizer(Optimizer):
         }
         leave_to_python(StructuredOptimizer, "_step")
         super().__init__(given, defaults)
-        routing.check_used(self._used_rules)
-        check_patterns(self.defaults["no_decay"], self._names.values())
+        param_groups.check_rules(self.defaults, self.buckets, self.frozen_units, self._names)
+        warn_once(self._warned, "expensive", too_high(self.buckets))
         if batch_size is not None:
             self.batch_size = batch_size
         if verbose_init:
@@ -148,8 +151,7 @@ class StructuredOptimizer(Optimizer):
     def _start_anew(self) -> None:
         """Make the attributes that copies and pickles do not keep."""
         self._schedule = RefreshSchedule(self.refresh == "staggered")
-        shared = {"global_step": self._global_step, "batch_size": self._samples.shown}
-        self._entries = Entries(shared)
+        self._entries = Entries(global_step=self._global_step, batch_size=self._samples.shown)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, optionally with its own hyperparameters and configuration.
@@ -157,6 +159,7 @@ class StructuredOptimizer(Optimizer):
         Raises:
             StructPrecondError: If the group is wrong; then nothing is added.
         """
+        self._follow(quiet=True)
         model = None if self.model is None else unwrap(self.model)
         group = param_groups.with_names(model, param_group)
         routing = param_groups.routing_of(group, as_routing(self.defaults["strategy"]))
@@ -169,24 +172,28 @@ class StructuredOptimizer(Optimizer):
             param_groups.drop_unread(group, kept, self.defaults)
             check_values(group)
             names = param_groups.labels_of(group, len(self.param_groups) - 1)
-            buckets = make_buckets(model, group, routing, names, self.rounding)
-            routing.check_read(given, [bucket.strategy for bucket in buckets])
-            used = {rule for bucket in buckets for rule in bucket.rules}
-            if "strategy" in own:
-                routing.check_used(used)
-            if "no_decay" in own:
-                check_patterns(group["no_decay"], names.values())
+            units = route_units(model, group, routing, names)
+            routing.check_read(given, [routed.route.strategy for routed in units])
+            param_groups.check_own_rules(group, own, routing, units, names.values())
+            buckets = make_buckets((u for u in units if not u.frozen), self.rounding)
+            self._follower.add(self.model, group)
         except BaseException:
             self.param_groups.pop()
             raise
-        self._used_rules |= used
         self._names |= names
-        self.buckets += buckets
-        self._entries.show(buckets, self.state)
-        self._warn_once("keys", misspelt)
+        self._show(buckets, [routed for routed in units if routed.frozen])
+        warn_once(self._warned, "keys", misspelt)
         if model is None:
             doubts = param_groups.roles_in_doubt(group, routing, buckets, type(self).__name__)
-            self._warn_once("roles", doubts)
+            warn_once(self._warned, "roles", doubts)
+
+    def _show(self, buckets: Sequence[Bucket], frozen: Sequence[RoutedUnit] = ()) -> None:
+        """Add what is new, and show the state of buckets, and that frozen units have none."""
+        self.frozen_units += [routed for routed in frozen if routed not in self.frozen_units]
+        self.buckets += [bucket for bucket in buckets if bucket not in self.buckets]
+        self._entries.show(buckets, self.state)
+        for routed in frozen:
+            self._entries.show_unit(routed.unit, self.state, {})
 
     def name_of(self, param: nn.Parameter) -> str:
         """Return the name of a parameter in the model, or else its place in `param_groups`."""
@@ -206,11 +213,7 @@ class StructuredOptimizer(Optimizer):
 
     @property
     def failed(self) -> int:
-        """The number of times a row kept its last basis or inverse root.
-
-        That happens if a decomposition fails in float32 and in float64. The next refresh tries
-        again.
-        """
+        """The number of times a row kept its last basis or root, as decompositions failed."""
         return sum(int(bucket.counters.failed.sum()) for bucket in self.buckets)
 
     @property
@@ -227,6 +230,7 @@ class StructuredOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as `torch.optim.Optimizer.zero_grad`."""
+        self._follow(quiet=True)
         super().zero_grad(set_to_none)
         self._samples.watch(self)
         self._samples.clear()
@@ -239,13 +243,10 @@ class StructuredOptimizer(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Make one step.
+        """Make one step; return the return value of the closure.
 
         Args:
             closure: Computes the loss and the gradients; called once, at the start.
-
-        Returns:
-            The return value of the closure.
 
         Raises:
             StructPrecondError: If a hyperparameter, a parameter or a gradient is invalid, or if a
@@ -261,17 +262,12 @@ class StructuredOptimizer(Optimizer):
     @step_precision()
     def _step(self) -> None:
         plans = self.plan()
+        warn_once(self._warned, "idle", self._follower.idle([plan.live for plan in plans]))
         if self.nonfinite != "ignore":
             problem = exclude_unusable(plans, self._names, refuse=self.nonfinite == "raise")
-            self._warn_once("skipped", problem)
+            warn_once(self._warned, "skipped", problem)
         failed = [label for plan in plans for label in plan.apply()]
-        if failed:
-            self._warn_once(
-                "failed",
-                f"Matrices of {enumerate_names(failed)} could not be decomposed at step "
-                f"{self.global_step}. They keep their last basis or inverse root until the next "
-                "refresh. Later failures give no warning; optimizer.failed counts them.",
-            )
+        warn_once(self._warned, "failed", warning_of_failures(failed, self.global_step))
         self.count_step()
 
     def plan(self) -> list[Plan]:
@@ -281,11 +277,10 @@ class StructuredOptimizer(Optimizer):
             StructPrecondError: If a hyperparameter, a parameter or a gradient is invalid.
         """
         self._samples.watch(self)
-        for group in self.param_groups:
-            check_values(group)
-        live = [bucket.layout.live() for bucket in self.buckets]
-        for bucket, alive in zip(self.buckets, live, strict=True):
-            check_tensors(bucket, alive, self._names)
+        self._follow()
+        self._follower.check_groups()
+        self._show(thaw(self.frozen_units, lambda routed: not routed.frozen, self.rounding))
+        live = check_step(self.param_groups, self.buckets, self._names)
         self._entries.follow(self.buckets, self.state, self._names)
         step, batch_size = self.global_step, self.batch_size
         check_batch_size(batch_size, self.buckets, live)
@@ -295,15 +290,14 @@ class StructuredOptimizer(Optimizer):
             for bucket, alive, every in zip(self.buckets, live, intervals, strict=True)
         ]
 
+    def _follow(self, quiet: bool = False) -> None:
+        """Follow changes of `param_groups` and of the model; refuse others, or wait if `quiet`."""
+        self._follower.update(self.model, self.param_groups, self._entries, self.state, quiet)
+
     def count_step(self) -> None:
         """Count a step after its plans were applied."""
         self._samples.use()
         self._global_step += 1
-
-    def _warn_once(self, kind: str, message: str | None) -> None:
-        if message is not None and kind not in self._warned:
-            self._warned.add(kind)
-            warn(message)
 
     # --- checkpoints and copies ------------------------------------------------------------------
 
@@ -315,7 +309,8 @@ class StructuredOptimizer(Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        saved = checkpoint.save(self.param_groups, self.state)
+        self._follow()
+        saved = checkpoint.save(self._follower.used_groups(), self.state)
         return checkpoint.hooked(self, "state_dict_post", saved)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -329,8 +324,13 @@ class StructuredOptimizer(Optimizer):
         """
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         state_dict = checkpoint.hooked(self, "load_state_dict_pre", state_dict)
+        self._follow()
+        used = self._follower.used_groups(check=True)
+        saved = checkpoint.with_state(used, state_dict)
+        self._show(thaw(self.frozen_units, lambda u: u.unit.params[0] in saved, self.rounding))
         with self._samples.loading():
-            checkpoint.load(self.param_groups, self.state, self._names, state_dict)
+            checkpoint.load(self.param_groups, used, self.state, self._names, state_dict)
+        self._schedule.adopt(self.buckets)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -340,10 +340,10 @@ class StructuredOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or pickle."""
-        super().__setstate__({**state, "state": defaultdict(dict), "_used_rules": set()})
+        super().__setstate__({**state, "state": defaultdict(dict)})
         leave_to_python(StructuredOptimizer, "_step")
         self._start_anew()
-        self._entries.show(self.buckets, self.state)
+        self._show(self.buckets, self.frozen_units)
         self._samples.watch(self)
 
 

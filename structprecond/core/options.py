@@ -65,10 +65,12 @@ class FactorOptions(CommonOptions, total=False):
     """The keywords of optimizers with Kronecker factors.
 
     Args:
-        structures: The structures of the Kronecker factors: one name of `SUPPORTED_STRUCTURES`, or
-            a dict from the number of axes to one name or to one name per axis, as in
-            `{1: "diagonal", 2: ("dense", "block64diagonal")}`. A strategy refuses structures that
-            it cannot use. Default: `"dense"`.
+        structures: The structures of the Kronecker factors: `"auto"`, one name of
+            `SUPPORTED_STRUCTURES`, or a dict from the number of axes to one name or to one name per
+            axis, as in `{1: "diagonal", 2: ("auto", "block64diagonal")}`. A strategy refuses
+            structures that it cannot use. `"auto"` is `"dense"`, without a factor for an axis that
+            is longer than `max_precond_dim`, or longer than 1,024 and more than 8 times as long as
+            all other axes together. Default: `"auto"`.
         preconditioner_dtypes: The dtypes in which Kronecker factors are stored, given like
             `structures`. Default: None, the dtype of the computation: float64 for float64
             parameters, else float32.

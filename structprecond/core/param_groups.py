@@ -10,10 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from structprecond.core.bucket import Bucket
-from structprecond.core.decay import as_rules
+from structprecond.core.build import RoutedUnit
+from structprecond.core.decay import as_rules, check_patterns
 from structprecond.core.naming import plain_name, unwrap
+from structprecond.core.plain import plain_number
 from structprecond.core.routing import Routing, as_routing, settle
-from structprecond.core.strategy import Strategy
+from structprecond.core.strategy import Strategy, decay_of
 from structprecond.core.strategy_names import known_strategies, name_of
 from structprecond.errors import GroupError, HyperparameterError, StructPrecondError
 from structprecond.groups import PreconditionerGroup
@@ -89,7 +91,7 @@ def routing_of(group: dict[str, Any], usual: Routing) -> Routing:
 
 
 def complete(group: dict[str, Any], routing: Routing, defaults: Mapping[str, Any]) -> set[str]:
-    """Add missing hyperparameters to a group; return the names of the given ones.
+    """Add missing hyperparameters to a group, as plain numbers; return the names of given ones.
 
     A `weight_decay` that the group names is that of all its strategies without one of their own.
 
@@ -108,6 +110,7 @@ def complete(group: dict[str, Any], routing: Routing, defaults: Mapping[str, Any
         shared = name == "lr" or name not in routing.main.hyperparameters
         shared = (shared or type(routing.main) is type(usual.main)) and name in defaults
         group.setdefault(name, defaults[name] if shared else hyperparameter.default)
+        group[name] = plain_number(group[name])
     rules = group.setdefault("combine_params", defaults["combine_params"])
     group["combine_params"] = _as_tuple(rules)
     group["no_decay"] = as_rules(group.get("no_decay", defaults["no_decay"]))
@@ -126,8 +129,49 @@ def drop_unread(group: dict[str, Any], kept: Set[str], defaults: Mapping[str, An
         del group[name]
 
 
+def check_rules(
+    defaults: Mapping[str, Any],
+    buckets: Iterable[Bucket],
+    frozen: Iterable[RoutedUnit],
+    names: Mapping[Any, str],
+) -> None:
+    """Raise `GroupError` if a route or a `no_decay` of the optimizer matches nothing.
+
+    Args:
+        defaults: The defaults of all groups.
+        buckets: The buckets of all groups.
+        frozen: The frozen units of all groups.
+        names: The names of all parameters.
+    """
+    used = {rule for bucket in buckets for rule in bucket.rules}
+    as_routing(defaults["strategy"]).check_used(used | {routed.route.rule for routed in frozen})
+    check_patterns(defaults["no_decay"], names.values())
+
+
+def check_own_rules(
+    group: Mapping[str, Any],
+    own: Set[str],
+    routing: Routing,
+    units: Iterable[RoutedUnit],
+    names: Iterable[str],
+) -> None:
+    """Raise `GroupError` if a route or a `no_decay` of a group's own matches nothing in it.
+
+    Args:
+        group: The group.
+        own: The keys that it was given.
+        routing: Its routing.
+        units: Its units.
+        names: The names of its parameters.
+    """
+    if "strategy" in own:
+        routing.check_used({routed.route.rule for routed in units})
+    if "no_decay" in own:
+        check_patterns(group["no_decay"], names)
+
+
 def _check_one_decay(given: Set[str], main: Strategy[Any]) -> None:
-    own = main.decay_hyperparameter
+    own = decay_of(main)
     if own in given and own != "weight_decay":
         raise HyperparameterError(
             f"A param group was given {own} and weight_decay, which are the same for "

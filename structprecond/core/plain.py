@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
-from numbers import Number
+from decimal import Decimal
+from fractions import Fraction
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -24,9 +26,26 @@ def plain_value(value: Any) -> Any:
         return value
     if type(value) in (list, tuple):
         return type(value)(plain_value(v) for v in value)
-    if isinstance(value, Number) and hasattr(value, "item"):
-        return value.item()  # a numpy number
-    return describe_object(value)
+    number = plain_number(value)
+    return describe_object(value) if number is value else number
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number of any kind, or an array of one, as int, float or bool; others as they are.
+
+    Numbers in lists and tuples are converted too. Tensors stay.
+    """
+    if value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str):
+        return value
+    if type(value) in (list, tuple):
+        numbers = type(value)(map(plain_number, value))
+        return value if all(map(is_, numbers, value)) else numbers
+    if isinstance(value, Decimal | Fraction):
+        return float(value)
+    # numpy's, without importing it
+    if getattr(value, "size", None) == 1 and callable(getattr(value, "item", None)):
+        return value.item()
+    return value
 
 
 def describe_object(value: Any) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 import torch
 
 from structprecond.core.bucket import Bucket
+from structprecond.core.counters import UNASSIGNED
+from structprecond.core.naming import enumerate_names
 from structprecond.core.state import Rows, rows_of, select
 from structprecond.core.strategy import StepContext
 from structprecond.errors import DecompositionError
@@ -40,6 +43,17 @@ def refresh_rows(
             ctx.failed[failed] = True
 
 
+def warning_of_failures(units: Sequence[str], step: int) -> str | None:
+    """Return the warning about units whose refresh failed in a step; None if there are none."""
+    if not units:
+        return None
+    return (
+        f"Matrices of {enumerate_names(units)} could not be decomposed at step {step}. They keep "
+        "their last basis or inverse root until the next refresh; optimizer.failed counts further "
+        "failures without a warning."
+    )
+
+
 class RefreshSchedule:
     """Returns the refresh intervals of all buckets for each step.
 
@@ -49,7 +63,6 @@ class RefreshSchedule:
 
     def __init__(self, staggered: bool) -> None:
         self.staggered = staggered
-        self._staggered_for: list[tuple[int, int | bool]] = []
 
     def intervals(self, buckets: Sequence[Bucket], global_step: int) -> list[int | bool]:
         """Return each bucket's interval or, if it is a callable, whether to refresh all rows now.
@@ -66,35 +79,70 @@ class RefreshSchedule:
                 every = asked[id(every)]
             answers.append(every)
         if self.staggered:
-            key = [(id(bucket), every) for bucket, every in zip(buckets, answers, strict=True)]
-            if key != self._staggered_for:
-                stagger(buckets, answers)
-                self._staggered_for = key
+            moved = [
+                bucket
+                for bucket, every in zip(buckets, answers, strict=True)
+                if bucket.staggered_over != every and not isinstance(every, bool)
+            ]
+            if moved:
+                stagger(buckets, answers, moved)
         return answers
 
+    def adopt(self, buckets: Sequence[Bucket]) -> None:
+        """Keep the phase offsets that a checkpoint has brought, whatever the interval was before.
 
-def stagger(buckets: Sequence[Bucket], intervals: Sequence[int | bool]) -> None:
-    """Stagger the refreshes of all rows over their interval, the costliest rows first.
+        Checkpoints of synchronous runs that have zeros, as older versions wrote, bring none.
+        """
+        if self.staggered and not any((b.counters.phase_offset > 0).any() for b in buckets):
+            for bucket in buckets:
+                bucket.counters.phase_offset.fill_(UNASSIGNED)
+        for bucket in buckets:
+            bucket.staggered_over = None
+
+
+def stagger(
+    buckets: Sequence[Bucket], intervals: Sequence[int | bool], moved: Sequence[Bucket]
+) -> None:
+    """Stagger the refreshes of rows over their interval, the costliest rows first.
+
+    Rows that have a turn keep it. The others get the turns with the least work.
 
     Args:
         buckets: The buckets; sets their `counters.phase_offset`.
         intervals: The refresh interval of each bucket; a bool if it has none.
+        moved: The buckets that were not staggered over their interval yet. Where the interval is
+            not a new one but the bucket is, such as after a checkpoint was loaded, only rows
+            without a phase offset get one.
     """
+    loads: dict[int, Counter[int]] = {}
     waiting: dict[int, list[tuple[int, str, Bucket, int]]] = {}
+    rows = Counter[int]()
     for bucket, every in zip(buckets, intervals, strict=True):
-        if not isinstance(every, bool):
-            # by name, so that offsets do not depend on the order of registration
-            rows = (
-                (-bucket.refresh_cost(), unit.label, bucket, row)
-                for unit, span in zip(bucket.units, bucket.spans, strict=True)
-                for row in range(span.start, span.stop)
-            )
-            waiting.setdefault(every, []).extend(rows)
-    for every, rows_of_all in waiting.items():
-        rows_of_all.sort(key=lambda entry: entry[:2])
-        # (load, step); no more steps than rows are needed
-        loads = [(0, step) for step in range(min(every, len(rows_of_all)))]
-        for cost, _, bucket, row in rows_of_all:
-            load, step = heappop(loads)
-            bucket.counters.phase_offset[row] = step
-            heappush(loads, (load - cost, step))
+        if isinstance(every, bool):
+            continue
+        offsets, cost = bucket.counters.phase_offset, bucket.refresh_cost()
+        if any(bucket is other for other in moved):
+            if bucket.staggered_over is not None:
+                offsets.fill_(UNASSIGNED)
+            bucket.staggered_over = every
+        rows[every] += bucket.rows
+        # rows are at different updates, so offsets alone do not tell their turns
+        assigned = (offsets >= 0).tolist()
+        turns = ((offsets + bucket.counters.step) % every).tolist()
+        taken, open_rows = loads.setdefault(every, Counter()), waiting.setdefault(every, [])
+        # by name, so that offsets do not depend on the order of registration
+        for unit, span in zip(bucket.units, bucket.spans, strict=True):
+            for row in range(span.start, span.stop):
+                if assigned[row]:
+                    taken[turns[row]] += cost
+                else:
+                    open_rows.append((-cost, unit.label, bucket, row))
+    for every, open_rows in waiting.items():
+        open_rows.sort(key=lambda entry: entry[:2])
+        # (load, turn); no more turns than rows are needed
+        heap = [(loads[every][turn], turn) for turn in range(min(every, rows[every]))]
+        heapify(heap)
+        for cost, _, bucket, row in open_rows:
+            load, turn = heappop(heap)
+            bucket.counters.phase_offset[row] = (turn - int(bucket.counters.step[row])) % every
+            heappush(heap, (load - cost, turn))

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from structprecond.core.bucket import Bucket
-from structprecond.core.build import roles_of
-from structprecond.core.naming import unwrap
+from structprecond.core.bucket import Bucket, BucketKey
+from structprecond.core.build import RoutedUnit, left_out_axes, roles_of
+from structprecond.core.naming import (
+    describe_shape,
+    enumerate_names,
+    names_of_structures,
+    unwrap,
+)
 from structprecond.core.plain import describe_object
+from structprecond.core.strategy import Strategy
+from structprecond.core.units import Unit
 from structprecond.errors import StructPrecondError
 from structprecond.roles import ROLES, Role
 from structprecond.tables import lay_out
@@ -34,6 +42,7 @@ class Row:
         shape: The shape of one row.
         rows: The number of rows.
         structures: The structure of every axis.
+        left_out: The axes without a factor because of their length.
         dtypes: The dtype of every factor.
         state_bytes: The bytes of the stack's state.
         live: Whether any of the parameters requires a gradient.
@@ -51,6 +60,7 @@ class Row:
     shape: tuple[int, ...]
     rows: int
     structures: tuple[str, ...]
+    left_out: tuple[int, ...]
     dtypes: tuple[str, ...]
     state_bytes: int
     live: bool
@@ -76,30 +86,29 @@ class Description:
         return sum(row.state_bytes for row in self.rows)
 
     def __str__(self) -> str:
-        """Return a table with one line per stack and the totals."""
+        """Return a table with one line per stack, the totals, and the long axes without factor."""
         strategies = list(dict.fromkeys(row.strategy for row in self.rows))
         rules = [rule for row in self.rows for rule in row.rules]
         routed = any(rule != "default" for rule in rules)
         # a route by role is told by the role
         by_name = any(rule not in ("default", *ROLES) for rule in rules)
-        left_out = not all(row.decays for row in self.rows)
-        by_decay = left_out or len({row.weight_decay for row in self.rows}) > 1
+        exempt = not all(row.decays for row in self.rows)
+        by_decay = exempt or len({row.weight_decay for row in self.rows}) > 1
         usual = ("role", "rule", "shape", "rows", "structures", "state")
         more_columns = ("strategy",) * routed + ("route",) * by_name + ("decay",) * by_decay
         table: list[tuple[str, ...]] = [("group", "parameters", *more_columns, *usual)]
         for row in self.rows:
-            more = f" (+{len(row.names) - 1})" if len(row.names) > 1 else ""
             frozen = "" if row.live else " (frozen)"
             table.append(
                 (
                     str(row.group),
-                    _shorten(row.names[0], 40) + more + frozen,
+                    _first_of(row) + frozen,
                     *(row.strategy,) * routed,
                     *(_shorten(", ".join(row.rules), 30),) * by_name,
                     *("-" if row.weight_decay is None else f"{row.weight_decay:g}",) * by_decay,
                     _shorten(", ".join(dict.fromkeys(row.roles)), 30),
                     _shorten(row.rule, 30),
-                    "x".join(map(str, row.shape)),
+                    describe_shape(row.shape),
                     str(row.rows),
                     " ".join(_compress(row.structures, row.dtypes)),
                     _human(row.state_bytes),
@@ -113,7 +122,13 @@ class Description:
             f"{', '.join(strategies)}: state {_human(self.state_bytes)}{ratio} parameters "
             f"({_human(self.parameter_bytes)})"
         )
-        return "\n".join([*lines, lines[1], total])
+        left_out = [
+            f"axis {axis} of {_first_of(row)} ({describe_shape(row.shape)})"
+            for row in self.rows
+            for axis in row.left_out
+        ]
+        too_long = [f"No factor for long axes: {enumerate_names(left_out)}"] if left_out else []
+        return "\n".join([*lines, lines[1], total, *too_long])
 
     def by_parameter(self) -> str:
         """Return a table with one line per unit: its role, why it has it, and its strategy.
@@ -150,9 +165,9 @@ def describe(optimizer: Optimizer) -> Description:
         group  parameters  role  rule            shape  rows  structures   state
         ------------------------------------------------------------------------
         0      weight      head  PerParameter()  2x3    1     dense dense  170 B
-        0      bias        bias  PerParameter()  2      1     dense        82 B
+        0      bias        bias  PerParameter()  2      1     diagonal     66 B
         ------------------------------------------------------------------------
-        SIRFShampooStrategy: state 252 B = 7.88 x parameters (32 B)
+        SIRFShampooStrategy: state 236 B = 7.38 x parameters (32 B)
     """
     optimizer = getattr(optimizer, "base_optimizer", optimizer)
     buckets: list[Bucket] | None = getattr(optimizer, "buckets", None)
@@ -161,34 +176,78 @@ def describe(optimizer: Optimizer) -> Description:
             f"describe takes an optimizer of this library, got a {type(optimizer).__name__}. Build "
             "one, such as SOAP(model)."
         )
-    numbers = {id(group): i for i, group in enumerate(optimizer.param_groups)}
-    roles = _roles(buckets, getattr(optimizer, "model", None))
-    rows = [
-        Row(
-            group=numbers[id(bucket.group)],
-            strategy=type(bucket.strategy).__name__,
-            roles=tuple(roles[u.params[0]].role for u in bucket.units if u.params[0] in roles),
-            reasons=tuple(roles[u.params[0]].reason for u in bucket.units if u.params[0] in roles),
-            rules=tuple(dict.fromkeys(bucket.rules)),
-            rule=describe_object(bucket.key.rule),
-            names=tuple(unit.label for unit in bucket.units),
-            shape=tuple(bucket.key.shape),
-            rows=bucket.rows,
-            structures=tuple("none" if s is None else s.name for s in bucket.key.structures),
-            dtypes=tuple(str(d).removeprefix("torch.") for d in bucket.key.dtypes),
-            state_bytes=sum(t.numel() * t.element_size() for t in bucket.named_tensors().values()),
-            live=any(p.requires_grad for p in bucket.params),
-            weight_decay=bucket.weight_decay,
-            decays=bucket.key.decays,
+    optimizer._follow()  # type: ignore[union-attr]
+    stacks = [
+        _Stack(
+            b.group,
+            b.strategy,
+            b.key,
+            b.units,
+            b.rules,
+            b.weight_decay,
+            b.named_tensors().values(),
         )
-        for bucket in buckets
+        for b in buckets
     ]
+    frozen: dict[Any, list[RoutedUnit]] = {}
+    for routed in getattr(optimizer, "frozen_units", ()):
+        key = (id(routed.group), routed.route.strategy, routed.key())
+        frozen.setdefault(key, []).append(routed)
+    stacks += [
+        _Stack(
+            same[0].group,
+            strategy,
+            key,
+            [r.unit for r in same],
+            [r.route.rule for r in same],
+            None,
+        )
+        for (_, strategy, key), same in frozen.items()
+    ]
+    numbers = {id(group): i for i, group in enumerate(optimizer.param_groups)}
+    roles = _roles(stacks, getattr(optimizer, "model", None))
+    rows = tuple(stack.row(numbers[id(stack.group)], roles) for stack in stacks)
     parameters = (p for group in optimizer.param_groups for p in group["params"])
-    return Description(tuple(rows), sum(p.numel() * p.element_size() for p in parameters))
+    return Description(rows, sum(p.nbytes for p in parameters))
 
 
-def _roles(buckets: Sequence[Bucket], model: nn.Module | None) -> dict[nn.Parameter, Role]:
-    units = [unit for bucket in buckets for unit in bucket.units]
+@dataclass(frozen=True)
+class _Stack:
+    """Units that are stacked, or will be when they are thawed."""
+
+    group: dict[str, Any]
+    strategy: Strategy[Any]
+    key: BucketKey
+    units: Sequence[Unit]
+    rules: Sequence[str]
+    weight_decay: float | None
+    tensors: Iterable[Tensor] = ()
+
+    def row(self, number: int, roles: Mapping[nn.Parameter, Role]) -> Row:
+        """Return the row of the table, in the param group of a number."""
+        known = [roles[unit.params[0]] for unit in self.units if unit.params[0] in roles]
+        return Row(
+            group=number,
+            strategy=type(self.strategy).__name__,
+            roles=tuple(role.role for role in known),
+            reasons=tuple(role.reason for role in known),
+            rules=tuple(dict.fromkeys(self.rules)),
+            rule=describe_object(self.key.rule),
+            names=tuple(unit.label for unit in self.units),
+            shape=tuple(self.key.shape),
+            rows=sum(unit.rows for unit in self.units),
+            structures=names_of_structures(self.key.structures),
+            left_out=left_out_axes(self.units[0], self.strategy, self.group, self.key.structures),
+            dtypes=tuple(str(d).removeprefix("torch.") for d in self.key.dtypes),
+            state_bytes=sum(t.nbytes for t in self.tensors),
+            live=any(p.requires_grad for unit in self.units for p in unit.params),
+            weight_decay=self.weight_decay,
+            decays=self.key.decays,
+        )
+
+
+def _roles(stacks: Sequence[_Stack], model: nn.Module | None) -> dict[nn.Parameter, Role]:
+    units = [unit for stack in stacks for unit in stack.units]
     names = {p: name for u in units for p, name in zip(u.params, u.names, strict=True)}
     try:
         return roles_of(None if model is None else unwrap(model), names)
@@ -202,6 +261,12 @@ def _compress(structures: tuple[str, ...], dtypes: tuple[str, ...]) -> list[str]
         s if d in ("float32", "float64") else f"{s}:{d}"
         for s, d in zip(structures, dtypes, strict=True)
     ]
+
+
+def _first_of(row: Row) -> str:
+    """Return the name of a stack's first unit and the number of the others."""
+    more = f" (+{len(row.names) - 1})" if len(row.names) > 1 else ""
+    return _shorten(row.names[0], 40) + more
 
 
 def _shorten(text: str, width: int) -> str:

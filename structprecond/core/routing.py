@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
-from structprecond.core.strategy import Hyperparameter, Strategy, nonnegative
+from structprecond.core.strategy import Hyperparameter, Strategy, decay_of, nonnegative
 from structprecond.core.strategy_names import name_of, strategy_called
 from structprecond.errors import GroupError, HyperparameterError, StructPrecondError
 from structprecond.roles import NOT_MATRICES, ROLES, RoleName
@@ -83,13 +83,13 @@ class Routing:
     def followers(self) -> list[str]:
         """The hyperparameters that are None for the group's `weight_decay`."""
         others = [strategy for strategy in self.strategies if self.prefix(strategy)]
-        decaying = [s for s in others if s.decay_hyperparameter in s.hyperparameters]
-        return [f"{self.prefix(s)}{s.decay_hyperparameter}" for s in decaying]
+        decays = ((self.prefix(strategy), decay_of(strategy)) for strategy in others)
+        return [f"{prefix}{decay}" for prefix, decay in decays if decay is not None]
 
     @property
     def decays(self) -> bool:
         """Whether a param group may name a `weight_decay`: whether any strategy has one."""
-        return any(s.decay_hyperparameter in s.hyperparameters for s in self.strategies)
+        return any(decay_of(strategy) is not None for strategy in self.strategies)
 
     def prefix(self, strategy: Strategy[Any]) -> str:
         """Return the prefix of a strategy's hyperparameters in the param group."""
@@ -185,7 +185,7 @@ class Routing:
             for strategy in strategies
             for name in (*strategy.hyperparameters, "lr_scale")
         }
-        if any(s.decay_hyperparameter in s.hyperparameters for s in strategies):
+        if any(decay_of(strategy) is not None for strategy in strategies):
             read.add("weight_decay")
         if strategies and (unread := sorted(given - read - {"lr"})):
             names = " and ".join(dict.fromkeys(type(s).__name__ for s in strategies))
@@ -278,8 +278,8 @@ def hyperparameters_of(
 ) -> dict[str, Any]:
     """Return a strategy's hyperparameters in a param group under their own names."""
     hp = {name: group[f"{prefix}{name}"] for name in strategy.hyperparameters if name != "lr"}
-    decay = strategy.decay_hyperparameter
-    if decay in hp and (hp[decay] is None or not prefix):
+    decay = decay_of(strategy)
+    if decay is not None and (hp[decay] is None or not prefix):
         hp[decay] = group.get("weight_decay", hp[decay])
         if hp[decay] is None:  # the main strategy has none
             hp[decay] = strategy.hyperparameters[decay].default

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from structprecond.core.bucket import Bucket
+from structprecond.core.costs import naming_units
 from structprecond.core.rounding import is_low_precision, round_stochastically
 from structprecond.core.state import Rows, on_device_of, rows_of, select
 from structprecond.core.strategy import StepContext
@@ -58,7 +59,8 @@ class Plan:
     def grads(self) -> Tensor:
         """The stacked gradients of the units that are live at the first read."""
         if self._grads is None:
-            self._grads = self.bucket.gather_grads(self.live)
+            with naming_units("copying gradients", self.bucket.units, self.bucket.key):
+                self._grads = self.bucket.gather_grads(self.live)
         return self._grads
 
     def exclude(self, units: Sequence[bool]) -> None:
@@ -78,7 +80,7 @@ class Plan:
         if isinstance(self.every, bool):
             counters.overdue |= self.every
             return counters.overdue & live
-        offsets = counters.phase_offset
+        offsets = counters.phase_offset.clamp(min=0)  # some may be unassigned
         return self.bucket.strategy.due(counters.step, offsets, self.every) & live
 
     # --- apply -----------------------------------------------------------------------------------
@@ -88,6 +90,10 @@ class Plan:
 
         Frees the gradients, so that the next bucket can use their memory.
         """
+        with naming_units("making a step", self.bucket.units, self.bucket.key):
+            return self._apply()
+
+    def _apply(self) -> list[str]:
         bucket = self.bucket
         due = self.due()
         live = bucket.layout.live_rows(self.live)

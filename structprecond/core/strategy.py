@@ -20,22 +20,28 @@ from structprecond.core.state import ALL_ROWS, Rows, S, on_device_of
 from structprecond.errors import StructureError
 from structprecond.groups import PerParameter, PreconditionerGroup
 from structprecond.structures import SUPPORTED_STRUCTURES, StructuredMatrix
+from structprecond.structures.auto import auto_structures
 from structprecond.structures.spec import Structure
 
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """A value in the param group, where a scheduler may change it.
+    r"""A value in the param group, where a scheduler may change it.
 
     Args:
         default: The default value.
         check: Returns whether a value is valid.
         requirement: The check in words, for messages.
+        is_decay: Whether it is the strategy's weight decay, as one called `weight_decay` always is.
+        refresh_operations: For a refresh interval, the operations of refreshing a dense factor of
+            size n, divided by \(n^3\), to estimate costs; None for other hyperparameters.
     """
 
     default: Any
     check: Callable[[Any], bool]
     requirement: str
+    is_decay: bool = False
+    refresh_operations: float | None = None
 
     def validate(self, name: str, value: Any) -> None:
         """Raise `HyperparameterError` unless the value is valid."""
@@ -67,12 +73,19 @@ def flag(default: bool) -> Hyperparameter:
     return Hyperparameter(default, lambda v: isinstance(v, bool), "True or False")
 
 
-def interval(default: Any) -> Hyperparameter:
-    """Return a hyperparameter for a number of steps, or a callable of the global step."""
+def interval(default: Any, operations: float = 25.0) -> Hyperparameter:
+    """Return a refresh interval: a number of steps, or a callable of the global step.
+
+    Args:
+        default: The default interval.
+        operations: The operations of a refresh, see `Hyperparameter`. Default: 25.0, those of an
+            eigendecomposition.
+    """
     return Hyperparameter(
         default,
         lambda v: callable(v) or is_count(v),
         "an integer of at least 1, or a callable that returns a bool for the step",
+        refresh_operations=operations,
     )
 
 
@@ -167,7 +180,7 @@ class StepContext:
 
 @dataclass(frozen=True)
 class Strategy(ABC, Generic[S]):
-    """An update rule for stacks `(b, *dims)` of b independent rows.
+    r"""An update rule for stacks `(b, *dims)` of b independent rows.
 
     Subclasses are frozen dataclasses whose fields are the static configuration. Values that may be
     scheduled are declared in `hyperparameters` and stay in the param group; methods get them as a
@@ -179,19 +192,13 @@ class Strategy(ABC, Generic[S]):
             factors.
         combine_params: The groupings if the user gives none; without a model, those that need
             modules are left out.
-        refresh_interval: The name of the hyperparameter with the refresh interval, None without
-            refreshes.
         needs_batch_size: Whether the update depends on the batch size.
-        decay_hyperparameter: The name of the hyperparameter that is the weight decay, if there is
-            one.
     """
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]]
     structures: ClassVar[tuple[type[StructuredMatrix], ...]] = (StructuredMatrix,)
     combine_params: ClassVar[tuple[PreconditionerGroup, ...]] = (PerParameter(),)
-    refresh_interval: ClassVar[str | None] = None
     needs_batch_size: ClassVar[bool] = False
-    decay_hyperparameter: ClassVar[str] = "weight_decay"
 
     @abstractmethod
     def init(
@@ -253,6 +260,17 @@ class Strategy(ABC, Generic[S]):
         """
         return None
 
+    def auto_structures(self, dims: Sequence[int]) -> tuple[Structure, ...]:
+        """Return the structures that `structures="auto"` stands for.
+
+        Default: `dense`, and no factor for an axis that is longer than 1,024 and more than 8 times
+        as long as all other axes together.
+
+        Args:
+            dims: The sizes of the axes.
+        """
+        return auto_structures(dims)
+
     def adapt_structures(
         self, structures: tuple[Structure, ...], dims: Sequence[int], order: int, units: str
     ) -> tuple[Structure, ...]:
@@ -279,3 +297,17 @@ class Strategy(ABC, Generic[S]):
                     f"{units}. It can use {', '.join(usable)}."
                 )
         return structures
+
+
+def decay_of(strategy: Strategy[Any]) -> str | None:
+    """Return the name of a strategy's hyperparameter that is the weight decay; None without one."""
+    for name, hyperparameter in strategy.hyperparameters.items():
+        if name == "weight_decay" or hyperparameter.is_decay:
+            return name
+    return None
+
+
+def interval_of(strategy: Strategy[Any]) -> str | None:
+    """Return the name of a strategy's refresh interval; None without refreshes."""
+    hyperparameters = strategy.hyperparameters.items()
+    return next((name for name, h in hyperparameters if h.refresh_operations is not None), None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Size, nn
@@ -11,6 +12,9 @@ from torch import Size, nn
 from structprecond.core.naming import BareParameters
 from structprecond.errors import GroupError
 from structprecond.groups import PreconditionerGroup
+
+# by grouping, shapes of the parameters, and device of the check
+GroupedShapes: TypeAlias = dict[tuple[int, tuple[Size, ...], torch.device], Size]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +44,10 @@ class Unit:
     def shapes(self) -> list[Size]:
         """The shapes of the parameters."""
         return [p.shape for p in self.params]
+
+    def renewed(self, params: Mapping[nn.Parameter, nn.Parameter]) -> Unit:
+        """Return the unit with other parameters of the same shapes."""
+        return replace(self, params=tuple(params[p] for p in self.params))
 
 
 def find_units(
@@ -72,7 +80,7 @@ def find_units(
     known = {id(p) for p in seen.parameters()}
     open_params = {id(p) for p in params}
     units = []
-    grouped_shapes: dict[tuple[int, tuple[Size, ...]], Size] = {}
+    grouped_shapes: GroupedShapes = {}
     for rule in rules:
         if not isinstance(rule, PreconditionerGroup):
             raise GroupError(
@@ -113,7 +121,7 @@ def _unit(
     rule: PreconditionerGroup,
     members: Sequence[nn.Parameter],
     names: Mapping[nn.Parameter, str],
-    grouped_shapes: dict[tuple[int, tuple[Size, ...]], Size],
+    grouped_shapes: GroupedShapes,
 ) -> Unit:
     label = " + ".join(f"{names[p]} {tuple(p.shape)}" for p in members)
     if len({(p.dtype, p.device) for p in members}) > 1:
@@ -124,9 +132,10 @@ def _unit(
         )
     shapes = [p.shape for p in members]
     # check equal shapes only once
-    key = (id(rule), tuple(shapes))
+    device = torch.device("meta" if members[0].is_meta else "cpu")
+    key = (id(rule), tuple(shapes), device)
     if key not in grouped_shapes:
-        grouped_shapes[key] = _check_inverse(rule, shapes, label)
+        grouped_shapes[key] = _check_inverse(rule, shapes, label, device)
     grouped = grouped_shapes[key]
     rows = grouped[0] if rule.stacked else 1
     shape = grouped[1:] if rule.stacked else grouped
@@ -138,9 +147,14 @@ def _unit(
     return Unit(rule, tuple(members), tuple(names[p] for p in members), shape, rows)
 
 
-def _check_inverse(rule: PreconditionerGroup, shapes: list[Size], label: str) -> Size:
-    """Return the shape of the grouped tensor, after checking that `ungroup` inverts `group`."""
-    numbers = torch.arange(sum(s.numel() for s in shapes), dtype=torch.int32, device="cpu")
+def _check_inverse(
+    rule: PreconditionerGroup, shapes: list[Size], label: str, device: torch.device
+) -> Size:
+    """Return the shape of the grouped tensor, after checking that `ungroup` inverts `group`.
+
+    Parameters on the meta device have no values, and a check of values would take their memory.
+    """
+    numbers = torch.arange(sum(s.numel() for s in shapes), dtype=torch.int32, device=device)
     tensors = [
         piece.view(shape)
         for piece, shape in zip(numbers.split([s.numel() for s in shapes]), shapes, strict=True)
@@ -152,7 +166,8 @@ def _check_inverse(rule: PreconditionerGroup, shapes: list[Size], label: str) ->
             f"{rule}.ungroup does not invert {rule}.group: for {label} it returns tensors of "
             f"shapes {[tuple(t.shape) for t in back]}. Return one in the shape of each parameter."
         )
-    if not all(torch.equal(b, t) for b, t in zip(back, tensors, strict=True)):
+    known = device.type != "meta"
+    if known and not all(torch.equal(b, t) for b, t in zip(back, tensors, strict=True)):
         raise GroupError(
             f"{rule}.ungroup does not invert {rule}.group: for {label} it returns entries in other "
             "places. Let both only move entries, and undo each other."

@@ -22,3 +22,16 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+def warn_once(given: set[str], kind: str, message: str | None) -> None:
+    """Warn unless a warning of the kind was given, which the set remembers.
+
+    Args:
+        given: The kinds of warnings that were given.
+        kind: The kind of this one.
+        message: The message; None for no warning.
+    """
+    if message is not None and kind not in given:
+        given.add(kind)
+        warn(message)

@@ -33,7 +33,7 @@ def find_windows(unit: Unit) -> tuple[Window, ...] | None:
     """Return the window of each parameter in the unit's rows.
 
     Returns:
-        None if `ungroup` copies or does not cover the grouped tensor: then every step has to call
+        None if `ungroup` copies or does not cover the grouped tensor: then every step must call
         `group` and `ungroup`.
     """
     rows = (unit.rows,) if unit.rule.stacked else ()

@@ -21,7 +21,7 @@ class PerParameter(PreconditionerGroup):
     requires_modules = False
 
     def identify(self, model: nn.Module) -> list[list[nn.Parameter]]:
-        """Return every parameter as a unit of its own."""
+        """Return each parameter as a unit."""
         return [[p] for p in model.parameters()]
 
     def group(self, tensors: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pure batched linear algebra on plain tensors, never below float32, in TF32 or under autocast."""
+"""Batched linear algebra on plain tensors, in full float32 precision or wider by default."""
 
 from structprecond.linalg.eigen import (
     eigh,

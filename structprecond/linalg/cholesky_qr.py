@@ -1,32 +1,28 @@
-"""Orthogonal factors by products and Cholesky decompositions alone, for accelerators."""
+"""Orthogonal factors from products and Cholesky decompositions alone, for accelerators."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# of X'X from the identity after the first round; the second one squares it
+# largest distance of X'X from the identity after the first round; the second round squares it
 _LARGEST_ERROR = 0.1
 
 
 def cholesky_qr2(
     matrix: Tensor,  # (b, n, n)
 ) -> tuple[Tensor, Tensor]:  # (b, n, n), (b,)
-    r"""Return Q of \(A = Q R\) with a positive diagonal of R, where A is well-conditioned enough.
+    r"""Return Q of \(A = Q R\), with a positive diagonal of R, for well-conditioned A.
 
     \[ X \leftarrow A D^{-1}, \quad \text{twice: } X \leftarrow X L^{-\top}
        \text{ with } L L^\top = X^\top X, \]
 
-    where D holds the lengths of the columns, which Q does not depend on. The first round loses
-    orthogonality with the square of the condition of \(A D^{-1}\), the second one restores it.
-    There is no step that goes column by column, and none that waits for the device.
-
-    Args:
-        matrix: The stack A.
+    where D holds the lengths of the columns of A, which do not affect Q. The first round loses
+    orthogonality with the square of the condition number of \(A D^{-1}\), the second restores it.
+    Nothing goes column by column or needs a host-device sync.
 
     Returns:
-        The factors, and whether each can be relied on, `(b,)`, on the device: the other ones hold
-        anything.
+        The factors, and which of them are usable, a mask `(b,)` on the device of A.
 
     Source: Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2 algorithm" (ETNA 44).
 

@@ -1,4 +1,4 @@
-"""What to do when the decomposition of a stack of matrices fails."""
+"""Decompositions of stacks of matrices, retried in float64 where they fail."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ Decomposition = Callable[..., tuple[Tensor, ...]]
 
 def decompose(
     function: Decomposition,
-    *stacks: Tensor,  # (*b, n, n), and what else has the batch dimensions *b
+    *stacks: Tensor,  # (*b, n, n), then any (*b, ...)
 ) -> tuple[Tensor, ...]:
-    """Apply a decomposition to stacks of matrices; what fails is tried again in float64.
+    """Apply a decomposition to stacks of matrices, and retry matrices that fail in float64.
 
-    LAPACK gives up on a whole stack when one of its matrices fails, or returns NaN for that one.
-    After either, the rows of the stack, which are the entries of its first dimension, are
-    decomposed one by one: as before, and those that fail once more in float64.
+    If one matrix fails, LAPACK fails for the whole stack or returns NaN for that matrix. Then the
+    rows (entries of the first dimension) are decomposed one by one, and in float64 if that fails.
 
     Args:
-        function: Maps stacks to stacks, which are finite unless it failed.
-        stacks: Its arguments, of which the first has matrices.
+        function: The decomposition; non-finite results count as failure.
+        stacks: Its arguments; the first holds the matrices.
 
     Returns:
-        What the function returns, in the dtype of the first stack.
+        The results of the function, in the dtype of the first stack.
 
     Raises:
         DecompositionError: If rows fail in float64 too; names them.
@@ -48,16 +47,16 @@ def decompose(
     attempts = [_decompose_row(function, row) for row in rows]
     if failed := [i for i, attempt in enumerate(attempts) if not attempt]:
         raise DecompositionError(
-            f"The decomposition of the matrices {failed} of a stack of shape "
-            f"{tuple(stacks[0].shape)} failed in float64 too. Do they hold non-finite numbers, or "
-            "are they singular and not damped?",
+            f"Could not decompose the matrices {failed} of a stack of shape "
+            f"{tuple(stacks[0].shape)}, not even in float64. Check them for non-finite numbers, "
+            "and damp singular matrices.",
             failed,
         )
     return attempts[0] if one_matrix else tuple(map(torch.cat, zip(*attempts, strict=True)))
 
 
 def _decompose_row(function: Decomposition, row: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the results of one row, or nothing if it fails in float64 too."""
+    """Return the results for one row, or () if it fails in float64 too."""
     dtype = row[0].dtype
     for precision in dict.fromkeys((dtype, torch.float64)):
         try:

@@ -16,14 +16,13 @@ def eigh(
 ) -> tuple[Tensor, Tensor]:  # (*b, n), (*b, n, n)
     r"""Decompose \(A = Q \, \mathrm{diag}(\lambda) \, Q^\top\), descending.
 
-    Runs in float32 or float64, whatever is wider, and again in float64 where that fails.
+    Runs in float32, or float64 for float64 input, and retries failed matrices in float64.
 
     Args:
         matrix: The stack \(A\). Only its lower triangle is read.
 
     Returns:
-        Eigenvalues \(\lambda\) in descending order and eigenvectors, the columns of \(Q\), in the
-        dtype of the input, at least float32.
+        Eigenvalues \(\lambda\), and eigenvectors, the columns of \(Q\); at least in float32.
 
     Raises:
         DecompositionError: If a matrix cannot be decomposed in float64 either; names the rows.
@@ -46,17 +45,16 @@ def orthogonal_iteration(
 
     Args:
         matrix: The stack \(A\).
-        basis: The bases \(Q\), their columns in the order of descending eigenvalues.
-        steps: How often, at least 1.
+        basis: The bases \(Q\), columns by descending eigenvalue.
+        steps: The number of rounds, at least 1. Default: 1.
 
     Returns:
-        Orthogonal matrices, also where \(A Q\) is rank-deficient or zero.
+        Orthogonal matrices, even if \(A Q\) is rank-deficient or zero.
 
     Raises:
         DecompositionError: If a product cannot be decomposed in float64 either; names the rows.
 
-    Source: Golub and Van Loan, "Matrix Computations", section 8.2.4; Vyas et al. 2024 (arXiv
-    2409.11321), algorithm 4.
+    Source: Golub and Van Loan, "Matrix Computations", 8.2.4; Vyas et al. 2024 (arXiv 2409.11321).
 
     Example:
         >>> A = torch.tensor([[2.0, 0.1], [0.1, 1.0]])
@@ -75,7 +73,7 @@ def rayleigh_quotients(
     matrix: Tensor,  # (*b, n, n) symmetric
     basis: Tensor,  # (*b, n, n)
 ) -> Tensor:  # (*b, n)
-    r"""Return \(\mathrm{diag}(Q^\top A Q)\): estimates of the eigenvalues, column by column.
+    r"""Return \(\mathrm{diag}(Q^\top A Q)\), an estimate of the eigenvalue of each column.
 
     Example:
         >>> rayleigh_quotients(torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2))
@@ -92,7 +90,7 @@ def off_diagonal_ratio(
 ) -> Tensor:  # (*b,)
     r"""Measure how stale a basis is: \(\|\mathrm{offdiag}(Q^\top A Q)\|_F / \|A\|_F\).
 
-    Zero for an eigenbasis, at most 1; zero for \(A = 0\). Does not depend on the scale of A.
+    From 0, for an eigenbasis or \(A = 0\), to 1. Does not depend on the scale of A.
 
     Source: Eschenhagen et al. 2025 (arXiv 2506.03595), adaptive refresh of Shampoo's eigenbases.
 
@@ -101,7 +99,7 @@ def off_diagonal_ratio(
         tensor(0.)
     """
     A, Q = at_least_float32(matrix), at_least_float32(basis)
-    # squares of entries would leave the range of float32 long before the entries do
+    # squares of entries leave the range of float32 long before the entries do
     largest = A.abs().amax((-2, -1), keepdim=True)
     A = A / torch.where(largest > 0, largest, 1.0)
     with full_precision():
@@ -116,8 +114,8 @@ def get_eigenbasis_eigh(kronecker_factor_list: list[Tensor]) -> list[Tensor]:
     """Return the eigenbasis of each factor, columns by descending eigenvalue.
 
     Args:
-        kronecker_factor_list: Symmetric matrices `(n, n)` or stacks `(*b, n, n)`; an empty tensor
-            stands for an axis without a factor and gives an empty tensor.
+        kronecker_factor_list: Symmetric matrices `(n, n)` or stacks `(*b, n, n)`; empty tensors,
+            for axes without a factor, are returned as they are.
 
     Raises:
         DecompositionError: If a factor cannot be decomposed in float64 either.
@@ -141,9 +139,8 @@ def get_eigenbasis_qr(
 
     Args:
         kronecker_factor_list: The factors; empty tensors for axes without one.
-        eigenbasis_list: Their bases, columns by descending approximate eigenvalue: sort them with
-            `sort_eigenbasis_by_approx_eigvals` first.
-        power_iter_steps: The number of rounds.
+        eigenbasis_list: Their bases, sorted by `sort_eigenbasis_by_approx_eigvals`.
+        power_iter_steps: The number of rounds. Default: 1.
 
     Source: Vyas et al. 2024 (arXiv 2409.11321), algorithm 4.
 
@@ -166,12 +163,12 @@ def sort_eigenbasis_by_approx_eigvals(
     r"""Order the columns of each basis by descending \(\mathrm{diag}(Q^\top S Q)\).
 
     Args:
-        kronecker_factor_list: The factor of each axis of `exp_avg_sq`; empty for an axis without.
+        kronecker_factor_list: The factor of each axis of `exp_avg_sq`; empty for axes without one.
         eigenbasis_list: Their bases.
         exp_avg_sq: The second moment in the eigenbasis `(d1, ..., dN)`.
 
     Returns:
-        The permuted bases, and the second moment with its axes permuted alike.
+        The permuted bases, and the second moment with the same permutation of its axes.
 
     Source: Vyas et al. 2024 (arXiv 2409.11321), official implementation.
 

@@ -1,7 +1,7 @@
-"""Eigenbases whose null space follows a rule, where decompositions leave it to rounding.
+"""Eigenbases whose null space follows a rule instead of rounding errors.
 
-An eigenvector is determined only where its eigenvalue stands out from rounding errors. What LAPACK
-returns for the others is noise, and Adam in such a basis depends on it as much as on the gradient.
+An eigenvector is determined only if its eigenvalue stands out from rounding errors. For the others,
+LAPACK returns noise, and Adam in such a basis depends on the noise as much as on the gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from structprecond.linalg.precision import at_least_float32, full_precision
 from structprecond.linalg.product import matmul
 from structprecond.linalg.qr import block_reflector, factor_and_diagonal, transposed
 
-# Entries of eigenvectors that should be zero are known to a few machine precisions.
+# in machine precisions, above the rounding errors of zeros in eigenvectors
 _TILT = 16
 
 
@@ -27,11 +27,9 @@ def null_level(
     dim: int,
     dtype: torch.dtype,
 ) -> float:
-    r"""Return \(4 \sqrt n \, \epsilon\), times the largest eigenvalue what may be rounding of 0.
+    r"""Return \(4 \sqrt n \, \epsilon\): up to this fraction of the largest, eigenvalues are null.
 
-    Args:
-        dim: The size n of the matrix.
-        dtype: What it is computed in, of the machine precision \(\epsilon\).
+    n is the size of the matrix, and \(\epsilon\) the machine precision of the computation.
 
     Example:
         >>> 1e-16 < null_level(4, torch.float64) < 1e-14
@@ -46,8 +44,8 @@ def left_eigenbasis(
 ) -> Tensor:  # (*b, m, m)
     r"""Return the eigenbasis of \(X X^\top\), columns by descending eigenvalue.
 
-    With few columns it comes from the thin singular value decomposition \(X = U \Sigma V^\top\), at
-    the cost of a problem of the size n. Its null space is filled by `complete_basis`.
+    If \(n < m\), it comes from the cheaper thin singular value decomposition
+    \(X = U \Sigma V^\top\). `complete_basis` fills the null space.
 
     Args:
         matrix: The stack X, of any scale.
@@ -66,7 +64,7 @@ def left_eigenbasis(
     """
     X = at_least_float32(matrix)
     largest = X.abs().amax((-2, -1), keepdim=True)
-    X = X / torch.where(largest > 0, largest, 1.0)  # NaN stays, for the decomposition to fail
+    X = X / torch.where(largest > 0, largest, 1.0)  # keeps NaN, so that the decomposition fails
     m, n = X.shape[-2:]
     with full_precision():
         if n < m:
@@ -89,29 +87,26 @@ def complete_basis(
 ) -> Tensor:  # (*b, n, n)
     r"""Complete the r columns \(U_r\) that are not null to orthogonal matrices.
 
-    They are reflected onto the first r axes, \(U_r = H_1 \dots H_r \, [D; 0]\) with signs D, and
-    the reflections of the other axes are the null space:
+    Householder reflections map the columns to the first r axes, \(U_r = H_1 \dots H_r \, [D; 0]\)
+    with signs D. The same reflections of the other axes span the null space:
 
     \[ Q = [U_r \mid H_1 \dots H_r \, e_{r+1} \mid \dots \mid H_1 \dots H_r \, e_n], \quad
        H_1 \dots H_r = I - V T V^\top. \]
 
-    This is the orthogonal factor of \(U_r\), with all of its n columns. The null columns are those
-    of the orthogonal factor of \([U_r \mid e_1 \dots e_{n-r}]\) but for an orthogonal
-    transformation among them that \(U_r\) determines. To apply it would take \(O(n^3)\)
-    operations, these are \(O(n^2 r)\); and where the last r rows of \(U_r\) are singular, as a unit
-    without a gradient makes them, that factor is left to rounding too. Reflections always exist.
+    This takes \(O(n^2 r)\) operations and always works. To orthogonalize
+    \([U_r \mid e_1 \dots e_{n-r}]\) would take \(O(n^3)\), and depend on rounding if the last r
+    rows of \(U_r\) are singular, for example where rows of a gradient are zero.
 
-    A column is reflected to the end of its axis that is farther away. Where both are as far, which
-    is where \(U_r\) has a zero, rounding would decide. So columns get the sign that makes their
-    product with a fixed vector positive, and are tilted towards their axes by a few machine
-    precisions. The result does not depend on the signs that are given.
+    LAPACK reflects a column to the farther end of its axis. If the column has a zero there,
+    rounding would decide. So each column gets the sign that makes its product with a fixed vector
+    positive, and is tilted towards its axis by a few machine precisions.
 
     Args:
         vectors: The columns U.
-        null: Which of them are undetermined.
+        null: The mask of undetermined columns.
 
     Returns:
-        The bases; U itself for a matrix without null columns, if it is square.
+        The bases; square matrices without null columns are returned as they are.
 
     Source: Golub and Van Loan, "Matrix Computations", sections 5.1.6 and 5.2.
 
@@ -141,17 +136,16 @@ def refresh_eigenbasis(
     matrix: Tensor,  # (*b, n, n) symmetric
     basis: Tensor,  # (*b, n, n) orthogonal
 ) -> tuple[Tensor, Tensor]:  # (*b, n, n), (*b, n)
-    r"""Sort a basis by \(\mathrm{diag}(Q^\top A Q)\), then improve it: one product for both.
+    r"""Sort bases by \(\mathrm{diag}(Q^\top A Q)\) and improve them, with one product for both.
 
-    The null columns of `improve_eigenbasis` come last, in the order that they have.
+    Null columns (see `improve_eigenbasis`) come last, in their present order.
 
     Args:
         matrix: The stack \(A\).
         basis: The bases \(Q\).
 
     Returns:
-        The better bases, and the order of the columns that the permutation \(P\) from \(Q\) to
-        \(Q P\) brings about: descending Rayleigh quotients.
+        The improved bases, and the order that sorts \(Q\) by descending Rayleigh quotient.
 
     Raises:
         DecompositionError: If a product cannot be decomposed in float64 either; names the rows.
@@ -175,19 +169,19 @@ def improve_eigenbasis(
 ) -> Tensor:  # (*b, n, n)
     r"""Improve eigenbases by one step of orthogonal iteration that leaves null spaces alone.
 
-    Columns become those of the orthogonal factor of \(A Q\), as in `orthogonal_iteration`, but for
-    null columns, of which \(A Q\) holds nothing but rounding. They keep their order and direction
-    and are only made orthogonal to all others. Null are, with the fraction `null_level` of the
-    largest \(\lambda_j = q_j^\top A q_j\) as limit, those with \(\lambda_j\) up to the limit; and
-    those where the new column has no larger quotient, or \(A q_j\) is not farther from the space of
-    the columns before it, as for all but r columns if A has rank r.
+    Columns become those of the orthogonal factor of \(A Q\), as in `orthogonal_iteration`, except
+    null columns, where \(A Q\) is rounding noise. Null columns keep their order and direction and
+    are only made orthogonal to the others. A column is null if one of these numbers is at most
+    `null_level` times the largest \(\lambda_j = q_j^\top A q_j\): \(\lambda_j\), the quotient of
+    the new column, or the distance of \(A q_j\) from the span of the columns before it. If A has
+    rank r, these are all but r columns.
 
     Args:
         matrix: The stack \(A\).
         basis: The bases \(Q\).
 
     Returns:
-        The better bases; the j-th column is that of Q, improved.
+        The improved bases, with columns in the order of Q.
 
     Raises:
         DecompositionError: If a product cannot be decomposed in float64 either; names the rows.
@@ -204,7 +198,7 @@ def improve_eigenbasis(
         quotients = (product * Q).sum(-2)
         better, order = _iterate(A, Q, product, quotients, torch.zeros_like(quotients))
         places = torch.arange(order.shape[-1], device=order.device)
-        # null columns were put behind the others
+        # undo the move of null columns to the end
         return better if bool((order == places).all()) else _take(better, order.argsort(-1))
 
 
@@ -215,20 +209,20 @@ def _iterate(
     quotients: Tensor,  # (*b, n)
     ranks: Tensor,  # (*b, n)
 ) -> tuple[Tensor, Tensor]:  # (*b, n, n), (*b, n)
-    """Return orthonormal columns by descending ranks, null columns last, and their order."""
+    """Return orthonormal columns, by descending rank and null columns last, and their order."""
     if product.ndim == 2:
         better, order = _iterate(*(t[None] for t in (matrix, basis, product, quotients, ranks)))
         return better[0], order[0]
     largest = quotients.amax(-1, keepdim=True).clamp(min=0.0)
     level = null_level(product.shape[-1], product.dtype)
     limit = level * largest
-    null = quotients <= limit  # not where these are NaN: the decomposition is to fail
+    null = quotients <= limit  # False for NaN, so that the decomposition fails
     better, distances, order = _orthonormalize(basis, product, quotients, ranks, null)
     rows = _rows_with(distances <= level**0.75 * largest)
     while len(rows):
         leading = ~null[rows].gather(-1, order[rows])
         found = (distances[rows] <= limit[rows]) & leading
-        # rounding in the columns before may make distances from their space larger than the limit
+        # rounding in the columns before may raise distances above the limit
         unclear = _rows_with(~found.any(-1, keepdim=True))
         if len(unclear):
             part = rows[unclear]
@@ -256,10 +250,10 @@ def _rows_with(
 def _orthonormalize(
     basis: Tensor, product: Tensor, quotients: Tensor, ranks: Tensor, null: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Orthonormalize columns of the product that are not null, then those of the basis that are.
+    """Orthonormalize the product's columns that are not null, then the basis's null columns.
 
     Returns:
-        The columns, the distance of each from the space of those before it, and their order.
+        The columns, the distance of each from the span of the columns before it, and their order.
     """
     order = ranks.masked_fill(null, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     columns = _take(product, order)
@@ -267,7 +261,7 @@ def _orthonormalize(
         factor, diagonal = factor_and_diagonal(columns)
         return factor, diagonal.abs(), order
     last = null.gather(-1, order)
-    # of a length like that of the others, of which there may be none
+    # as long as the other columns, if there are any
     length = quotients.amax(-1)[..., None, None]
     kept = _take(basis, order) * torch.where(length > 0, length, 1.0)
     columns = torch.where(last.unsqueeze(-2), kept, columns)
@@ -280,8 +274,8 @@ def _take(
     stack: Tensor,  # (*b, n, n)
     order: Tensor,  # (*b, n)
 ) -> Tensor:  # (*b, n, n)
-    """Return columns in an order of their own in each matrix."""
-    # they are taken as rows of the transpose: LAPACK needs that layout anyway
+    """Return the columns of each matrix in that matrix's order."""
+    # taken as rows of the transpose: LAPACK needs that layout anyway
     columns = transposed(stack).flatten(0, -2)
     first = torch.arange(0, len(columns), stack.shape[-1], device=stack.device)
     return columns[order + first.view(*order.shape[:-1], 1)].mT

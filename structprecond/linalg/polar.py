@@ -1,4 +1,4 @@
-"""Polar factors of stacks: by Newton-Schulz iterations, and exactly by singular values."""
+"""Polar factors of stacks: by Newton-Schulz iterations, or exactly by singular values."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CoefficientType: TypeAlias = (
 )
 MatmulPrecision: TypeAlias = Literal["highest", "high", "medium"]
 
-# Without a restart the rounding errors of R = XX' grow: 1e-3 after 5 steps, 1e-1 after 8 of Polar
-# Express. The first segment is the shortest, since its steps change the singular values the most.
+# Steps between restarts of the Gram form. Without restarts, errors of R = XX' grow to 1e-3 in 5
+# steps, 1e-1 in 8 (Polar Express). The first segment is shorter: singular values change most there.
 _FIRST_SEGMENT, _SEGMENT = 3, 4
 
 
 class _Table(NamedTuple):
-    """Published coefficients, and how they go on after the last: None if they do not."""
+    """Published coefficients, and how they continue after the last; None if they do not."""
 
     steps: tuple[Coefficients, ...]
     then: Literal["cycle", "repeat last"] | None
@@ -102,15 +102,14 @@ COEFFICIENTS: Mapping[str, _Table] = {
 
 
 def coefficients_of(kind: CoefficientType, steps: int) -> tuple[Coefficients, ...]:
-    """Return the coefficients of each of a number of steps.
+    """Return the coefficients of each step.
 
     Args:
-        kind: A name of `COEFFICIENTS`, or the coefficients themselves, one triple per step.
+        kind: A name of `COEFFICIENTS`, or one triple per step.
         steps: The number of steps, at least 1.
 
     Raises:
-        StructPrecondError: If there is no such name, or the coefficients are not made for so many
-            steps.
+        StructPrecondError: If the name is unknown, or the coefficients do not fit the steps.
 
     Example:
         >>> coefficients_of("simple", 2)
@@ -124,15 +123,15 @@ def coefficients_of(kind: CoefficientType, steps: int) -> tuple[Coefficients, ..
         return _custom(kind, steps)
     if kind not in COEFFICIENTS:
         raise StructPrecondError(
-            f"Unknown Newton-Schulz coefficients {kind!r}. Known are {', '.join(COEFFICIENTS)}, or "
-            "give a list with a triple (a, b, c) per step."
+            f"Unknown Newton-Schulz coefficients {kind!r}. Use {', '.join(COEFFICIENTS)}, or a "
+            "list with one triple (a, b, c) per step."
         )
     table = COEFFICIENTS[kind]
     known = len(table.steps)
     if steps < table.fewest or (table.then is None and steps > known):
         wanted = f"exactly {known}" if table.fewest == known else f"at most {known}"
         raise StructPrecondError(
-            f"The coefficients {kind!r} are made for {wanted} steps, got {steps} steps."
+            f"The coefficients {kind!r} are made for {wanted} steps, got {steps}."
         )
     if table.then == "cycle":
         return tuple(table.steps[i % known] for i in range(steps))
@@ -140,11 +139,7 @@ def coefficients_of(kind: CoefficientType, steps: int) -> tuple[Coefficients, ..
 
 
 def checked_coefficients(kind: CoefficientType, steps: int) -> CoefficientType:
-    """Return coefficients that are fit for so many steps, in a form that can be hashed.
-
-    Raises:
-        StructPrecondError: As `coefficients_of`.
-    """
+    """Check coefficients as `coefficients_of` does, and return them in a hashable form."""
     polynomials = coefficients_of(kind, steps)
     return kind if isinstance(kind, str) else polynomials
 
@@ -154,13 +149,13 @@ def _custom(kind: Sequence[Coefficients], steps: int) -> tuple[Coefficients, ...
         triples = tuple((float(a), float(b), float(c)) for a, b, c in kind)
     except (TypeError, ValueError):
         raise StructPrecondError(
-            f"Newton-Schulz coefficients are a name ({', '.join(COEFFICIENTS)}) or a list of "
+            f"Newton-Schulz coefficients must be a name ({', '.join(COEFFICIENTS)}) or a list of "
             f"triples (a, b, c), got {kind!r}."
         ) from None
     if len(triples) != steps:
         raise StructPrecondError(
-            f"There are {len(triples)} triples of Newton-Schulz coefficients for {steps} steps. "
-            "Give one triple per step."
+            f"Got {len(triples)} triples of Newton-Schulz coefficients for {steps} steps. Give "
+            "one triple per step."
         )
     return triples
 
@@ -177,11 +172,10 @@ def newton_schulz(
     \[ X \leftarrow M / \|M\|_F, \quad
        X \leftarrow a X + (b A + c A^2) X, \; A = X X^\top \quad \text{for each step}, \]
 
-    on the transpose if M is tall. Zero gives zero. The published rule divides by at least
-    \(10^{-15}\); here tiny matrices have polar factors like those of all others. Directions whose
-    singular values are far below \(\|M\|_F\) are not brought to 1 by few steps. Where it takes
-    fewer operations, for matrices that are long enough, the same polynomial is applied to
-    \(R = X X^\top\) alone, from which X is restored every few steps (the Gram form).
+    on the transpose if M is tall. Zero stays zero. Unlike the published rule, which divides by at
+    least \(10^{-15}\), the result does not depend on the scale of M. A few steps do not bring
+    singular values far below \(\|M\|_F\) to 1. For long matrices, fewer operations are needed to
+    apply the polynomials to \(R = X X^\top\) and restore X every few steps (the Gram form).
 
     Args:
         matrix: The stack M, of any scale. Half precision is computed in float32.
@@ -189,16 +183,15 @@ def newton_schulz(
         coefficients: A name of `COEFFICIENTS` or one triple (a, b, c) per step: "simple" and
             "quintic" reach singular values from 0.7 to 1.2 in 5 steps, "polar_express" and "cans"
             converge with more of them. Default: "quintic".
-        precision: What float32 input is multiplied in: float32 ("highest"), TF32 on accelerators
-            that have it ("high"), or bfloat16 on devices that compute in it natively, and float32
-            on the others ("medium"). Default: "highest".
+        precision: How float32 input is multiplied: in float32 ("highest"), in TF32 on accelerators
+            that have it ("high"), or in bfloat16 where it is native ("medium"), else in float32.
+            Default: "highest".
 
     Returns:
         The approximations, in the dtype of the input.
 
     Raises:
-        StructPrecondError: If the input is no stack of matrices, or steps, coefficients or
-            precision are not allowed.
+        StructPrecondError: If the input is no stack of matrices, or an argument is not allowed.
 
     Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the Gram form follows from
         \(R \leftarrow P R P, \; Q \leftarrow P Q\) with \(P = aI + bR + cR^2\).
@@ -233,7 +226,7 @@ def _normalized(matrix: Tensor) -> Tensor:
         smallest = torch.finfo(matrix.dtype).tiny ** 0.25
         if bool(((norm > smallest) & (norm < torch.inf)).all()):
             return matrix / norm
-    # without a look at the values, which would stall an accelerator
+    # without a host-device sync
     X = _scaled(matrix)
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
     return X.div_(torch.where(norm > 0, norm, 1.0))
@@ -242,7 +235,6 @@ def _normalized(matrix: Tensor) -> Tensor:
 def _scaled(matrix: Tensor) -> Tensor:
     """Divide by the largest absolute entry, so that squares and sums stay in range."""
     largest = matrix.abs().amax((-2, -1), keepdim=True)
-    # of a zero matrix there is nothing to scale
     return matrix / torch.where(largest > 0, largest, 1.0)
 
 
@@ -254,21 +246,21 @@ def _iterate(X: Tensor, polynomials: Sequence[Coefficients], precision: MatmulPr
     if precision != "highest" and X.dtype == torch.float32 and X.device.type != "cpu":
         with reduced_precision():
             return _standard(stack, polynomials).view(X.shape)
-    # only here: the Gram form squares the condition, which the lower precisions do not stand
+    # only in full precision: the Gram form squares the condition number
     run = _gram if _gram_saves(stack.shape[1], stack.shape[2], len(polynomials)) else _standard
     with full_precision():
         return run(stack, polynomials).view(X.shape)
 
 
 def _standard(X: Tensor, polynomials: Sequence[Coefficients]) -> Tensor:
-    """Overwrite X, a transposed view if it stands for tall matrices."""
+    """Apply the polynomials and overwrite X, a transposed view if the matrices are tall."""
     A = X.new_empty(*X.shape[:-1], X.shape[-2])
     P = torch.empty_like(A)
     tall = not X.is_contiguous()
     free = torch.empty_like(X.mT if tall else X)
     for a, b, c in polynomials:
         baddgram(A, X, beta=0, alpha=1, out=A)
-        # sums inside of the products are not rounded to the dtype, which matters in bfloat16
+        # sums inside the products are not rounded to bfloat16
         baddbmm_commuting(A, A, A, beta=b, alpha=c, out=P)
         if tall:
             torch.baddbmm(X.mT, X.mT, P, beta=a, out=free)
@@ -288,9 +280,9 @@ def _segments(steps: int) -> list[int]:
 
 
 def _gram_saves(rows: int, columns: int, steps: int) -> bool:
-    """Whether the Gram form takes fewer operations, by counting those of its products."""
+    """Return whether the products of the Gram form take fewer operations."""
     segments = _segments(steps)
-    # in multiples of rows^2: Z and Q at each step, R twice; neither Q at first nor R at last
+    # in multiples of rows^2: P and Q once per step, R twice; no Q in the first, no R in the last
     gram = sum((4 * k - 3) * rows + 2 * columns for k in segments)
     return gram < steps * (2 * columns + rows)
 
@@ -329,8 +321,8 @@ def polar_factor(
 ) -> Tensor:  # (*b, m, n)
     r"""Compute the polar factor \(U V^\top\) of each matrix \(U \Sigma V^\top\) exactly.
 
-    Directions with singular values of at most \(\max(m, n) \, \epsilon \, \sigma_1\), with the
-    machine precision \(\epsilon\), count as zero and are left out.
+    Singular values up to \(\max(m, n) \, \epsilon \, \sigma_1\), with the machine precision
+    \(\epsilon\), count as zero.
 
     Args:
         matrix: The stack. Half precision is computed in float32.

@@ -1,4 +1,4 @@
-"""The precision that decompositions run in, whatever the global settings say."""
+"""The precision of decompositions and products, whatever the global settings."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Computing:
-    """A context, or a decorator, for what is computed inside.
+    """A context manager or decorator that sets the precision of the code inside.
 
-    Settings of precision are those of the whole process. So the most precise one counts of what the
-    threads want that are inside of such a context: none computes in less than it asked for, but
-    TF32 may be left unused. The last one to leave puts the settings back.
+    torch's settings apply to the whole process. If several threads are inside, the most precise
+    request counts: no thread computes in less than it asked for, but TF32 may stay unused. The last
+    thread to leave restores the settings.
 
     Args:
-        wishes: Returns the settings to have inside.
-        autocast: Whether `torch.autocast` stays as it is inside; else it is off.
-        forget: Whether to clear the cache of autocast afterwards, if autocast was on: it holds
-            casts of parameters, and does not notice that these are changed in place.
+        wishes: Returns the requested settings.
+        autocast: Whether `torch.autocast` may stay on. Default: False.
+        forget: Whether to clear the cache of autocast afterwards, if autocast was on. It holds
+            casts of parameters and does not notice changes in place. Default: False.
     """
 
     __slots__ = ("_autocast", "_entered", "_forget", "_guard", "_make_wishes")
@@ -41,12 +41,12 @@ class Computing:
     def __enter__(self) -> None:
         if self._entered is not None:
             raise StructPrecondError(
-                "This context has been entered already. Make one for each `with`, for example by "
+                "This context has been entered already. Make a new one for each `with`, as in "
                 "`with full_precision():`."
             )
         wishes = self._make_wishes()
         self._entered = enter(wishes), wishes
-        # one guard for all types of devices
+        # one guard for all device types
         if not self._autocast and torch._C._is_any_autocast_enabled():
             self._guard = torch._C._DisableAutocast()
             self._guard.__enter__()
@@ -64,7 +64,7 @@ class Computing:
                 leave(*entered)
 
     def __call__(self, function: _Function) -> _Function:
-        """Let a function compute inside of a context of its own, at every call."""
+        """Run every call of a function in a new context."""
 
         @wraps(function)
         def inside(*args: Any, **kwargs: Any) -> Any:
@@ -75,9 +75,9 @@ class Computing:
 
 
 def full_precision() -> Computing:
-    """Run matrix products of float32 in float32: no TF32, no bfloat16, no autocast.
+    """Run float32 matrix products in float32: no TF32, no bfloat16, no autocast.
 
-    While a thread is inside, no other thread lowers the precision, also with `reduced_precision`.
+    Other threads cannot lower the precision meanwhile, not even with `reduced_precision`.
 
     Example:
         >>> A = torch.eye(2)
@@ -88,15 +88,15 @@ def full_precision() -> Computing:
 
 
 def reduced_precision() -> Computing:
-    """Run matrix products of float32 in TF32 on accelerators that have it; without autocast.
+    """Run float32 matrix products in TF32 where available, without autocast.
 
-    They run in float32 as long as another thread needs that.
+    They run in float32 while another thread needs that.
     """
     return Computing(_reduced)
 
 
 def fast_float32() -> Computing:
-    """Run matrix products of float32 as the settings say, with the fastest kernels of the CPU.
+    """Run float32 matrix products as the settings say, with the fastest kernels of the CPU.
 
     Example:
         >>> A = torch.eye(2)
@@ -107,20 +107,17 @@ def fast_float32() -> Computing:
 
 
 def step_precision() -> Computing:
-    """Do what `fast_float32` does for a step, which autocast does not touch.
-
-    Parameters are changed inside: what autocast keeps of them is forgotten.
-    """
+    """Run a step as in `fast_float32`, but without autocast, whose cached casts are cleared."""
     return Computing(_fast, forget=True)
 
 
 def without_autocast() -> Computing:
-    """Leave the settings alone, but switch off autocast for what changes parameters."""
+    """Switch autocast off for code that changes parameters, and leave the settings alone."""
     return Computing(dict, forget=True)
 
 
-# torch hands float32 products to oneDNN only where oneDNN may use bfloat16 inside; it does so with
-# AMX alone (brgemm_matmul_utils.cpp of oneDNN 3: "bf32")
+# torch gives float32 products to oneDNN only if oneDNN may use bfloat16 inside, which it does with
+# AMX alone (oneDNN 3, brgemm_matmul_utils.cpp: "bf32")
 _ALLOW_ONEDNN = "bf16"
 _SEPARATE = has_separate_settings()
 _LEGACY = Setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)
@@ -145,13 +142,12 @@ def _on_cpu() -> str:
 
 @cache
 def _onednn_keeps_float32() -> bool:
-    """Whether products in oneDNN are as precise as others, and faster.
+    """Return whether products by oneDNN are as precise as others, and faster.
 
-    MKL, which multiplies by default, runs kernels for AVX2 on all processors of AMD; those of
-    oneDNN use AVX-512, which is twice as fast on Zen 5. Its results are checked, in case a version
-    of it thinks otherwise about precision.
+    MKL, the default, runs AVX2 kernels on all AMD processors. oneDNN uses AVX-512, which is twice
+    as fast on Zen 5. Its results are checked, in case a version of it lowers the precision.
     """
-    # one thread checks, while no other one computes in a setting that it wants
+    # one thread checks, and no other thread switches settings meanwhile
     with LOCK:
         return _checked()
 
@@ -164,7 +160,7 @@ def _checked() -> bool:
     fitting = str(features.get("cpu_name")).startswith("AMD") and features.get("avx512_f")
     if not fitting or features.get("amx_bf16") or not _SEPARATE:
         return False
-    # what the program has made its default is no matter here
+    # independent of the default dtype and device
     generator = torch.Generator("cpu").manual_seed(0)
     A, B = torch.randn(2, 4, 256, 256, generator=generator, dtype=torch.float32, device="cpu")
     with Computing(lambda: {_CPU: _ALLOW_ONEDNN}):
@@ -176,9 +172,9 @@ def _checked() -> bool:
 
 @cache
 def has_native_bfloat16(device: torch.device) -> bool:
-    """Return whether a device multiplies matrices of bfloat16 natively.
+    """Return whether a device multiplies bfloat16 matrices natively.
 
-    Where it is emulated, as on most CPUs, it is up to 100 times slower than float32.
+    Emulation, as on most CPUs, is up to 100 times slower than float32.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

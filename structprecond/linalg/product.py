@@ -12,8 +12,8 @@ def matmul(
 ) -> Tensor:  # (*b, n, m)
     r"""Return \(A B\), as `A @ B` does.
 
-    `@` gives a stack of one transposed matrix the batch stride of a single row. For one matrix that
-    is as good as any, but oneDNN is much slower with it.
+    For a stack of one transposed matrix, `@` sets the batch stride to that of a row, which makes
+    oneDNN much slower.
 
     Example:
         >>> matmul(torch.eye(2).expand(1, 2, 2).mT, torch.ones(1, 2, 1)).shape
@@ -27,7 +27,7 @@ def matmul(
 def as_stack(
     X: Tensor,  # (*b, n, m)
 ) -> Tensor:  # (prod(b), n, m)
-    """Flatten the batch dimensions; a stack keeps its strides, which `reshape` changes like `@`.
+    """Flatten the batch dimensions; stacks keep their strides, which `reshape` changes as `@` does.
 
     Example:
         >>> as_stack(torch.ones(2, 3, 4, 5)).shape

@@ -10,8 +10,8 @@ from structprecond.linalg.decompose import decompose
 from structprecond.linalg.precision import full_precision
 from structprecond.linalg.product import matmul
 
-# Measured on 2 cores, float32: three times as fast as LAPACK from this size on, whose panels are
-# narrower and whose products are slower; below, panels are too small for fast products.
+# Measured on 2 cores, float32: from this size on, 3 times as fast as LAPACK, whose panels are
+# narrower; below, panels are too small for fast products.
 _SMALLEST_BLOCKED = 512
 _PANEL = 128
 
@@ -21,9 +21,9 @@ def orthogonal_factor(
 ) -> Tensor:  # (*b, n, n)
     r"""Return Q of \(A = Q R\), with R upper triangular.
 
-    Q is orthogonal also where A is rank-deficient or zero. On the CPU it is made of Householder
-    reflections, on accelerators by `cholesky_qr2` as far as that can be relied on. The signs of its
-    columns, which are those of the diagonal of R, differ.
+    Q is orthogonal even if A is rank-deficient or zero. The CPU uses Householder reflections;
+    accelerators use `cholesky_qr2` for well-conditioned matrices. The signs of the columns, which
+    are those of the diagonal of R, depend on the method.
 
     Args:
         matrix: The stack \(A\), of any scale, in float32 or float64.
@@ -44,15 +44,9 @@ def orthogonal_factor(
 def factor_and_diagonal(
     matrix: Tensor,  # (*b, n, n)
 ) -> tuple[Tensor, Tensor]:  # (*b, n, n), (*b, n)
-    r"""Return Q and the diagonal of R of \(A = Q R\), as `orthogonal_factor`.
+    r"""Return Q and the diagonal of R of \(A = Q R\), as in `orthogonal_factor`.
 
-    \(|R_{jj}|\) is the distance of column j from the space that the columns before it span.
-
-    Args:
-        matrix: The stack \(A\), of any scale, in float32 or float64.
-
-    Raises:
-        DecompositionError: If a matrix cannot be decomposed in float64 either; names the rows.
+    \(|R_{jj}|\) is the distance of column j from the span of the columns before it.
 
     Example:
         >>> factor_and_diagonal(torch.tensor([[1.0, 1.0], [0.0, 2.0]]))[1].abs()
@@ -74,7 +68,7 @@ def _factor_and_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor]:
     flat = matrix.reshape(-1, *matrix.shape[-2:])
     factor, reliable = cholesky_qr2(flat)
     diagonal = (factor * flat).sum(-2)
-    # the one look at the device, besides that for success
+    # the only host-device sync, besides the check for success
     if not bool(reliable.all()):
         others = (~reliable).nonzero().squeeze(1)
         factor[others], diagonal[others] = _reflect(flat[others])
@@ -82,12 +76,12 @@ def _factor_and_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _reflections_are_slow(device: torch.device) -> bool:
-    """Return whether a device waits for column after column."""
+    """Return whether a device is slow at work that goes column by column."""
     return device.type != "cpu"
 
 
 def _reflect(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Do what `torch.linalg.qr` does, but for the triangular factor, which takes half as long."""
+    """Do what `torch.linalg.qr` does without the triangular factor, in half the time."""
     if matrix.device.type != "cpu" or matrix.shape[-1] < _SMALLEST_BLOCKED:
         reflected, tau = torch.geqrf(matrix)
         factor: Tensor = torch.linalg.householder_product(reflected, tau)
@@ -103,10 +97,9 @@ def _reflect(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _reflect_by_panels(matrix: Tensor, factor: Tensor, diagonal: Tensor) -> None:
     """Write the orthogonal factor of one matrix, and the diagonal of the triangular one.
 
-    The reflections of a panel of columns are applied at once, so that nearly all operations are
-    products of large matrices.
+    Reflections are applied one panel of columns at a time, so nearly all work is large products.
     """
-    # the rows are the columns of the matrix: a panel is contiguous, as LAPACK wants it
+    # transposed, so that panels of columns are contiguous, as LAPACK wants them
     columns = matrix.mT.clone(memory_format=torch.contiguous_format)
     panels = []
     for start in range(0, len(columns), _PANEL):
@@ -128,14 +121,14 @@ def block_reflector(
     reflected: Tensor,  # (*b, n, k)
     tau: Tensor,  # (*b, k)
 ) -> tuple[Tensor, Tensor]:  # (*b, k, n), (*b, k, k)
-    r"""Return \(V^\top\) and T of \(H_1 \dots H_k = I - V T V^\top\), as `torch.geqrf` has them.
+    r"""Return \(V^\top\) and T of \(H_1 \dots H_k = I - V T V^\top\), from `torch.geqrf`.
 
     V holds the reflection vectors, and
     \(T^{-1} = \mathrm{striu}(V^\top V) + \mathrm{diag}(1 / \tau)\).
 
     Args:
-        reflected: The vectors, below the diagonal.
-        tau: The factors of the reflections; 0 for none.
+        reflected: The reflection vectors, below the diagonal.
+        tau: The factors of the reflections; 0 for no reflection.
 
     Source: Schreiber and Van Loan 1989, "A storage-efficient WY representation"; Puglisi 1992 for
         the inverse of T.
@@ -158,7 +151,7 @@ def block_reflector(
 def transposed(
     stack: Tensor,  # (*b, m, n)
 ) -> Tensor:  # (*b, n, m)
-    """Return the transposes, contiguous.
+    """Return contiguous transposes.
 
     Example:
         >>> transposed(torch.tensor([[1, 2], [3, 4]]))
@@ -167,7 +160,7 @@ def transposed(
     """
     if stack.device.type != "cpu" or stack.shape[-1] < _SMALLEST_BLOCKED or stack.ndim == 2:
         return stack.mT.contiguous()
-    # torch transposes single matrices by blocks, stacks of them entry by entry: 5 times as slow
+    # torch transposes single matrices by blocks, stacks entry by entry, 5 times slower
     copy = stack.new_empty(stack.mT.shape)
     for one, target in zip(
         stack.flatten(0, -3).unbind(), copy.flatten(0, -3).unbind(), strict=True

@@ -27,19 +27,19 @@ def matrix_inverse_root(
 
     With "eigh", eigenvalues are shifted up by \(-\min(0, \lambda_{\min})\) before damping, so the
     result is finite for every damping above 0. The iterations "coupled_newton" and "newton_db" use
-    matrix products only, which suits accelerators; at condition numbers of 1e6 and above they are
-    40 to 95 % off in the Frobenius norm, so they are a choice, not the default.
+    only matrix products, which suits accelerators. At condition numbers of 1e6 and above, they are
+    40 to 95 % off in the Frobenius norm.
 
     Args:
         matrix: The stack \(A\).
-        root: The order \(p\) above 0; Shampoo uses twice the number of its factors. An integer for
-            "coupled_newton"; 2 or 4 for "newton_db".
-        damping: \(\lambda\), in units of the eigenvalues.
-        method: How to compute it.
+        root: The order \(p > 0\): any for "eigh", an integer for "coupled_newton", 2 or 4 for
+            "newton_db". Shampoo uses twice the number of its factors.
+        damping: \(\lambda\), in units of the eigenvalues. Default: 0.0.
+        method: The method. Default: "eigh".
 
     Raises:
         DecompositionError: If the result is not finite in float64 either; names the rows.
-        StructPrecondError: If the method does not know the root.
+        StructPrecondError: If the method cannot compute the root.
 
     Source: Gupta et al. 2018 (arXiv 1802.09568), algorithm 1; Anil et al. 2020 (arXiv 2002.09018)
     for the coupled Newton iteration; Denman and Beavers 1976 for Newton-DB.
@@ -51,8 +51,8 @@ def matrix_inverse_root(
     """
     if not has_inverse_root(method, root):
         raise StructPrecondError(
-            f"No method {method!r} for the inverse root of order {root}. 'eigh' computes any, "
-            "'coupled_newton' integers, 'newton_db' 2 and 4."
+            f"Method {method!r} cannot compute the inverse root of order {root}. Use 'eigh' for "
+            "any order, 'coupled_newton' for integers, or 'newton_db' for 2 and 4."
         )
 
     def invert(A: Tensor, shift: Tensor) -> tuple[Tensor]:
@@ -69,7 +69,7 @@ def matrix_inverse_root(
 
 
 def has_inverse_root(method: str, root: float) -> bool:
-    """Return whether a method of `matrix_inverse_root` can compute the root of an order.
+    """Return whether a method of `matrix_inverse_root` can compute a root.
 
     Example:
         >>> has_inverse_root("newton_db", 8)
@@ -88,8 +88,8 @@ def _eigh_inverse_root(A: Tensor, root: float, damping: Tensor) -> Tensor:
 
 
 def _scale(A: Tensor) -> Tensor:
-    """Return a bound of the spectral norm, one per matrix."""
-    # by the largest entry first, so that no square overflows or underflows
+    """Return an upper bound of the spectral norm, one per matrix."""
+    # scaled by the largest entry, so that no square overflows or underflows
     largest = A.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
     scale: Tensor = largest * torch.linalg.matrix_norm(A / largest, keepdim=True)
     return scale
@@ -108,7 +108,7 @@ def _coupled_newton(A: Tensor, p: int) -> Tensor:
 
 
 def _newton_db(A: Tensor, p: int) -> Tensor:
-    """Return the inverse square root, for p = 4 that of the square root."""
+    """Return the inverse p-th root for p = 2, or p = 4 in two rounds."""
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     c = _scale(A)
 
@@ -124,11 +124,11 @@ def _newton_db(A: Tensor, p: int) -> Tensor:
 def _iterate(
     step: Callable[..., Tensors], start: Tensors, steps: int, tolerance: float = 1e-6
 ) -> Tensors:
-    """Repeat a step until the last of its results is the identity, for each matrix by itself.
+    """Repeat a step on each matrix until the last of its results is the identity.
 
-    Rounding lets the iterations diverge on matrices that are nearly singular. So a step that makes
-    the error clearly larger than it has been is not taken, and ends the iteration of its matrix.
-    Converged matrices are left alone too, so that no result depends on the rest of the stack.
+    On nearly singular matrices, rounding makes the iterations diverge. So a step that raises the
+    error by 20 % or more is discarded and ends the iteration of its matrix. Converged matrices stop
+    too, so no result depends on the rest of the stack.
 
     Source: Anil et al. 2020 (arXiv 2002.09018), official implementation.
     """

@@ -1,4 +1,4 @@
-"""torch's settings of precision, which are the process's, switched for the needs of its threads."""
+"""torch's precision settings apply to the whole process; this serves requests of its threads."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from typing import TypeAlias
 
 import torch
 
-# Reentrant, because signal handlers and finalizers may run a step wherever Python code is.
 LOCK = RLock()
-"""Held while settings are switched; whoever holds it has them to itself."""
+"""Held while settings are switched; reentrant, as signal handlers and finalizers may run a step."""
 
 _INHERIT = "none"
-# By how precise products are. What backends do by default is float32, but may be another one's.
+# The precision of products. "none" inherits: float32, unless the parent is set to less.
 _RANKS = {"bf16": 0, "medium": 0, "tf32": 1, "high": 1, _INHERIT: 2, "ieee": 3, "highest": 3}
 
 
 def has_separate_settings() -> bool:
-    """Return whether backends have settings of their own: in torch 2.9 and later.
+    """Return whether each backend has its own settings, as in torch 2.9 and later.
 
-    To read the older one after these were changed is an error there.
+    Once these are changed, reading the older common setting is an error.
     """
     return hasattr(torch._C, "_get_fp32_precision_getter")
 
@@ -30,16 +29,16 @@ def has_separate_settings() -> bool:
 class Setting:
     """A setting of the process.
 
-    It goes back to what it was, not only to what it said: one that inherits from another setting
-    goes on inheriting. What others set while a thread is inside of a context stays.
+    After the last context, a setting that inherited its value inherits again. Changes that other
+    code makes inside a context stay.
 
     Args:
-        read: Returns the value that counts, which may be inherited.
-        write: Sets the value; "none" lets it inherit, if there is a parent.
-        parent: The setting that it inherits from.
+        read: Returns the value in effect, which may be inherited.
+        write: Sets the value; "none" makes it inherit, if there is a parent.
+        parent: The setting to inherit from. Default: None.
 
     Attributes:
-        wishes: In how many contexts, of all threads, somebody wants something of it.
+        wishes: The number of contexts, in all threads, that request a value.
     """
 
     def __init__(
@@ -50,15 +49,15 @@ class Setting:
     ) -> None:
         self.read, self.write, self._parent = read, write, parent
         self.wishes = 0
-        # what counts outside of contexts; what was written there, None until contexts write; and
-        # what contexts have made of it, None before
+        # the value in effect outside contexts; what was written to get it, None until a context
+        # writes; the value that contexts have set, None before
         self._found = _INHERIT
         self._written: str | None = None
         self._applied: str | None = None
 
     @classmethod
     def of_products(cls, backend: str) -> Setting:
-        """Return the setting of matrix products of a backend, in torch 2.9 and later."""
+        """Return a backend's setting for matrix products, in torch 2.9 and later."""
 
         def of(backend: str, operation: str, parent: Setting | None = None) -> Setting:
             read = partial(torch._C._get_fp32_precision_getter, backend, operation)
@@ -68,12 +67,11 @@ class Setting:
         return of(backend, "matmul", of(backend, "all", of("generic", "all")))
 
     def settle(self, stacks: Collection[Sequence[Wishes]]) -> None:
-        """Apply the most precise of what the threads want; call it with `LOCK` held.
+        """Apply the most precise value that a thread needs; call it with `LOCK` held.
 
         Args:
-            stacks: The wishes of each thread that is inside of contexts. The innermost one counts,
-                and the value from outside for threads without one. If there is no wish at all, that
-                value comes back.
+            stacks: The wishes of each thread inside contexts. A thread needs its innermost wish, or
+                the value from outside without one. Without any wish, that value is restored.
         """
         now = self.read()
         if not self.wishes:
@@ -81,11 +79,11 @@ class Setting:
                 self.forget()
             elif self._written is not None:
                 self.write(self._written)
-                # so that what was written is known until all threads are outside
+                # remembers what was written until all threads are outside
                 self._applied = self._found
             return
         if now != self._applied:
-            # no thread has been inside before, or somebody else has set it
+            # the first thread inside, or other code has set it
             self._found, self._written = now, None
         wanted = [_innermost(stack, self) or self._found for stack in stacks]
         value = wanted[0] if len(wanted) == 1 else max(wanted, key=_rank)
@@ -96,14 +94,14 @@ class Setting:
         self._applied = value
 
     def forget(self) -> None:
-        """Forget what counted, since it may be set anew without a context that sees it."""
+        """Forget the values: outside contexts, changes go unnoticed."""
         self._written = self._applied = None
 
     def _own(self, value: str) -> str:
-        """Return what was written to this setting, where `value` counts: torch tells only that.
+        """Return what was written to this setting; torch tells only the `value` in effect.
 
-        Whether it inherits shows when all that it inherits from changes. For that moment it changes
-        to more precision, unless there is no more.
+        A setting inherits if it follows its parents. So these are changed for a moment, to more
+        precision if possible.
         """
         parent = self._parent
         if value == _INHERIT or parent is None or parent.read() != value:
@@ -126,20 +124,20 @@ def _rank(value: str) -> int:
 
 
 Wishes: TypeAlias = Mapping[Setting, str]
-"""What a context wants; nothing of the settings that are not in it."""
+"""The values that a context requests; it leaves other settings alone."""
 
-# the wishes of each thread that is inside of contexts, those of the innermost context last
+# the wishes of each thread inside contexts, the innermost last
 _inside: dict[int, list[Wishes]] = {}
-# those that somebody wants something of
+# settings with a wish
 _wanted: list[Setting] = []
-# those that somebody has wanted something of since all threads were outside
+# settings that have had a wish since all threads were outside
 _known: set[Setting] = set()
 
 
 def enter(wishes: Wishes) -> int:
-    """Let the calling thread have its wishes until it leaves; return what `leave` has to know."""
+    """Add wishes of the calling thread until it leaves; return the thread, for `leave`."""
     with LOCK:
-        thread = get_ident()  # in here, where torch.compile has given up: it would warn of that
+        thread = get_ident()  # after the lock, where torch.compile stops tracing: it would warn
         _inside.setdefault(thread, []).append(wishes)
         for setting in wishes:
             setting.wishes += 1
@@ -155,10 +153,10 @@ def enter(wishes: Wishes) -> int:
 
 
 def leave(thread: int, wishes: Wishes) -> None:
-    """Give up what a thread wished when it entered."""
+    """Withdraw the wishes with which a thread entered."""
     with LOCK:
         stack = _inside[thread]
-        # the last ones, unless generators are interleaved
+        # the last, unless generators interleave contexts
         del stack[max(i for i, own in enumerate(stack) if own is wishes)]
         if not stack:
             del _inside[thread]
@@ -187,7 +185,7 @@ def _innermost(stack: Sequence[Wishes], setting: Setting) -> str | None:
 
 
 def _keep_own_thread() -> None:
-    """Give up what threads wish that a forked process does not have."""
+    """Withdraw the wishes of threads that do not exist in a forked process."""
     try:
         for thread in set(_inside) - {get_ident()}:
             for wishes in list(_inside[thread]):

@@ -1,11 +1,11 @@
-"""Products of matrices that are known to be symmetric, of which half need not be computed."""
+"""Products that are known to be symmetric: only half of each is computed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Measured on 2 cores, float32: from this size on, fewer operations win over copying a triangle.
+# Measured on 2 cores, float32: from this size on, saved operations outweigh copying a triangle.
 _SMALLEST_HALVED = 768
 _STRIPS = 4
 
@@ -18,17 +18,9 @@ def baddgram(
     alpha: float,
     out: Tensor,  # (b, n, n)
 ) -> Tensor:  # (b, n, n)
-    r"""Compute \(\beta S + \alpha X X^\top\).
+    """Write `beta * summand + alpha * X @ X.mT` to `out` and return it.
 
-    Args:
-        summand: The stack S, which may be `out`; is not read if `beta` is 0.
-        X: The stack X.
-        beta: The factor of S.
-        alpha: The factor of the product.
-        out: Where the result is written; shares no memory with `X`.
-
-    Returns:
-        `out`.
+    `summand` may be `out`, and is not read if `beta` is 0. `X` shares no memory with `out`.
 
     Example:
         >>> X, out = torch.tensor([[[1.0, 2.0], [0.0, 1.0]]]), torch.empty(1, 2, 2)
@@ -50,20 +42,10 @@ def baddbmm_commuting(
     alpha: float,
     out: Tensor,  # (b, n, n)
 ) -> Tensor:  # (b, n, n)
-    r"""Compute \(\beta S + \alpha A B\) of symmetric matrices that commute.
+    """Write `beta * summand + alpha * A @ B` to `out` and return it.
 
-    Polynomials of one matrix do so.
-
-    Args:
-        summand: The stack S, which may be `out`; is not read if `beta` is 0.
-        A: The stack A.
-        B: The stack B.
-        beta: The factor of S.
-        alpha: The factor of the product.
-        out: Where the result is written; shares no memory with `A` and `B`.
-
-    Returns:
-        `out`.
+    A and B must commute, as polynomials of one matrix do, and share no memory with `out`.
+    `summand` may be `out`, and is not read if `beta` is 0.
 
     Example:
         >>> A, out = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]]), torch.empty(1, 2, 2)

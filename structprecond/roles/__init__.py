@@ -1,4 +1,4 @@
-"""What every parameter of a model is for: embedding, head, norm, bias, a matrix inside, ..."""
+"""The role of every parameter of a model: embedding, head, norm, bias, hidden matrix, ..."""
 
 from structprecond.roles.infer import infer_roles
 from structprecond.roles.result import NOT_MATRICES, ROLES, Role, RoleName, Roles

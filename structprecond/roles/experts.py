@@ -1,4 +1,4 @@
-"""Mixtures of experts: their weights, and what chooses among them."""
+"""Mixtures of experts: the weights of experts and of routers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from structprecond.roles.result import Role
 
 
 def router_role(site: Site, p: nn.Parameter) -> Role | None:
-    """Return the role of the weights that choose among experts.
+    """Return the role of a weight that chooses among experts, None for other parameters.
 
-    A router is known by its name. What is called a gate is one if it has one row per expert and
-    stands beside them, unlike the gate of a gated MLP, which stands inside of an expert at most.
+    Routers are known by their names. A gate is a router if it is next to experts and has one row
+    per expert. The gate of a gated MLP is not: it may be inside an expert, but not next to one.
     """
     if p.ndim != 2:
         return None
@@ -29,7 +29,7 @@ def router_role(site: Site, p: nn.Parameter) -> Role | None:
     for name, beside in _places(site):
         if says(GATE, name):
             counts = set(_counts_of_experts(beside))
-            # parameters that are no linear layer's may be stored the other way round
+            # outside linear layers, weights may be stored transposed
             rows = p.shape[:1] if is_linear(node.module) else p.shape
             if counts.intersection(rows):
                 return Role("router", f"named {name}, with one row per expert")
@@ -37,7 +37,7 @@ def router_role(site: Site, p: nn.Parameter) -> Role | None:
 
 
 def experts_role(site: Site, p: nn.Parameter) -> Role | None:
-    """Return the role of a parameter that holds something of each expert."""
+    """Return the role of a parameter with values for every expert, None for other parameters."""
     owners, name = _owners(site.node), kind(site.node.module)
     if p.ndim > 2 and says(EXPERTS, site.name, *owners):
         return Role("experts", f"many experts in one {site.name} of {name}")
@@ -47,12 +47,12 @@ def experts_role(site: Site, p: nn.Parameter) -> Role | None:
 
 
 def _places(site: Site) -> Iterator[tuple[str, Node]]:
-    """Yield the names that may be those of a gate, each with the module that holds it."""
+    """Yield the names that a gate may have, each with the module that contains it."""
     node = site.node
     yield site.name, node
     while node.parent is not None:
         yield node.name, node.parent
-        # the layers of a gate with several, and gates in a list
+        # a gate may have several layers, or be in a list
         node = node.parent
         if not isinstance(node.module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             yield node.name, node.parent or node
@@ -60,7 +60,7 @@ def _places(site: Site) -> Iterator[tuple[str, Node]]:
 
 
 def _counts_of_experts(node: Node) -> Iterator[int]:
-    """Yield how many experts there are in a module, as its lists and stacks of experts say."""
+    """Yield possible numbers of experts in a module, from its lists and stacks of experts."""
     of_experts = says(EXPERTS, *_owners(node))
     for name, p in node.module.named_parameters(recurse=False):
         if p.ndim > 2 and (of_experts or says(EXPERTS, name)):
@@ -74,6 +74,6 @@ def _counts_of_experts(node: Node) -> Iterator[int]:
 
 
 def _owners(node: Node) -> tuple[str, ...]:
-    """Return the names of a module and its class; of a list of parameters, also of its owner's."""
+    """Return the names of a module and its class; for lists of parameters, also of the owner."""
     own = (node.name, kind(node.module))
     return (*own, *_owners(node.parent)) if node.listed and node.parent else own

@@ -1,4 +1,4 @@
-"""The modules of a model, with what their places in it say."""
+"""The modules of a model and their places in it."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Node:
         name: Its name in its parent.
         module: The module.
         parent: The module that contains it.
-        repeated: Whether it is in one of several alike blocks.
+        repeated: Whether it is in a repeated block.
         attention: Whether it is in an attention layer.
-        aside: Whether it is in something that is not on the way to the output.
-        router: Whether it is in something that is called a router.
-        head: The path of the innermost module that is named like a head and contains it.
+        aside: Whether it is in a side branch, off the path to the output.
+        router: Whether it is in a module that is named like a router.
+        head: The path of the innermost module that contains it and is named like a head.
     """
 
     path: str
@@ -59,17 +59,17 @@ class Node:
 
     @cached_property
     def ancestors(self) -> tuple[Node, ...]:
-        """All that contain it, from the inside to the outside."""
+        """All modules that contain it, innermost first."""
         return () if self.parent is None else (self.parent, *self.parent.ancestors)
 
     @property
     def listed(self) -> bool:
-        """Whether it is a list of parameters, whose name stands for theirs."""
+        """Whether it is a list or dict of parameters, whose name describes them."""
         return isinstance(self.module, nn.ParameterList | nn.ParameterDict)
 
 
 class Site(NamedTuple):
-    """A place where a parameter is registered: under which name in which module."""
+    """A place where a parameter is registered: a module, and the name in it."""
 
     full: str
     node: Node
@@ -80,7 +80,7 @@ class Site(NamedTuple):
 def nodes_of(model: nn.Module) -> list[Node]:
     """Return every module once, in the order of `named_modules`."""
     name = kind(model)
-    # a whole model may be named after the attention that it has
+    # a whole model may be named after its attention
     alone = says(ATTENTION, name) and not any(map(is_embedding, model.modules()))
     root = Node(
         path="",
@@ -95,7 +95,7 @@ def nodes_of(model: nn.Module) -> list[Node]:
 
 
 def site_of(node: Node, name: str) -> Site:
-    """Attribute what stands in for a parameter (parametrized, pruned) to the layer it is of."""
+    """Return the place of a parameter; for a parametrized or pruned one, that of the original."""
     full = _join(node.path, name)
     if isinstance(node.module, ParametrizationList) and node.parent and node.parent.parent:
         magnitude = name == "original0" and "_WeightNorm" in map(kind, node.module)
@@ -107,25 +107,25 @@ def site_of(node: Node, name: str) -> Site:
 
 
 def names_head(parent: Node, name: str) -> bool:
-    """Return whether a child of a module, or a parameter of it, is named like a head."""
+    """Return whether a child or parameter of a module is named like a head."""
     if says(VALUE, name):
         siblings = (*parent.module._modules, *parent.module._parameters)
         return says(HEAD, name) and not any(says(KEY, sibling) for sibling in siblings)
     if says(CONV_OUT, name):
         return not is_encoder(parent)
-    # a box head makes the features for a box predictor
+    # a box head computes the features for a box predictor
     if name.endswith("_head") and f"{name[:-5]}_predictor" in parent.module._modules:
         return False
     return says(HEAD, name) or says(AUXILIARY, name)
 
 
 def is_encoder(node: Node) -> bool:
-    """Return whether a module is an encoder, or a part of one."""
+    """Return whether a module is an encoder or part of one."""
     return any(says(ENCODER, place.name) for place in (node, *node.ancestors))
 
 
 def _unwrap(path: str, module: nn.Module) -> tuple[str, nn.Module]:
-    """Skip the modules that DistributedDataParallel, compile and the like put around another."""
+    """Skip wrappers, such as those of DistributedDataParallel and `torch.compile`."""
     while len(module._modules) == 1 and not module._parameters:
         ((name, inner),) = module._modules.items()
         if name not in WRAPPERS or inner is None:
@@ -165,13 +165,13 @@ def _is_router(name: str, module: nn.Module) -> bool:
 
 
 def _is_called_head(parent: Node, name: str, module: nn.Module) -> bool:
-    if is_embedding(module):  # of classes, for example
+    if is_embedding(module):  # for example of class labels
         return False
     return names_head(parent, name) or says(HEAD_CLASS, kind(module))
 
 
 def _holds_heads(node: Node) -> bool:
-    """Whether a list in a head, or the head itself, holds several heads instead of one's layers."""
+    """Return whether a list, which is or is in a head, holds several heads, not layers of one."""
     if node.head is None or not isinstance(node.module, nn.ModuleList | nn.ModuleDict):
         return False
     own = node.head == node.path
@@ -191,16 +191,16 @@ def _channels(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _blocks(parent: nn.Module, children: list[tuple[str, nn.Module]]) -> set[str]:
-    """Return which children are repeated blocks: alike but for a number in their names.
+    """Return the names of repeated blocks: children of one class whose names differ by a number.
 
-    An encoder and a decoder are none, even of the same class. A list may have a single block.
+    So an encoder and a decoder of the same class are none. A list may have a single block.
     """
     alike: dict[object, list[str]] = {}
     found: set[str] = set()
     for name, module in children:
         if is_linear(module) or not module._modules or next(module.parameters(), None) is None:
             continue
-        plain = type(module) in PLAIN  # such containers are alike if their contents are
+        plain = type(module) in PLAIN  # compared by the classes of the contents
         content = tuple(type(m) for m in module.children()) if plain else ()
         alike.setdefault((re.sub(r"\d+", "0", name), type(module), content), []).append(name)
         if (isinstance(parent, nn.ModuleList) and not plain) or isinstance(module, BLOCKS):

@@ -1,4 +1,4 @@
-"""Which layers of a model are its output layers."""
+"""The output layers of a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from structprecond.roles.parts import is_part
 
 
 def tie(sites: Sequence[Site]) -> str | None:
-    """Return why a parameter is a tied head, if it is one."""
+    """Return why a parameter is a tied head, None if it is not."""
     embeddings = [s.node.path for s in sites if is_embedding(s.node.module)]
     linears = [s.node.path for s in sites if is_linear(s.node.module)]
     if not (embeddings and linears):
@@ -34,7 +34,7 @@ def find_heads(nodes: Sequence[Node], tied: bool) -> dict[nn.Module, str]:
 
     Args:
         nodes: All modules of the model, in order.
-        tied: Whether there is a head that is tied to an embedding.
+        tied: Whether a head is tied to an embedding.
     """
     normed = _normed(nodes)
     layers = [
@@ -51,23 +51,20 @@ def find_heads(nodes: Sequence[Node], tied: bool) -> dict[nn.Module, str]:
     only_aside = bool(named) and all(map(_is_auxiliary, named))
     if tied or bare or (replaced and not only_aside) or is_part(nodes):
         return found
-    # what has no larger convolutions is no dense predictor but a part of one
+    # without larger convolutions, this is no dense predictor, only part of one
     dense = any(is_conv(n.module) and not is_pointwise(n.module) for n in nodes)
     onward = [n for n in layers if not (n.aside or _is_auxiliary(n))]
     return found | _final(onward, normed, dense)
 
 
 def _by_name(nodes: Sequence[Node], possible: set[Node]) -> tuple[list[Node], bool]:
-    """Return the heads that have a name, and whether something stands where one would be.
-
-    A backbone without its head has an identity there.
-    """
+    """Return the named heads, and whether something replaces a head, such as an identity."""
     inside = [n for n in nodes if n.head is not None]
     last = {n.head: n for n in inside if n in possible or is_norm(n.module)}
-    # What is named a head but ends in a norm transforms features for a head behind it.
+    # A module named like a head that ends in a norm transforms features for the real head.
     transforms = {path for path, n in last.items() if is_norm(n.module)}
     ends = {path: n for path, n in last.items() if path not in transforms}
-    # The innermost name counts: a decode head may transform a lot before its classifier.
+    # The innermost name counts: a decode head may have many layers before its classifier.
     around = {a.head for path, n in ends.items() for a in n.ancestors if a.head != path}
     replaced = any(
         n.head not in transforms and (n.module._parameters or isinstance(n.module, nn.Identity))
@@ -87,12 +84,9 @@ def _is_auxiliary(node: Node) -> bool:
 
 
 def _final(layers: Sequence[Node], normed: set[Node], dense: bool) -> dict[nn.Module, str]:
-    """Return the last of some layers if it may be an output layer, and why.
+    """Return the last layer and the reason if it may be an output layer, else nothing.
 
-    Args:
-        layers: The layers.
-        normed: Those whose outputs are normalized.
-        dense: Whether the last one may be a convolution.
+    Layers in `normed` are followed by a norm. With `dense`, the last one may be a convolution.
     """
     last = layers[-1] if layers else None
     if last is None or last in normed:
@@ -102,10 +96,10 @@ def _final(layers: Sequence[Node], normed: set[Node], dense: bool) -> dict[nn.Mo
     listed = last.parent is not None and isinstance(last.parent.module, nn.ModuleList)
     if not (dense and is_pointwise(last.module)) or listed or is_encoder(last):
         return {}
-    return {last.module: "output layer: last convolution, of size 1, outside of blocks"}
+    return {last.module: "output layer: last 1x1 convolution outside repeated blocks"}
 
 
 def _normed(nodes: Sequence[Node]) -> set[Node]:
-    """Return the convolutions whose outputs are normalized, which those of a model are not."""
+    """Return the convolutions that are followed by a norm, which are no output layers."""
     own = [n for n in nodes if n.module._parameters]
     return {n for n, after in pairwise(own) if is_conv(n.module) and is_norm(after.module)}

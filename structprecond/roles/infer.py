@@ -16,38 +16,35 @@ from structprecond.roles.rules import role_of
 
 
 def infer_roles(model: nn.Module) -> Roles:
-    """Find out what every parameter of a model is for.
+    """Infer the role of every parameter of a model.
 
-    Embeddings and output heads have two axes too, but optimizers such as Muon are not for them. So
-    the class of the module that owns a parameter and its place in the model decide; names count
-    where those do not say enough, and shapes come last.
+    Embeddings and output heads have two axes like hidden matrices, but Muon, for example, does not
+    suit them. So the class and the place of a parameter's module decide, then names, then shapes.
 
     | Role | Parameters |
     |------|------------|
     | `embedding` | embeddings; bare parameters such as `pos_embed` and `cls_token` |
-    | `head` | weight of the output layer: tied to an embedding, named like `lm_head` or
-      `classifier`, or else the last linear layer or 1x1 convolution outside of blocks; several
-      heads if named so |
-    | `norm` | all of a normalization layer |
-    | `bias` | all other biases, that of a head too |
+    | `head` | weights of output layers: tied to an embedding, or named like `lm_head` or
+      `classifier`, else the last linear layer or 1x1 convolution outside repeated blocks |
+    | `norm` | all parameters of normalization layers |
+    | `bias` | all other biases, also of heads |
     | `conv` | weights of convolutions |
-    | `depthwise` | weights of convolutions of each channel by itself |
+    | `depthwise` | weights of depthwise convolutions |
     | `fused_qkv` | query, key and value projections in one weight |
-    | `experts` | weights of many experts in one, with three axes or more |
-    | `stack` | other matrices in one, such as those of all layers, `(layers, out, in)` |
-    | `router` | what chooses among experts: routers, and gates with a row per expert |
+    | `experts` | weights of several experts in one parameter, with three or more axes |
+    | `stack` | other matrices in one parameter, such as all layers, `(layers, out, in)` |
+    | `router` | weights that choose among experts: routers, gates with one row per expert |
     | `matrix` | all other weights with two axes, and `(d, heads, d_head)` in attention |
     | `other` | the rest: layer scales, slopes, other weights with three axes, ... |
 
-    A part of a model, such as one of its blocks, has no output layer unless one is named so. It is
-    known by its class, say `DecoderLayer`, or by its linear layers, which lead to more features and
-    back.
+    A part of a model, such as a block, has no output layer unless one is named so. It is recognized
+    by its class, such as `DecoderLayer`, or by linear layers that lead to more features and back.
 
     Args:
-        model: Any module; frozen parameters and those on the meta device get a role too.
+        model: Any module, also on the meta device; frozen parameters have roles too.
 
     Returns:
-        The roles with their reasons, a mapping from the names of `model.named_parameters()`.
+        The roles with their reasons, by the names of `model.named_parameters()`.
 
     Raises:
         StructPrecondError: If a lazy module has not seen its first input.
@@ -62,7 +59,7 @@ def infer_roles(model: nn.Module) -> Roles:
         2.weight   2x4    head       output layer: last linear layer outside repeated blocks
         2.bias     2      bias       bias of Linear
     """
-    # an optimizer asks once per param group and rule
+    # cached, since an optimizer asks once per param group and rule
     places = tuple(
         (path, name, id(p), () if is_lazy(p) else p.shape)
         for path, module in model.named_modules()
@@ -78,14 +75,14 @@ _known: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Roles]] = WeakKeyDic
 
 def _find_roles(model: nn.Module) -> Roles:
     nodes = nodes_of(model)
-    sites: dict[nn.Parameter, list[Site]] = {}  # by identity: the places of a tied parameter
+    sites: dict[nn.Parameter, list[Site]] = {}  # all places of each parameter: several if tied
     for node in nodes:
         for name, p in node.module.named_parameters(recurse=False, remove_duplicate=False):
             site = site_of(node, name)
             if is_lazy(p):
                 raise StructPrecondError(
-                    f"Parameter {site.full} of {type(node.module).__name__} has no shape yet; run "
-                    "one forward pass before its role is asked for."
+                    f"Parameter {site.full} of {type(node.module).__name__} has no shape yet. Run "
+                    "one forward pass before you infer roles."
                 )
             sites.setdefault(p, []).append(site)
     tied = {p: reason for p, places in sites.items() if (reason := tie(places))}

@@ -1,4 +1,4 @@
-"""Whether a model is a whole one, with an output layer, or a part of another."""
+"""Distinguish whole models, which have an output layer, from parts of models."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from structprecond.roles.names import MLP_CLASS, PART_CLASS, kind, says
 
 
 def is_part(nodes: Sequence[Node]) -> bool:
-    """Return whether it is a part of a model, such as one of its blocks, which has no output.
+    """Return whether the modules, in order, are part of a model, such as a block.
 
-    Its class may say so, or that its linear layers lead to more features and back, as in the MLP of
-    a transformer.
-
-    Args:
-        nodes: All modules of it, in order.
+    A part is recognized by its class, or by linear layers that lead to more features and back, as
+    in the MLP of a transformer.
     """
     root = nodes[0].module
     if says(PART_CLASS, kind(root)) or nodes[0].attention:
@@ -30,7 +27,7 @@ def is_part(nodes: Sequence[Node]) -> bool:
         return True
     narrow, wide = min(map(min, known)), max(map(max, known))
     ends = known.count((wide, narrow)) == 1 and known.count((narrow, wide)) == len(known) - 1
-    # the other way round, it is an autoencoder
+    # layers that lead to fewer features and back are an autoencoder
     returns = narrow < wide and ends and (len(known) == 3 or known[0] == (narrow, wide))
     return returns and not any(map(_has_other_weights, nodes))
 

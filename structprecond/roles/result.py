@@ -1,4 +1,4 @@
-"""The names of the roles, and what `infer_roles` returns."""
+"""The names of the roles, and the result of `infer_roles`."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ NOT_MATRICES: tuple[RoleName, ...] = (
 
 
 class Role(NamedTuple):
-    """What a parameter is for.
+    """The role of a parameter.
 
     Attributes:
         role: One of `ROLES`.
-        reason: How that was found out.
+        reason: Why it is this role.
         shape: The shape of the parameter.
     """
 

@@ -1,4 +1,4 @@
-"""The role of one parameter: its module says it first, then names, then its shape."""
+"""The role of one parameter: by its module, else by names, else by its shape."""
 
 from __future__ import annotations
 
@@ -25,10 +25,7 @@ from structprecond.roles.stacks import stack_role
 def role_of(site: Site, p: nn.Parameter, heads: dict[nn.Module, str]) -> Role:
     """Return the role of a parameter at one of its places.
 
-    Args:
-        site: The place.
-        p: The parameter.
-        heads: The output layers of the model, and why they are.
+    `heads` maps the output layers of the model to the reasons for it.
     """
     if site.magnitude:
         return Role("other", f"magnitude of a weight of {kind(site.node.module)}")
@@ -73,26 +70,26 @@ def _of_linear(site: Site, p: nn.Parameter, heads: dict[nn.Module, str]) -> Role
     named = node.parent.name if node.parent and says(INNER, node.name) else node.name
     in_proj = named == "in_proj" and node.attention
     if (in_proj or says(QKV, named)) and outputs > inputs:
-        return Role("fused_qkv", f"linear layer named {named}, longer along its outputs")
+        return Role("fused_qkv", f"linear layer named {named}, more outputs than inputs")
     expert = ", of one expert" if "expert" in node.path.lower() else ""
     return Role("matrix", f"{site.name} of {name}{expert}")
 
 
 def _by_name(site: Site, p: nn.Parameter) -> Role | None:
-    """Look at the name of a parameter of an unknown class, or of its module if it says more."""
+    """Return the role by the name of a parameter of an unknown class, or of its module."""
     node, name = site.node, site.name.removesuffix("_weight")
     for word in (name, *([node.name] if node.listed or says(ANY, name) else [])):
-        # A custom layer called an embedding may well be a convolution of patches.
+        # A custom layer named like an embedding may be a convolution of patches.
         if says(EMBEDDING, word) and (word == name or node.listed or p.ndim == 2):
             return Role("embedding", f"named {word}")
         if says(LOGARITHM, word):
-            return Role("other", f"named {word}, the logarithm of something")
+            return Role("other", f"named {word}, a logarithm")
         if says(NORM, word):
             return Role("norm", f"named {word}")
         if p.ndim == 2 and not (node.repeated or node.attention) and names_head(node, word):
             return Role("head", f"named {word}")
         if says(QKV, word) and p.ndim == 2 and p.shape[0] != p.shape[1]:
-            return Role("fused_qkv", f"named {word}, longer along one axis")
+            return Role("fused_qkv", f"named {word}, not square")
     return stack_role(site, p)
 
 
@@ -107,4 +104,4 @@ def _by_shape(site: Site, p: nn.Parameter) -> Role:
         return Role("conv", f"by its shape, in {name}")
     pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", site.full)
     axes = "a vector or scalar" if vector else f"{p.ndim} axes"
-    return Role("other", f"{axes}, in {name}; to change it, match {pattern!r}")
+    return Role("other", f"{axes}, in {name}; to route it, match {pattern!r}")

@@ -1,4 +1,4 @@
-"""Weights with three axes: matrices one behind the other, or one matrix with heads apart."""
+"""Weights with three axes: stacks of matrices, or one matrix with separate heads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from structprecond.roles.result import Role, RoleName
 
 
 def stack_role(site: Site, p: nn.Parameter) -> Role | None:
-    """Return the role of a weight with three axes, or of a vector per layer, if it is clear.
+    """Return the role of a weight with three axes, or one vector per layer; None if unclear.
 
-    Which axis counts the matrices is a question of shapes: there are fewer layers and fewer heads
-    than features. Of `(d, heads, d_head)`, the projections of XLNet, the first axis is the one of
-    features, and the others form the other one.
+    Shapes tell which axis counts matrices: there are fewer layers and heads than features. In
+    `(d, heads, d_head)`, as in XLNet, the last two axes together are one axis of the matrix.
     """
     node, name = site.node, kind(site.node.module)
     layers = _stack_around(node)
@@ -37,7 +36,7 @@ def stack_role(site: Site, p: nn.Parameter) -> Role | None:
 
 
 def _stack_around(node: Node) -> Node | None:
-    """Return what is called `layers` and has no numbers below, and so holds them all in one."""
+    """Return the module that holds all layers in one: named like `layers`, no numbers below."""
     for place in (node, *node.ancestors):
         if place.name.isdigit():
             return None

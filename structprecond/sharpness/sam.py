@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from numbers import Real
 from typing import Any, overload
 
 import torch
@@ -15,22 +14,18 @@ from torch.optim import Optimizer
 from structprecond.core.finite import with_nonfinite_gradient
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.warn import warn
-from structprecond.errors import GradientError, HyperparameterError, StructPrecondError
+from structprecond.errors import GradientError, StructPrecondError
 from structprecond.linalg.precision import without_autocast
+from structprecond.sharpness import arguments
 from structprecond.sharpness.batch_norm import freeze_batch_norm
 from structprecond.sharpness.perturbation import Part, total_norm
 
 _TINY = 1e-12
-_SETTINGS = ("rho", "adaptive")
 # the attributes that copies and pickles keep, without hooks and a scheduler's wrapper
 _COPIED = ("base_optimizer", "skipped", "_own_defaults", "_model", "_old", "_failed", "_warned")
 # the base makes and loads state dicts, so it runs their hooks
-_HOOKS_OF_BASE = (
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
+_KINDS = "state_dict_pre state_dict_post load_state_dict_pre load_state_dict_post".split()
+_HOOKS_OF_BASE = tuple(f"_optimizer_{kind}_hooks" for kind in _KINDS)
 
 
 def _of_base(name: str) -> Any:
@@ -65,42 +60,8 @@ class SAM(Optimizer):
         sam.second_step()
     ```
 
-    **Mixed precision.** e does not depend on the scale of the gradients, so only the second pass is
-    unscaled. To clip, call `scaler.unscale_(sam)` right before `scaler.step`:
-
-    ```python
-    sam.zero_grad()
-    scaler.scale(loss(model(x), y)).backward()
-    sam.first_step(zero_grad=True)
-    scaler.scale(loss(model(x), y)).backward()
-    scaler.step(sam)
-    scaler.update()
-    ```
-
-    **Data parallel.** The first backward needs no all-reduce: each rank then perturbs by the
-    gradient of its own samples (m-SAM), and only the second gradients are averaged. A closure under
-    DistributedDataParallel must all-reduce in both calls.
-
-    ```python
-    sam.zero_grad()
-    with model.no_sync():
-        loss(model(x), y).backward()
-    sam.first_step(zero_grad=True)
-    loss(model(x), y).backward()
-    sam.second_step()
-    ```
-
-    **Non-finite gradients** in either pass skip the whole step: parameters and state do not change.
-    In the second pass, a `StructuredOptimizer` follows its own `nonfinite`. If the first pass
-    fails, `first_step(zero_grad=True)` fills the gradients with NaN instead of clearing them, so
-    that a scaler and the other ranks notice in the second backward.
-
-    **After an exception** in a closure or in the base's step, the parameters get their exact old
-    values back. Between the two steps, `sam.state_dict()` is safe, since it holds no parameters,
-    but the model's holds perturbed ones: call `restore` first.
-
-    State dict hooks belong to the base, and receive it as their argument. If torch steps the
-    optimizer itself, as `torch.distributed.checkpoint` does, pass `sam.base_optimizer`.
+    Non-finite gradients in either pass skip the whole step. After an exception, the parameters get
+    their exact old values back. docs/sam.md has recipes for `GradScaler`, DDP and checkpoints.
 
     Args:
         params: Parameters, named parameters, group dicts or the model, for the class
@@ -151,7 +112,7 @@ class SAM(Optimizer):
         adaptive: bool = True,
         **base_kwargs: Any,
     ) -> None:
-        own_defaults = _checked({"rho": rho, "adaptive": adaptive})
+        own_defaults = arguments.checked_settings({"rho": rho, "adaptive": adaptive})
         if isinstance(base_optimizer, SAM) or base_optimizer is SAM:
             raise StructPrecondError(
                 "base_optimizer is a SAM, expected the optimizer that makes the step. Pass that "
@@ -159,17 +120,17 @@ class SAM(Optimizer):
             )
         if isinstance(base_optimizer, Optimizer):
             base = base_optimizer
-            _check_instance(base, params, base_kwargs)
-            settings = [_checked(group) for group in base.param_groups]
+            arguments.check_instance(base, params, base_kwargs)
+            settings = [arguments.checked_settings(group) for group in base.param_groups]
         elif isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer):
-            given, settings = _taken_apart(params, base_optimizer)
+            given, settings = arguments.split_params(params, base_optimizer)
             base = base_optimizer(given, **base_kwargs)
         else:
             raise StructPrecondError(
                 f"base_optimizer takes an optimizer or its class, got {base_optimizer!r}. Pass the "
                 "class, as in SAM(params, torch.optim.SGD, lr=0.1)."
             )
-        if clash := sorted(set(_SETTINGS) & set(base.defaults)):
+        if clash := sorted(set(arguments.SETTINGS) & set(base.defaults)):
             raise StructPrecondError(
                 f"{type(base).__name__} has hyperparameters {clash}, as SAM does. Choose another "
                 "base optimizer."
@@ -202,8 +163,8 @@ class SAM(Optimizer):
         """
         if not isinstance(param_group, Mapping):
             raise StructPrecondError(f"A param group is a dict with 'params', got {param_group!r}.")
-        settings = self._own_defaults | _checked(param_group)
-        self.base_optimizer.add_param_group(_without_settings(param_group))
+        settings = self._own_defaults | arguments.checked_settings(param_group)
+        self.base_optimizer.add_param_group(arguments.without_settings(param_group))
         self.param_groups[-1].update(settings)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -364,7 +325,7 @@ class SAM(Optimizer):
         base_maximizes = getattr(self.base_optimizer, "maximize", False)
         parts = []
         for group in self.param_groups:
-            settings = self._own_defaults | _checked(group)
+            settings = self._own_defaults | arguments.checked_settings(group)
             sign = -1 if group.get("maximize", base_maximizes) else 1
             alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for p in self._with_gradient([group]):
@@ -436,64 +397,3 @@ class SAM(Optimizer):
 
 def _grads(params: Iterable[Tensor]) -> list[Tensor]:
     return [p.grad for p in params if p.grad is not None]
-
-
-# --- arguments -----------------------------------------------------------------------------------
-
-
-def _checked(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `rho` and `adaptive` of a param group, if it has them.
-
-    Raises:
-        HyperparameterError: If a value is invalid.
-    """
-    settings = {name: group[name] for name in _SETTINGS if name in group}
-    if "rho" in settings:
-        rho = settings["rho"]
-        if isinstance(rho, bool) or not isinstance(rho, Real) or not 0 <= float(rho) < math.inf:
-            raise HyperparameterError(f"rho must be a finite number of at least 0, got {rho!r}.")
-        settings["rho"] = float(rho)  # checkpoints hold no numpy numbers
-    if "adaptive" in settings and not isinstance(settings["adaptive"], bool):
-        raise HyperparameterError(f"adaptive must be True or False, got {settings['adaptive']!r}.")
-    return settings
-
-
-def _without_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in _SETTINGS}
-
-
-def _taken_apart(
-    params: nn.Module | Iterable[Any] | None, base: type[Optimizer]
-) -> tuple[Any, list[dict[str, Any]]]:
-    """Return the arguments for an optimizer class, and the settings of every param group."""
-    if params is None:
-        raise StructPrecondError(
-            f"params is None, but the base optimizer is a class. Pass parameters, or an instance "
-            f"of {base.__name__}."
-        )
-    if isinstance(params, nn.Module):
-        return params if issubclass(base, StructuredOptimizer) else params.parameters(), [{}]
-    if isinstance(params, Tensor) or not isinstance(params, Iterable):
-        raise StructPrecondError(
-            f"params takes parameters, named parameters, group dicts or a model, got a "
-            f"{type(params).__name__}. Put a single parameter into a list."
-        )
-    given = list(params)
-    if not any(isinstance(group, dict) for group in given):
-        return given, [{}]
-    settings = [_checked(group) if isinstance(group, dict) else {} for group in given]
-    return [_without_settings(g) if isinstance(g, dict) else g for g in given], settings
-
-
-def _check_instance(base: Optimizer, params: Any, base_kwargs: Mapping[str, Any]) -> None:
-    name = type(base).__name__
-    if params is not None:
-        raise StructPrecondError(
-            f"base_optimizer is an instance of {name} with its own parameters, but params is a "
-            f"{type(params).__name__}. Pass SAM(None, optimizer), or the class {name}."
-        )
-    if base_kwargs:
-        raise StructPrecondError(
-            f"base_optimizer is an instance of {name}, which cannot take the arguments "
-            f"{sorted(base_kwargs)}. Give them to {name}, or pass the class."
-        )

@@ -1,1 +1,1 @@
-"""Strategies: one optimization rule a file, with the optimizer that runs it."""
+"""Strategies: one update rule per file, with its optimizer."""

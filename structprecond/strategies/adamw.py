@@ -1,4 +1,4 @@
-"""AdamW, for what other strategies do not treat, and as a baseline."""
+"""AdamW, for parameters that other strategies leave out, and as a baseline."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class AdamWState(State):
 
     Args:
         exp_avg: The first moment `(b, *dims)`.
-        exp_avg_sq: The second moment, alike.
+        exp_avg_sq: The second moment `(b, *dims)`.
     """
 
     exp_avg: Tensor
@@ -72,7 +72,7 @@ class AdamWStrategy(Strategy[AdamWState]):
 
 
 class AdamW(StructuredOptimizer):
-    """AdamW with the checkpoints, skipped steps and groups of this library.
+    """AdamW with this library's checkpoints, skipped steps and groupings.
 
     The update rule is documented at `AdamWStrategy`.
 

@@ -1,4 +1,4 @@
-"""AdamW beside a strategy for hidden matrices: what Muon and NorMuon do with all the rest."""
+"""Optimizers with one strategy for hidden matrices, and AdamW for all other parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from structprecond.strategies.adamw import AdamWStrategy
 
 
 class AuxiliaryOptions(CommonOptions, total=False):
-    """The keywords of optimizers with AdamW beside; `WithAdamW` documents them."""
+    """The keywords of `WithAdamW`, which documents them."""
 
     adamw_lr: float | None
     adamw_betas: tuple[float, float]
@@ -28,12 +28,12 @@ class AuxiliaryOptions(CommonOptions, total=False):
 
 
 class WithAdamW(StructuredOptimizer):
-    """Base of the optimizers of hidden matrices, which leave all other parameters to AdamW.
+    """Base of optimizers for hidden matrices, with AdamW for all other parameters.
 
     Args:
         strategy: The strategy for hidden matrices.
-        hyperparameters: Values for its hyperparameters; the rest get their defaults.
-        adamw_lr: AdamW's learning rate, kept as a factor to `lr` (`adamw_lr_scale` in the param
+        hyperparameters: Values of its hyperparameters. Default of each: the strategy's.
+        adamw_lr: AdamW's learning rate, stored as a factor on `lr` (`adamw_lr_scale` in the param
             groups), so that schedules apply to both. Default: None, `lr`.
         adamw_betas: AdamW's decay of the moments. Default: (0.9, 0.95).
         adamw_eps: AdamW's epsilon. Default: 1e-8.
@@ -69,17 +69,13 @@ class WithAdamW(StructuredOptimizer):
 
 
 def _scale_to(lr: float | Tensor, own_lr: float | None) -> float:
-    """Return the factor from a param group's lr to the one that an auxiliary strategy has.
-
-    Raises:
-        HyperparameterError: If one is no learning rate, or lr is zero, so that there is no factor.
-    """
+    """Return AdamW's learning rate as a factor on `lr`, or raise `HyperparameterError`."""
     if own_lr is None:
         return 1.0
     check_nonnegative(lr=lr, adamw_lr=own_lr)
     if float(lr) == 0:
         raise HyperparameterError(
-            f"adamw_lr={own_lr!r} is kept as a factor to lr, which cannot be with lr=0. Start with "
-            "an lr above 0, and let the schedule lower it."
+            f"adamw_lr={own_lr!r} is stored as a factor on lr, which is impossible with lr=0. "
+            "Start with an lr above 0, and let the schedule lower it."
         )
     return own_lr / float(lr)

@@ -42,11 +42,11 @@ class KLState(State):
 
     Args:
         factors: The Kronecker factors `(b, dk, dk)`, None for an axis that is not rotated.
-        bases: Their eigenbases, alike.
-        eigenvalues: Their eigenvalues by moving average `(b, dk)`; a diagonal factor has only
-            these, an axis without a factor None.
+        bases: Their eigenbases, of the same shapes.
+        eigenvalues: Moving averages of the eigenvalues `(b, dk)`, all that a diagonal factor
+            stores; None for an axis without a factor.
         exp_avg: The first moment in the eigenbasis `(b, d1, ..., dN)`.
-        exp_avg_sq: The second moment in the eigenbasis, alike; None where the rule has none.
+        exp_avg_sq: The second moment in the eigenbasis, of the same shape; None if not needed.
     """
 
     factors: RotatedFactors
@@ -60,10 +60,10 @@ class KLState(State):
 class KLShampooStrategy(RotatedStrategy):
     r"""The KL-Shampoo rule.
 
-    Each factor \(S_k\) of size \(d_k\) has a basis \(Q_k\) and eigenvalues \(\lambda_k\). The first
-    gradient G initializes \(S_k = (1 - \beta_s) G_{(k)} G_{(k)}^\top / (D / d_k)\), \(Q_k\) its
-    eigenbasis, and \(\lambda_k\) = `init_factor`. Then, with \(D = \prod_k d_k\) and
-    \(G' = G \times_1 Q_1^\top \dots \times_N Q_N^\top\),
+    Each factor \(S_k\) of size \(d_k\) has a basis \(Q_k\) and eigenvalues \(\lambda_k\). With
+    \(D = \prod_k d_k\), the first gradient G initializes \(S_k\) as
+    \((1 - \beta_s) \frac{d_k}{D} G_{(k)} G_{(k)}^\top\), \(Q_k\) as its eigenbasis, and
+    \(\lambda_k\) as `init_factor`. Then, with \(G' = G \times_1 Q_1^\top \dots \times_N Q_N^\top\),
 
     \[ m \leftarrow \beta_1 m + (1 - \beta_1) G', \quad
        w = \prod_k \lambda_k^{-1/2}, \quad
@@ -75,21 +75,19 @@ class KLShampooStrategy(RotatedStrategy):
        X_{k,(k)}^\top), \]
 
     \(p \leftarrow p - \eta U\), \(p \leftarrow p - \eta \lambda p\). Whenever
-    `precondition_frequency` divides the step, \(Q_k \leftarrow \mathrm{qr}(S_k Q_k)\), but for
-    columns of null spaces (`structprecond.linalg.improve_eigenbasis`).
+    `precondition_frequency` divides the step, \(Q_k \leftarrow \mathrm{qr}(S_k Q_k)\), except for
+    null columns (`structprecond.linalg.improve_eigenbasis`).
 
-    The factors of a step are made of values from before it, for any number of axes. The published
-    code does the same with two axes. With three it updates one after the other: \(\lambda_3\)
-    first, \(\lambda_2\) with the new \(\lambda_3\), and \(S_1\) and \(\lambda_1\) with the old
-    \(\lambda_3\) and the new \(\lambda_2\).
+    All factors are updated from the values before the step. The published code does so for two
+    axes. For three, it updates \(\lambda_3\) first, then \(\lambda_2\) with the new \(\lambda_3\),
+    and \(S_1\) and \(\lambda_1\) with the old \(\lambda_3\) and the new \(\lambda_2\).
 
-    A unit without any factor, such as a vector by default, follows AdamW from its first step on.
+    A unit without factors, by default a vector, follows AdamW from its first step on.
 
     Args:
-        init_factor: The eigenvalues at the start. Default: 0.1.
-        clamping: Whether \(\lambda_k\) is raised to at least \(c_k^{-2}\) after each average,
-            with \(c_k = \max(10, \min(d_k, 4000))\). The raised value is what the next average
-            starts from; the initial value is not raised. Default: True.
+        init_factor: The initial eigenvalues. Default: 0.1.
+        clamping: Whether to clamp \(\lambda_k\) to at least \(c_k^{-2}\) after each update, with
+            \(c_k = \max(10, \min(d_k, 4000))\). The initial value is not clamped. Default: True.
 
     Source: Lin et al. 2025 (arXiv 2509.03378) and its official implementation.
     """
@@ -107,7 +105,6 @@ class KLShampooStrategy(RotatedStrategy):
     }
 
     def __post_init__(self) -> None:
-        """Check the static configuration."""
         super().__post_init__()
         check_flags(clamping=self.clamping)
         check_positive(init_factor=self.init_factor)
@@ -195,7 +192,7 @@ class KLShampooStrategy(RotatedStrategy):
                 factor.add_inner_(basis.to(X.dtype).matmat(X), decay, 1 - decay)
 
     def _refresh(self, state: KLState, rows: Rows) -> None:
-        """Refresh the eigenbases, and bring the first moment into the new ones."""
+        """Refresh the eigenbases and rotate the first moment into them."""
         better = [
             None if S is None or Q is None else S.orthogonal_iteration(Q.to(S.dtype))
             for S, Q in zip(state.factors, state.bases, strict=True)
@@ -219,7 +216,7 @@ class KLShampooStrategy(RotatedStrategy):
 class KLSOAPStrategy(KLShampooStrategy):
     r"""The KL-SOAP rule: KL-Shampoo's factors, and Adam without bias correction in their bases.
 
-    With \(G'\) the rotated gradient, \(v \leftarrow \beta_2 v + (1 - \beta_2) G'^2\), and the
+    With the rotated gradient \(G'\), \(v \leftarrow \beta_2 v + (1 - \beta_2) G'^2\), and the
     direction in the bases is \(m / (\sqrt v + \epsilon)\). All else is as in `KLShampooStrategy`.
 
     Source: Lin et al. 2025 (arXiv 2509.03378) and its official implementation.
@@ -242,7 +239,7 @@ class KLSOAPStrategy(KLShampooStrategy):
 
 
 def _smallest_eigenvalue(dim: int) -> float:
-    """Return what clamping raises eigenvalues of a factor of size `dim` to."""
+    """Return the lower bound of clamped eigenvalues for a factor of size `dim`."""
     return 1.0 / max(10, min(dim, 4000)) ** 2
 
 
@@ -253,12 +250,12 @@ def _per_column(stack: Tensor, axis: int) -> float:
 
 
 def _product(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the product, which has the shape to which all of them broadcast."""
+    """Return the product of tensors that broadcast to one shape."""
     return reduce(torch.mul, tensors)
 
 
 def _along(vectors: Tensor, stack: Tensor, axis: int) -> Tensor:
-    """Let one vector per row `(b, d_axis)` broadcast along an axis of a stack."""
+    """Reshape one vector per row `(b, d_axis)` to broadcast along an axis of a stack."""
     shape = [1] * stack.ndim
     shape[0], shape[axis + 1] = vectors.shape
     return vectors.view(shape)
@@ -267,8 +264,8 @@ def _along(vectors: Tensor, stack: Tensor, axis: int) -> Tensor:
 class KLShampoo(StructuredOptimizer):
     """KL-Shampoo (Lin et al. 2025, arXiv 2509.03378).
 
-    The update rule is documented at `KLShampooStrategy`. The structures `dense`, `diagonal`,
-    `block<k>diagonal` and `none` can be used.
+    The update rule is documented at `KLShampooStrategy`. Structures: `dense`, `diagonal`,
+    `block<k>diagonal`, `none`.
 
     Args:
         lr: Learning rate. Default: 1e-4.
@@ -276,15 +273,13 @@ class KLShampoo(StructuredOptimizer):
         shampoo_beta: Decay of the factors; negative for `betas[1]`. Default: -1.
         eps: Keeps the inverse roots finite. Default: 1e-8.
         weight_decay: Decoupled weight decay. Default: 0.01.
-        precondition_frequency: The bases are refreshed every so many steps, or when a callable of
-            the global step says so. Default: 10.
-        refresh_tolerance: Rows whose bases still have off-diagonal ratios of at most this are not
-            refreshed. Default: 0.0, refresh all.
-        init_factor: The eigenvalues of the factors at the start. Default: 0.1.
-        clamping: Whether eigenvalues are kept from falling below a limit. Default: True.
+        precondition_frequency: Refresh interval of the bases in steps, or a callable that returns
+            whether to refresh at a global step. Default: 10.
+        refresh_tolerance: Off-diagonal ratio up to which bases are not refreshed. Default: 0.0.
+        init_factor: Initial eigenvalues of the factors. Default: 0.1.
+        clamping: Whether eigenvalues have a lower bound. Default: True.
         max_precond_dim: Axes longer than this get no factor. Default: 10000.
-        precondition_1d: Whether parameters with one axis get a factor; without, they follow AdamW.
-            Default: False.
+        precondition_1d: Whether vectors get a factor; else they follow AdamW. Default: False.
 
     Example:
         >>> model = nn.Linear(4, 3)

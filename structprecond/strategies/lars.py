@@ -1,4 +1,4 @@
-"""LARS: momentum with a learning rate of its own for every layer."""
+"""LARS: momentum with a separate learning rate for every layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from structprecond.errors import HyperparameterError
 from structprecond.structures.spec import Structure
 
 _SMALLEST_RMS = 1e-3
-"""With `always_scale`: parameters count as at least this large, as in Adafactor, section 8."""
+"""With `always_scale`, the lower bound of a parameter's root mean square."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class LARSState(State):
 
 @dataclass(frozen=True)
 class LARSStrategy(Strategy[LARSState]):
-    r"""The LARS rule, on each row of a stack by itself.
+    r"""The LARS rule, for each row of a stack.
 
     With the trust coefficient \(\tau\), the weight decay \(\lambda\), and momentum \(\mu\),
 
@@ -51,13 +51,12 @@ class LARSStrategy(Strategy[LARSState]):
        b \leftarrow \mu b + (1 - \text{dampening}) d, \quad
        p \leftarrow p - \eta b. \]
 
-    The first d is not damped. With Nesterov momentum the step is \(d + \mu b\). As published, d is
-    the plain gradient, neither scaled nor decayed, where \(\lambda\), p or g are zero.
+    The first d is not dampened. With Nesterov momentum, the step is \(d + \mu b\). As published,
+    \(d = g\), neither scaled nor decayed, if \(\lambda\), p or g is zero.
 
     Args:
-        always_scale: Whether d is scaled there too. A parameter at zero would then never move, so
-            \(\|p\|\) counts as at least 1e-3 times the root of the number of entries.
-            Default: False.
+        always_scale: Whether to scale d even then. So that zero parameters move, \(\|p\|\) counts
+            as at least 1e-3 times the root of the number of entries. Default: False.
 
     Source: You et al. 2017 (arXiv 1708.03888), algorithm 1; the lower bound of the norm is that of
         Shazeer and Stern 2018 (arXiv 1804.04235), section 8.
@@ -66,7 +65,6 @@ class LARSStrategy(Strategy[LARSState]):
     always_scale: bool = False
 
     def __post_init__(self) -> None:
-        """Check the static configuration."""
         check_flags(always_scale=self.always_scale)
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
@@ -98,7 +96,7 @@ class LARSStrategy(Strategy[LARSState]):
         momentum = hp["momentum"]
         if momentum == 0:
             return direction
-        # the buffer of a first step is zero, and its gradient is not damped
+        # in the first step, the buffer is zero, and the gradient is not dampened
         later, damped = ctx.reached(2), 1.0 - hp["dampening"]
         weight = damped if later is True else 1.0
         if isinstance(later, Tensor):
@@ -127,19 +125,18 @@ def _per_row(values: Tensor, stack: Tensor) -> Tensor:
 class LARS(StructuredOptimizer):
     """LARS, layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888).
 
-    The update rule is documented at `LARSStrategy`. Each unit has a trust ratio.
+    The update rule is documented at `LARSStrategy`. Each unit has its own trust ratio.
 
     Args:
         lr: Learning rate; required.
         momentum: Decay of the moving sum. Default: 0.0.
         dampening: Dampening of the momentum. Default: 0.0.
-        weight_decay: Weight decay, scaled like the gradient. Default: 0.0, which turns the scaling
-            off as well unless `always_scale`.
+        weight_decay: Weight decay, scaled like the gradient. Default: 0.0, which also turns the
+            scaling off unless `always_scale`.
         nesterov: Whether to use Nesterov momentum. Default: False.
         trust_coefficient: The size of an update relative to its parameter. Default: 1e-3.
         eps: Added to the denominator of the trust ratio. Default: 1e-8.
-        always_scale: Whether to scale where the published rule does not: for zero weight decay,
-            zero parameters and zero gradients. Default: False.
+        always_scale: Whether to scale even if decay, parameter or gradient is 0. Default: False.
 
     Example:
         >>> model = nn.Linear(4, 1)

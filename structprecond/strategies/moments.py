@@ -1,4 +1,4 @@
-"""Moving averages that several strategies share."""
+"""Moving averages shared by several strategies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from structprecond.core.strategy import Hyperparameter, StepContext
 
 
 def fraction_or_default(default: float) -> Hyperparameter:
-    """Return a hyperparameter for a number below 1, where a negative one stands for another."""
+    """Return a hyperparameter for a number below 1; negative numbers mean `betas[1]`."""
     return Hyperparameter(default, lambda v: v < 1, "a number below 1; negative for betas[1]")
 
 
@@ -30,7 +30,7 @@ def adam_direction(
     eps: float,
     ctx: StepContext | None,
 ) -> Tensor:
-    r"""Average in place and return Adam's direction, all by one call of torch's fused kernel.
+    r"""Update moments in place and return Adam's direction, by one call of torch's fused kernel.
 
     \[ m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
        v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
@@ -38,18 +38,17 @@ def adam_direction(
 
     Args:
         exp_avg: The first moment m `(b, *dims)`.
-        exp_avg_sq: The second moment v, alike.
-        grad: The gradient g, alike.
-        betas: Their decays.
+        exp_avg_sq: The second moment v `(b, *dims)`.
+        grad: The gradient g `(b, *dims)`.
+        betas: The decays of m and v.
         eps: Added to the root of the second moment.
-        ctx: Knows the update t of each row. None for \(m / (\sqrt v + \epsilon)\), without bias
-            corrections.
+        ctx: The context with the update t of each row; None for no bias correction.
 
     Source: Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1.
     """
     direction = torch.zeros_like(exp_avg)
     stacks = [direction, grad.contiguous(), exp_avg, exp_avg_sq]
-    # after infinitely many updates there is no bias
+    # there is no bias after infinitely many updates
     t = torch.inf if ctx is None else ctx.t
     if isinstance(t, Tensor):
         times = t.to(grad.device, torch.float32)

@@ -38,7 +38,7 @@ class MuonStrategy(OrthogonalizedMomentumStrategy):
     \[ p \leftarrow p - \eta \, s \, \mathrm{NewtonSchulz}(u), \quad u \text{ as in
        OrthogonalizedMomentumStrategy}. \]
 
-    The scale s of a matrix `(out, in)` is, times `extra_scale_factor`, for
+    The scale s of a matrix `(out, in)` is `extra_scale_factor` times, for each `scale_mode`,
 
     - "spectral": \(\sqrt{\max(out, in)}\), for a root mean square of 1,
     - "shape_scaling": \(\sqrt{\max(1, out / in)}\), as first published,
@@ -47,17 +47,15 @@ class MuonStrategy(OrthogonalizedMomentumStrategy):
       learning rates then carry over (Liu et al. 2025, arXiv 2502.16982, section 2.2).
 
     Args:
-        coefficient_type: The coefficients of the iteration, as in `linalg.newton_schulz`. Default:
-            "quintic".
-        num_ns_steps: The number of its steps. Default: 5.
+        coefficient_type: As in `linalg.newton_schulz`. Default: "quintic".
+        num_ns_steps: The number of Newton-Schulz steps. Default: 5.
         scale_mode: One of the four above. Default: "spectral".
         extra_scale_factor: A further factor. Default: 1.0.
-        fp32_matmul_prec: The precision of its products: "highest" for float32, "high" for TF32
-            where there is such, "medium" for bfloat16 where the device computes in it natively.
-            Default: "medium".
+        fp32_matmul_prec: The precision of products: "highest" is float32, "high" TF32 where
+            available, "medium" bfloat16 where native, else float32. Default: "medium".
 
     Raises:
-        StructPrecondError: If an argument is not one of those named.
+        StructPrecondError: If an argument is not allowed.
 
     Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
     """
@@ -69,7 +67,6 @@ class MuonStrategy(OrthogonalizedMomentumStrategy):
     fp32_matmul_prec: MatmulPrecision = "medium"
 
     def __post_init__(self) -> None:
-        """Check the static configuration."""
         super().__post_init__()
         check_choice("scale_mode", self.scale_mode, ScaleMode)
         check_choice("fp32_matmul_prec", self.fp32_matmul_prec, MatmulPrecision)
@@ -87,7 +84,7 @@ class MuonStrategy(OrthogonalizedMomentumStrategy):
         )
 
     def scale(self, rows: int, columns: int) -> float:
-        """Return what the polar factor of a matrix of this shape is multiplied by."""
+        """Return the scale s of a matrix of this shape."""
         scale = {
             "spectral": math.sqrt(max(rows, columns)),
             "shape_scaling": math.sqrt(max(1.0, rows / columns)),
@@ -110,7 +107,7 @@ class NorMuonState(MomentumState):
 
 @dataclass(frozen=True)
 class NorMuonStrategy(MuonStrategy):
-    r"""The NorMuon rule: Muon with a second moment for every neuron, which is a row.
+    r"""The NorMuon rule: Muon with a second moment for every row (neuron).
 
     \[ O = \mathrm{NewtonSchulz}(u), \quad
        v \leftarrow \beta_2 v + (1 - \beta_2) \, \mathrm{mean}_{columns}(O^2), \quad
@@ -151,39 +148,36 @@ class NorMuonStrategy(MuonStrategy):
 class Muon(WithAdamW):
     """Muon for hidden matrices, and AdamW for the rest (Jordan et al. 2024).
 
-    What is a hidden matrix is inferred from the model's modules (see `infer_roles`): matrices,
-    convolutions, fused projections, experts and stacked layers, each by itself, go to Muon;
-    embeddings, heads, tied ones as well, norms, biases, depthwise convolutions, routers and what is
-    unknown go to AdamW.
-    `print(describe(optimizer))` shows what went where. The roles of bare parameters follow from
-    their shapes alone, which cannot tell an embedding from a matrix: a warning asks for the model.
+    Parameters are routed by their roles in the model (see `infer_roles`). Matrices, convolutions,
+    fused projections, experts and stacked layers go to Muon, which orthogonalizes each matrix
+    separately. Embeddings, heads (also tied ones), norms, biases, depthwise convolutions, routers
+    and others go to AdamW. `print(describe(optimizer))` shows the routes. Bare parameters are
+    routed by shape, which does not distinguish an embedding from a matrix: a warning says so.
 
-    `routes` goes on top: `{"head": "muon", "*.lora_A.*": "adamw"}`; these two names stand for this
-    Muon and its AdamW. A param group with `"strategy": "muon"` or `"adamw"` goes there as a whole.
+    `routes` takes precedence: in `{"head": "muon", "*.lora_A.*": "adamw"}`, the names mean this
+    Muon and its AdamW. A param group with `"strategy": "muon"` or `"adamw"` is routed as a whole.
 
     The update rule is documented at `MuonStrategy`. To orthogonalize the blocks of a fused
-    projection one by one, pass
-    `combine_params=(SplitHeads("*.qkv.weight", 3), StackExperts(), Matricize())`, of which the last
-    two are the default: experts as stacks, everything else as matrices.
+    projection separately, pass
+    `combine_params=(SplitHeads("*.qkv.weight", 3), StackExperts(), Matricize())`. The last two
+    groupings are the default: experts are stacks, all other parameters matrices.
 
     Args:
         lr: Learning rate. Default: 3e-4.
         momentum: Decay of the momentum. Default: 0.95.
-        weight_decay: Weight decay of what goes to Muon. Default: 0.01.
+        weight_decay: Weight decay of Muon's parameters. Default: 0.01.
         nesterov: Whether to use Nesterov momentum. Default: False.
         weight_decay_method: "decoupled", "independent", "l2" or "palm". Default: "decoupled".
-        fp32_matmul_prec: "highest", "high" or "medium", which is bfloat16 where the device has it.
-            Default: "medium".
+        fp32_matmul_prec: "highest" (float32), "high" (TF32 where available) or "medium" (bfloat16
+            where native). Default: "medium".
         coefficient_type: The coefficients of the Newton-Schulz iteration: "simple", "quintic",
             "polar_express", "cans", "aol", "cubic5", or one triple per step. Default: "quintic".
-        num_ns_steps: The number of its steps. Default: 5.
+        num_ns_steps: The number of Newton-Schulz steps. Default: 5.
         scale_mode: "spectral", "shape_scaling", "unit_rms_norm", or "match_rms_adamw" for updates
             as large as AdamW's, so that its learning rate carries over. Default: "spectral".
-        extra_scale_factor: A factor to all updates of Muon. Default: 1.0.
-        before_weight_update: Called with stacked parameters and updates; returns the updates.
-            Default: None.
-        after_weight_update: Called with stacked parameters; returns their new values. Default:
-            None.
+        extra_scale_factor: A factor on all updates of Muon. Default: 1.0.
+        before_weight_update: Maps stacked parameters and updates to updates. Default: None.
+        after_weight_update: Maps stacked parameters to their new values. Default: None.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 8), nn.Linear(8, 9))
@@ -234,7 +228,7 @@ class NorMuon(WithAdamW):
         momentum: Decay of the momentum. Default: 0.95.
         beta2: Decay of the second moment of the rows. Default: 0.95.
         eps: Added to the root of the second moment. Default: 1e-8.
-        weight_decay: Decoupled weight decay of what goes to NorMuon. Default: 0.01.
+        weight_decay: Decoupled weight decay of NorMuon's parameters. Default: 0.01.
         nesterov: Whether to use Nesterov momentum. Default: False.
         fp32_matmul_prec: As in `Muon`. Default: "medium".
         coefficient_type: As in `Muon`. Default: "quintic".

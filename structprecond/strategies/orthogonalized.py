@@ -1,4 +1,4 @@
-"""What the strategies share that orthogonalize, or otherwise normalize, a matrix's momentum."""
+"""Base of strategies that orthogonalize, or otherwise normalize, momentum."""
 
 from __future__ import annotations
 
@@ -39,30 +39,27 @@ class MomentumState(State):
 
 @dataclass(frozen=True)
 class OrthogonalizedMomentumStrategy(Strategy[Any]):
-    r"""Base of the rules that step along a normalized momentum, such as Muon.
+    r"""Base of update rules that step along a normalized momentum, such as Muon.
 
     \[ m \leftarrow \mu m + (1 - \mu) g, \quad
        u = m \text{ or, with Nesterov momentum, } (1 - \mu) g + \mu m, \quad
        p \leftarrow p - \eta \, \mathrm{scaled\_orthogonalize\_fn}(u). \]
 
-    Subclasses define `scaled_orthogonalize_fn`, which sees every parameter as a matrix
-    `(out, in)`: trailing axes are flattened, so a convolution is `(out, in * kh * kw)`, and a
-    vector is a column.
+    Subclasses define `scaled_orthogonalize_fn` for matrices `(out, in)`. Trailing axes are
+    flattened: a convolution is `(out, in * kh * kw)`, and a vector is a column.
 
     Weight decay \(\lambda\) comes before the momentum: "decoupled"
     \(p \leftarrow (1 - \eta \lambda) p\), "independent" \(p \leftarrow (1 - \lambda) p\), "palm"
-    \(p \leftarrow (1 - \eta^2 \lambda) p\), or "l2" \(g \leftarrow g + \lambda p\), which leaves
-    `p.grad` as it is.
+    \(p \leftarrow (1 - \eta^2 \lambda) p\), or "l2" \(g \leftarrow g + \lambda p\).
 
     Args:
         nesterov: Whether to use Nesterov momentum. Default: False.
         weight_decay_method: One of the four above. Default: "decoupled".
-        before_weight_update: Called with the stacked parameters and updates `(b, *dims)`, in that
-            order, before weights are decayed or moved; returns the updates to use. Default: None.
-        after_weight_update: Called with the stacked parameters `(b, *dims)` after they moved;
-            returns their new values, for constraints such as unit rows. Gradients so large that
-            they may overflow are tried on a copy first, so hooks should not count calls. Default:
-            None.
+        before_weight_update: Called with the stacked parameters and updates `(b, *dims)` before
+            decay and update; returns the updates to use. Default: None.
+        after_weight_update: Called with the stacked parameters `(b, *dims)` after the update;
+            returns their new values, for constraints such as unit rows. Must not count calls, since
+            gradients that may overflow are tried on a copy first. Default: None.
 
     Raises:
         StructPrecondError: If `weight_decay_method` is not one of the four.
@@ -91,7 +88,6 @@ class OrthogonalizedMomentumStrategy(Strategy[Any]):
     combine_params: ClassVar[tuple[PreconditionerGroup, ...]] = (StackExperts(), Matricize())
 
     def __post_init__(self) -> None:
-        """Check the static configuration."""
         check_choice("weight_decay_method", self.weight_decay_method, WeightDecayMethod)
         check_flags(nesterov=self.nesterov)
         for name in ("before_weight_update", "after_weight_update"):
@@ -140,11 +136,11 @@ class OrthogonalizedMomentumStrategy(Strategy[Any]):
 
 
 def _returned(value: Any, like: Tensor) -> Tensor:
-    """Return what a hook returned, if it is a stack of the right shape."""
+    """Check that a hook returned a stack of the right shape, and return it."""
     if not isinstance(value, Tensor) or value.shape != like.shape:
         got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
         raise StructPrecondError(
-            f"A hook around the weight update has to return a tensor of shape {tuple(like.shape)}, "
+            f"A hook around the weight update must return a tensor of shape {tuple(like.shape)}, "
             f"got {got}."
         )
     return value

@@ -1,4 +1,4 @@
-"""What the strategies share that average Kronecker factors and rotate into their eigenbases."""
+"""Bases of strategies that average Kronecker factors and rotate into their eigenbases."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RotatedFactors = tuple[BlockwiseMatrix | None, ...]
 
 @dataclass(frozen=True)
 class FactoredStrategy(Strategy[Any]):
-    """Base of the strategies that average Kronecker factors and refresh what they need of them.
+    """Base of strategies that average Kronecker factors and refresh a decomposition of them.
 
     Args:
         max_precond_dim: Axes longer than this get no factor. Default: 10000.
@@ -41,16 +41,14 @@ class FactoredStrategy(Strategy[Any]):
 
     max_precond_dim: int = 10000
     precondition_1d: bool = False
-    refresh_interval = "precondition_frequency"
     structures = (BlockwiseMatrix, DiagonalMatrix)
 
     def __post_init__(self) -> None:
-        """Check the static configuration."""
         check_positive(max_precond_dim=self.max_precond_dim)
         check_flags(precondition_1d=self.precondition_1d)
 
     def due(self, steps: Tensor, phase_offsets: Tensor, every: int) -> Tensor:
-        """Return which rows to refresh: after update t = 1, 2, ... that the interval divides."""
+        """Return the rows to refresh: those whose update t = 1, 2, ... the interval divides."""
         return super().due(steps + 1, phase_offsets, every)
 
     def decay_factors(self, hp: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor]:
@@ -60,7 +58,7 @@ class FactoredStrategy(Strategy[Any]):
     def adapt_structures(
         self, structures: tuple[Structure, ...], dims: Sequence[int], order: int, units: str
     ) -> tuple[Structure, ...]:
-        """Leave out the factors of long axes and, unless asked for, of vectors."""
+        """Leave out the factors of long axes and, without `precondition_1d`, of vectors."""
         structures = super().adapt_structures(structures, dims, order, units)
         if order <= 1 and not self.precondition_1d:
             return (None,) * len(structures)
@@ -72,20 +70,19 @@ class FactoredStrategy(Strategy[Any]):
 
 @dataclass(frozen=True)
 class RotatedStrategy(FactoredStrategy):
-    """Base of the strategies that work in eigenbases of Kronecker factors.
+    """Base of strategies that work in eigenbases of Kronecker factors.
 
-    Their states have `factors` and `bases`, which `_find_bases` sets at first and `_refresh`
-    improves.
+    States have `factors` and `bases`, which `_find_bases` initializes and `_refresh` improves.
     """
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
-        "precondition_frequency": interval(10),
+        "precondition_frequency": interval(10, operations=10.0),  # orthogonal iterations
         "refresh_tolerance": nonnegative(0.0),
     }
 
     @staticmethod
     def _find_bases(grad: Tensor, state: Any, rows: Rows) -> None:
-        """Let the bases be the eigenbases of factors that come from one gradient."""
+        """Set the bases to the eigenbases of factors from a single gradient."""
         part = grad[on_device_of(rows, grad)]
         found: list[BlockwiseMatrix | None] = [None] * len(state.factors)
         for axis, S in enumerate(state.factors):
@@ -96,10 +93,10 @@ class RotatedStrategy(FactoredStrategy):
 
     @abstractmethod
     def _refresh(self, state: Any, rows: Rows) -> None:
-        """Refresh the bases of all rows of a state, and bring the moments into the new ones."""
+        """Refresh the bases of all rows of a state and rotate the moments into them."""
 
     def _refresh_stale(self, state: Any, hp: Mapping[str, Any], ctx: StepContext) -> None:
-        """Refresh the rows that are due, but for those whose bases are still good enough."""
+        """Refresh the rows that are due, except those within `refresh_tolerance`."""
         due = ctx.due
         axes = [
             (S, Q)
@@ -110,7 +107,7 @@ class RotatedStrategy(FactoredStrategy):
             return
         if hp["refresh_tolerance"]:
             ratios = torch.stack([S[due].off_diagonal_ratio(Q[due]) for S, Q in axes]).amax(0)
-            # a ratio that is NaN is not good enough
+            # NaN counts as stale
             stale = ~(ratios <= hp["refresh_tolerance"]).cpu()
             due = torch.arange(len(ctx.failed), device="cpu")[due][stale]
         refresh_rows(self._refresh, state, due, ctx)
@@ -119,7 +116,7 @@ class RotatedStrategy(FactoredStrategy):
 def overwrite(
     matrices: Sequence[StructuredMatrix | None], values: Sequence[StructuredMatrix | None]
 ) -> None:
-    """Write values into matrices, axis by axis, in the dtypes that these have."""
+    """Write values into matrices, axis by axis, in the dtypes of the matrices."""
     for matrix, value in zip(matrices, values, strict=True):
         if matrix is not None and value is not None:
             matrix.copy_(value)
@@ -136,7 +133,7 @@ def rotate_back(tensor: Tensor, bases: RotatedFactors) -> Tensor:
 
 
 def _turning(tensor: Tensor, bases: RotatedFactors) -> RotatedFactors:
-    """Leave out the bases of axes of length 1, which are all 1."""
+    """Leave out the bases of axes of length 1, which are 1."""
     return tuple(
         None if dim == 1 else basis for dim, basis in zip(tensor.shape[1:], bases, strict=True)
     )

@@ -1,4 +1,4 @@
-"""Scion: steps of unit length in the norm that suits each layer."""
+"""Scion: steps of unit length, in a norm that suits each layer."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Norm = Literal["spectral", "sign", "row", "rms"]
 
 def _unit(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Divide by the 2-norm over some dimensions; zero stays zero."""
-    # by the largest entry first, so that no square overflows or underflows
+    # scaled by the largest entry first, so that no square overflows or underflows
     tiny = torch.finfo(tensor.dtype).tiny
     tensor = tensor / tensor.abs().amax(dims, keepdim=True).clamp_(min=tiny)
     norm: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
     return tensor.div_(norm.clamp_(min=tiny))
 
 
-# the lmo of each norm, on stacks (b, out, in)
+# the linear minimization oracle (lmo) of each norm, on stacks (b, out, in)
 _UNIT_STEPS: Mapping[Norm, Callable[[Tensor], Tensor]] = {
     "sign": lambda u: u.sign() / u.shape[-1],
     "row": lambda u: _unit(u, (-1,)) * u.shape[-1] ** 0.5,
@@ -46,30 +46,29 @@ _UNIT_STEPS: Mapping[Norm, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class ScionStrategy(OrthogonalizedMomentumStrategy):
-    r"""The Scion rule: the momentum's steepest direction of unit norm, times a radius.
+    r"""The Scion rule: the steepest step of unit norm for the momentum, times a radius.
 
     \[ m \leftarrow \mu m + (1 - \mu) g, \quad p \leftarrow (1 - \eta \lambda) p - \eta \rho \,
        \mathrm{lmo}(m). \]
 
-    With the weight decay \(\lambda = 1\), parameters stay in the ball of radius \(\rho\)
-    (constrained Scion); with 0 they do not. For a matrix `(out, in)`, the unit step is for
+    With weight decay \(\lambda = 1\), parameters stay in the ball of radius \(\rho\) (constrained
+    Scion); with 0 they do not. For a matrix `(out, in)`, the unit step of each norm is
 
     - "spectral", the operator norm between root mean squares: \(\sqrt{out / in} \, U V^\top\) by
       Newton-Schulz iterations, for hidden layers,
     - "sign", from root mean squares to the largest entry: \(\mathrm{sign}(m) / in\), for heads,
-    - "row": rows of root mean square 1, for embeddings, whose rows are what words are mapped to,
+    - "row": rows of root mean square 1, for embeddings, where each row is a token,
     - "rms": a root mean square of 1, for biases and the scales of norms.
 
     Args:
         norm: One of the four above. Default: "spectral".
         radius: \(\rho\). Default: 1.0.
-        coefficient_type: The coefficients of the iteration, as in `linalg.newton_schulz`. Default:
-            "quintic".
-        num_ns_steps: The number of its steps. Default: 5.
-        fp32_matmul_prec: The precision of its products, as in `MuonStrategy`. Default: "medium".
+        coefficient_type: As in `linalg.newton_schulz`. Default: "quintic".
+        num_ns_steps: The number of Newton-Schulz steps. Default: 5.
+        fp32_matmul_prec: The precision of products, as in `MuonStrategy`. Default: "medium".
 
     Raises:
-        StructPrecondError: If an argument is not one of those named.
+        StructPrecondError: If an argument is not allowed.
 
     Source: Pethick et al. 2025 (arXiv 2502.07529), algorithms 1 and 2, and its table of norms.
     """
@@ -87,7 +86,6 @@ class ScionStrategy(OrthogonalizedMomentumStrategy):
     }
 
     def __post_init__(self) -> None:
-        """Check the static configuration."""
         super().__post_init__()
         check_choice("norm", self.norm, Norm)
         check_choice("fp32_matmul_prec", self.fp32_matmul_prec, MatmulPrecision)
@@ -107,18 +105,18 @@ class ScionStrategy(OrthogonalizedMomentumStrategy):
 
 
 class Scion(StructuredOptimizer):
-    """Scion: steps of unit length in the norm that suits each layer (Pethick et al. 2025).
+    """Scion: steps of unit length, in a norm that suits each layer (Pethick et al. 2025).
 
-    Hidden matrices, also those of routers, get the spectral norm, heads the sign, embeddings unit
-    rows, and vectors and depthwise convolutions a unit root mean square, by the roles that
-    `infer_roles` finds. The update rule is documented at `ScionStrategy`.
+    The norm depends on the role (see `infer_roles`): "spectral" for hidden matrices and routers,
+    "sign" for heads, "row" for embeddings, and "rms" for vectors and depthwise convolutions. The
+    update rule is documented at `ScionStrategy`.
 
     Args:
         lr: Learning rate. Default: 3.6e-4.
         momentum: Decay of the momentum. Default: 0.9.
         weight_decay: Decoupled weight decay; 1.0 keeps parameters within the radius. Default: 0.0.
-        radius: The size of all steps but those of heads. Default: 50.0.
-        head_radius: The size of the steps of heads, tied ones as well. Default: 3000.0.
+        radius: The size of all steps except those of heads. Default: 50.0.
+        head_radius: The size of the steps of heads, also tied ones. Default: 3000.0.
         coefficient_type: As in `Muon`. Default: "quintic".
         num_ns_steps: As in `Muon`. Default: 5.
         fp32_matmul_prec: As in `Muon`. Default: "medium".

@@ -40,9 +40,9 @@ class ShampooState(State):
 
     Args:
         factors: The Kronecker factors `(b, dk, dk)`, None for an axis without one.
-        inverse_roots: Their damped inverse roots, alike.
+        inverse_roots: Their damped inverse roots, of the same shapes.
         exp_avg: The first moment of the gradient `(b, d1, ..., dN)`.
-        grafting_sq: The second moment of the grafting method, alike; None if it has none.
+        grafting_sq: The second moment of the grafting method, of the same shape; None if not used.
     """
 
     factors: Roots
@@ -55,7 +55,7 @@ class ShampooState(State):
 class ShampooStrategy(FactoredStrategy):
     r"""The Shampoo rule.
 
-    With N the number of axes that have a factor, for \(t = 1, 2, \dots\),
+    With N the number of axes with a factor, for \(t = 1, 2, \dots\),
 
     \[ S_k \leftarrow \beta_2 S_k + (1 - \beta_2) G_{(k)} G_{(k)}^\top, \quad
        P_k = \left( \frac{S_k}{1 - \beta_2^t} + \epsilon I \right)^{-1/(2N)}, \quad
@@ -65,18 +65,15 @@ class ShampooStrategy(FactoredStrategy):
        p \leftarrow p - \eta D. \]
 
     \(P_k\) is refreshed at `start_preconditioning_step`, and after it whenever
-    `precondition_frequency` divides t. Before it, \(D = g(m)\). g is the direction of the grafting
-    method for m, with a second moment of its own; without grafting, \(g(m) = m\) and D keeps its
-    length.
+    `precondition_frequency` divides t. Before it, \(D = g(m)\), the direction of the grafting
+    method, which has its own second moment. Without grafting, \(g(m) = m\) and D keeps its length.
 
     Args:
         precondition_1d: Whether parameters with one axis get a factor. Default: True.
-        start_preconditioning_step: The first step that is preconditioned. Default: 1.
+        start_preconditioning_step: The first preconditioned step. Default: 1.
         grafting: "adam", "rmsprop", "sgd" or None. Default: "adam".
-        exponent: The power to which factors are raised is minus this. Default: None,
-            \(1 / (2 N)\).
-        root: How inverse roots are computed, see `structprecond.linalg.matrix_inverse_root`.
-            Default: "eigh".
+        exponent: Factors are raised to minus this power. Default: None, \(1 / (2 N)\).
+        root: A method of `structprecond.linalg.matrix_inverse_root`. Default: "eigh".
 
     Source: Gupta et al. 2018 (arXiv 1802.09568), algorithm 1; Shi et al. 2023 (arXiv 2309.06497)
     for grafting and bias correction.
@@ -101,7 +98,6 @@ class ShampooStrategy(FactoredStrategy):
     }
 
     def __post_init__(self) -> None:
-        """Check the static configuration."""
         super().__post_init__()
         check_choice("grafting", self.grafting, Grafting)
         check_choice("root", self.root, RootMethod)
@@ -112,7 +108,7 @@ class ShampooStrategy(FactoredStrategy):
     def adapt_structures(
         self, structures: tuple[Structure, ...], dims: Sequence[int], order: int, units: str
     ) -> tuple[Structure, ...]:
-        """Leave out factors as `FactoredStrategy` does, and check that their root can be taken."""
+        """Leave out factors as `FactoredStrategy` does, and check that roots can be computed."""
         adapted = super().adapt_structures(structures, dims, order, units)
         root = self._root_order(sum(structure is not None for structure in adapted))
         inverts = any(s is not None and issubclass(s, BlockwiseMatrix) for s in adapted)
@@ -138,7 +134,7 @@ class ShampooStrategy(FactoredStrategy):
         )
 
     def due(self, steps: Tensor, phase_offsets: Tensor, every: int) -> Tensor:
-        """Return which rows are at their first preconditioned step, or at a multiple after it."""
+        """Return the rows at the first preconditioned step, or at a later refresh."""
         t, start = steps + 1, self.start_preconditioning_step
         return (t == start) | ((t > start) & super().due(steps, phase_offsets, every))
 
@@ -225,26 +221,23 @@ def _make(
 class Shampoo(StructuredOptimizer):
     """Shampoo with grafting (Gupta et al. 2018, arXiv 1802.09568).
 
-    The update rule is documented at `ShampooStrategy`. The structures `dense`, `diagonal`,
-    `block<k>diagonal` and `none` can be used.
+    The update rule is documented at `ShampooStrategy`. Structures: `dense`, `diagonal`,
+    `block<k>diagonal`, `none`.
 
     Args:
         lr: Learning rate. Default: 1e-2.
         betas: Decay of the first moment and of the factors. Default: (0.9, 0.99).
         eps: Damping of the factors. Default: 1e-12.
         weight_decay: Weight decay, added to the direction. Default: 0.0.
-        precondition_frequency: The inverse roots are refreshed every so many steps, or when a
-            callable of the global step says so. Default: 10.
-        start_preconditioning_step: The first step that is preconditioned. Default: 1.
-        grafting: The method whose length directions take: "adam", "rmsprop", "sgd" or None.
-            Default: "adam".
+        precondition_frequency: Refresh interval of the inverse roots in steps, or a callable that
+            returns whether to refresh at a global step. Default: 10.
+        start_preconditioning_step: The first preconditioned step. Default: 1.
+        grafting: Method for the step length: "adam", "rmsprop", "sgd" or None. Default: "adam".
         grafting_beta2: Decay of the grafting method's second moment. Default: None, `betas[1]`.
         grafting_eps: Added to the root of the grafting method's second moment. Default: 1e-8.
-        exponent: The power to which factors are raised is minus this. Default: None, one over twice
-            the number of axes that have a factor.
+        exponent: Factors are raised to minus this power. Default: None, 1 / (2 N) for N factors.
         max_precond_dim: Axes longer than this get no factor. Default: 10000.
-        root: How inverse roots are computed: "eigh", "coupled_newton" or "newton_db". Default:
-            "eigh".
+        root: How to compute roots: "eigh", "coupled_newton" or "newton_db". Default: "eigh".
 
     Example:
         >>> model = nn.Linear(4, 3)

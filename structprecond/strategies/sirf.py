@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from structprecond.checks import check_positive
 from structprecond.core.batch_size import GetBatchSize, get_batch_size
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.options import FactorOptions, from_keywords
@@ -23,7 +24,13 @@ from structprecond.core.strategy import (
     interval,
     nonnegative,
 )
-from structprecond.structures import SUPPORTED_STRUCTURES, StructuredMatrix
+from structprecond.structures import (
+    SUPPORTED_STRUCTURES,
+    DenseMatrix,
+    DiagonalMatrix,
+    StructuredMatrix,
+)
+from structprecond.structures.auto import sizes_of_others
 from structprecond.structures.mode_product import matricize, multiply_axes
 from structprecond.structures.spec import Structure
 
@@ -36,7 +43,7 @@ class SIRFShampooState(State):
 
     Args:
         preconditioner: The Kronecker factors `(b, dk, dk)`, None for an axis without one.
-        preconditioner_momenta: The momenta of the factors, alike.
+        preconditioner_momenta: The momenta of the factors, of the same shapes.
         momentum_buffer: The momentum of the update `(b, d1, ..., dN)`.
     """
 
@@ -49,8 +56,8 @@ class SIRFShampooState(State):
 class SIRFShampooStrategy(Strategy[SIRFShampooState]):
     r"""The SIRF-Shampoo rule.
 
-    For gradients G of shape \(d_1 \times \dots \times d_N\), averaged over b samples, with
-    \(D = \prod_k d_k\). Every T steps, from the factors of before,
+    Gradients G of shape \(d_1 \times \dots \times d_N\) are means over b samples, and
+    \(D = \prod_k d_k\). Every T steps, from the previous factors,
 
     \[ H = \sqrt{b} \, G \times_1 K_1^\top / \sqrt{d_1} \dots \times_N K_N^\top / \sqrt{d_N}, \quad
        A_k = \Pi(K_k^\top K_k) / d_k, \quad t_k = \mathrm{tr}(A_k) / d_k, \]
@@ -60,13 +67,15 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
 
     and at every step
     \(U = G \times_1 K_1 K_1^\top \dots \times_N K_N K_N^\top + \kappa p\),
-    \(u \leftarrow \alpha_1 u + U\), direction u.
+    \(u \leftarrow \alpha_1 u + U\), direction u. An axis without a factor has \(K_k = I\).
 
-    An axis without a factor has \(K_k = I\), fixed.
+    Args:
+        max_precond_dim: Axes longer than this get no dense factor. Default: 10000.
 
-    Source: Lin et al. 2024, "Can We Remove the Square-Root in Adaptive Gradient Methods?"
-    (arXiv 2402.03496).
+    Source: Lin et al. 2024 (arXiv 2402.03496).
     """
+
+    max_precond_dim: int = 10000
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
         "lr": nonnegative(1e-3),
@@ -74,12 +83,35 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
         "alpha1": fraction(0.9),
         "alpha2": fraction(0.5),
         "lam": nonnegative(1e-3),
-        "kappa": nonnegative(0.0),
-        "T": interval(1),
+        "kappa": replace(nonnegative(0.0), is_decay=True),
+        "T": interval(1, operations=4.0),  # of two products
     }
-    refresh_interval = "T"
     needs_batch_size = True
-    decay_hyperparameter = "kappa"
+
+    def __post_init__(self) -> None:
+        """Check the static configuration."""
+        check_positive(max_precond_dim=self.max_precond_dim)
+
+    def auto_structures(self, dims: Sequence[int]) -> tuple[Structure, ...]:
+        """Return those of every strategy, but `diagonal` for vectors: axes beside which all are 1.
+
+        The dense factor of a vector would have as many rows as the vector has entries.
+        """
+        usual = super().auto_structures(dims)
+        return tuple(
+            DiagonalMatrix if others == 1 else structure
+            for structure, others in zip(usual, sizes_of_others(dims), strict=True)
+        )
+
+    def adapt_structures(
+        self, structures: tuple[Structure, ...], dims: Sequence[int], order: int, units: str
+    ) -> tuple[Structure, ...]:
+        """Leave out the dense factors of long axes."""
+        structures = super().adapt_structures(structures, dims, order, units)
+        return tuple(
+            None if structure is DenseMatrix and dim > self.max_precond_dim else structure
+            for structure, dim in zip(structures, dims, strict=True)
+        )
 
     def init(
         self, like: Tensor, structures: tuple[Structure, ...], dtypes: tuple[torch.dtype, ...]
@@ -145,7 +177,7 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
 
 
 def _as(dtype: torch.dtype, factors: Factors) -> Factors:
-    """Convert the factors to the dtype of the computation, without a copy if they have it."""
+    """Convert the factors to the dtype of the computation, without a copy if possible."""
     return tuple(None if factor is None else factor.to(dtype) for factor in factors)
 
 
@@ -153,7 +185,7 @@ class SIRFShampoo(StructuredOptimizer):
     """Structured, inverse-free and root-free Shampoo (Lin et al. 2024, arXiv 2402.03496).
 
     Assumes that the loss is a mean over the samples of a batch. The update rule is documented at
-    `SIRFShampooStrategy`. All structures can be used.
+    `SIRFShampooStrategy`. All structures can be used; `"auto"` gives vectors `diagonal`.
 
     Args:
         lr: Learning rate. Default: 1e-3.
@@ -162,11 +194,11 @@ class SIRFShampoo(StructuredOptimizer):
         alpha2: Momentum of the factors, from 0 to below 1. Default: 0.5.
         lam: Damping. Default: 1e-3.
         kappa: Weight decay, added to the preconditioned gradient. Default: 0.0.
-        batch_size: The number of samples behind a gradient, or a callable from the tuple of a
-            forward's inputs to it, by which forward passes of the model are counted. Default: the
-            size of dimension 0 of the first tensor among the inputs.
-        T: The factors are updated every T steps, or when a callable of the global step says so.
-            Default: 1.
+        batch_size: The number of samples behind a gradient, or a callable that returns it for the
+            tuple of a forward pass's inputs. Default: dimension 0 of the first input tensor.
+        T: Refresh interval of the factors in steps, or a callable that returns whether to refresh
+            at a global step. Default: 1.
+        max_precond_dim: Axes longer than this get no dense factor. Default: 10000.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -194,6 +226,7 @@ class SIRFShampoo(StructuredOptimizer):
         kappa: float = 0.0,
         batch_size: int | GetBatchSize = get_batch_size,
         T: int | Callable[[int], bool] = 1,
+        max_precond_dim: int = 10000,
         **options: Unpack[FactorOptions],
     ) -> None:
         strategy, hp = from_keywords(SIRFShampooStrategy, locals())

@@ -45,9 +45,9 @@ class SOAPState(State):
 
     Args:
         factors: The Kronecker factors `(b, dk, dk)`, None for an axis that is not rotated.
-        bases: Their eigenbases, alike.
+        bases: Their eigenbases, of the same shapes.
         exp_avg: The first moment in the eigenbasis `(b, d1, ..., dN)`.
-        exp_avg_sq: The second moment in the eigenbasis, alike.
+        exp_avg_sq: The second moment in the eigenbasis, of the same shape.
     """
 
     factors: RotatedFactors
@@ -71,26 +71,23 @@ class SOAPStrategy(RotatedStrategy):
        p \leftarrow p - \eta \lambda p, \quad
        S_k \leftarrow \beta_s S_k + (1 - \beta_s) G_{(k)} G_{(k)}^\top. \]
 
-    Whenever `precondition_frequency` divides t, the columns of \(Q_k\), and v alike, are sorted by
-    descending \(\mathrm{diag}(Q_k^\top S_k Q_k)\), and \(Q_k\) becomes the orthogonal factor of
-    \(S_k Q_k\); columns of the null space of \(S_k\), such as the first gradient leaves for the
-    longer axis of a matrix, stay as they are (`structprecond.linalg.refresh_eigenbasis`), so that
-    rounding does not choose the coordinates there. m is rotated only then, which is the same
-    mathematics as rotating it at every step.
+    Whenever `precondition_frequency` divides t, the columns of \(Q_k\), and v with them, are sorted
+    by descending \(\mathrm{diag}(Q_k^\top S_k Q_k)\), and \(Q_k\) becomes the orthogonal factor of
+    \(S_k Q_k\). Null columns, such as those of a matrix's longer axis after the first gradient,
+    stay as they are (`structprecond.linalg.refresh_eigenbasis`), so rounding does not choose their
+    coordinates. m is rotated only at refreshes, which is equivalent to rotating it at every step.
 
-    An axis with the structure `diagonal` or `none` is not rotated and stores nothing; with no
-    rotated axis the rule is Adam's, but for the place of epsilon and the skipped first step.
+    An axis with the structure `diagonal` or `none` is not rotated and stores nothing. Without
+    rotated axes the rule is Adam's, except for the place of epsilon and the skipped first step.
 
     Args:
         normalize_grads: Whether directions are divided by their root mean square. Default: False.
         correct_bias: Whether the step size corrects the bias of the moments. Default: True.
         skip_first: Whether the first gradient only initializes, as published. Default: True.
-        transport: Whether the second moment follows a change of basis,
-            \(v \leftarrow v \times_k (R \circ R)^\top\) with \(R = Q_{old}^\top Q_{new}\), instead
-            of staying as measured in the old one, as published. Default: False.
-        clip_rms: If given, gradients whose root mean square of \(G' / \sqrt{\hat v}\) is larger
-            are scaled down to it, so that an outlier leaves moments and factors useful.
-            Default: None, as published.
+        transport: Whether v follows a change of basis, which the published rule does not do:
+            \(v \leftarrow v \times_k (R \circ R)^\top, R = Q_{old}^\top Q_{new}\). Default: False.
+        clip_rms: Limit on the root mean square of \(G' / \sqrt{\hat v}\). Larger gradients are
+            scaled down, so that outliers do not spoil the state. Default: None, no limit.
 
     Source: Vyas et al. 2024 (arXiv 2409.11321), algorithm 3, and its official implementation.
     """
@@ -111,7 +108,6 @@ class SOAPStrategy(RotatedStrategy):
     }
 
     def __post_init__(self) -> None:
-        """Check the static configuration."""
         super().__post_init__()
         check_flags(
             normalize_grads=self.normalize_grads,
@@ -152,7 +148,7 @@ class SOAPStrategy(RotatedStrategy):
             adam_direction(state.exp_avg, state.exp_avg_sq, rotated, betas, hp["eps"], ctx=None),
             state.bases,
         )
-        # without a skipped step the first gradient counts twice: no matter for an eigenbasis
+        # without `skip_first`, the first gradient counts twice, which eigenbases do not notice
         average_inner_(state.factors, grad, factor_decay(hp))
         if self.normalize_grads:
             rms = direction.flatten(1).square().mean(1).sqrt_().add_(1e-30)
@@ -164,21 +160,21 @@ class SOAPStrategy(RotatedStrategy):
         return direction
 
     def _clip(self, rotated: Tensor, exp_avg_sq: Tensor, beta2: float, ctx: StepContext) -> Tensor:
-        """Return the factors `(b, 1, ...)` that bring gradients down to the largest allowed rms."""
+        """Return the factors `(b, 1, ...)` that scale gradients down to `clip_rms`."""
         assert self.clip_rms is not None
         unbiased = exp_avg_sq / ctx.bias_correction(beta2, ago=1)
-        # entries without a second moment, such as rows of unseen words, say nothing about outliers
+        # entries without a second moment, such as rows of unseen tokens, are no outliers
         ratios = torch.where(unbiased > 0, rotated.square() / unbiased, 0.0)
         rms = ratios.flatten(1).mean(1).sqrt_().nan_to_num_(posinf=torch.finfo(ratios.dtype).max)
         scale = (self.clip_rms / rms).clamp(max=1.0).reshape(-1, *[1] * (rotated.ndim - 1))
-        # before the first update there is nothing to compare with
+        # the first update has nothing to compare with
         seen = ctx.reached(2)
         if isinstance(seen, bool):
             return scale if seen else torch.ones_like(scale)
         return torch.where(seen, scale, 1.0)
 
     def _refresh(self, state: SOAPState, rows: Rows) -> None:
-        """Refresh the eigenbases, and bring the moments into the new ones."""
+        """Refresh the eigenbases and rotate the moments into them."""
         refreshed = [
             None if S is None or Q is None else S.refresh_eigenbasis(Q.to(S.dtype))
             for S, Q in zip(state.factors, state.bases, strict=True)
@@ -209,7 +205,7 @@ def _squared_overlaps(old: RotatedFactors, new: RotatedFactors) -> RotatedFactor
 
 
 def _permute(tensor: Tensor, order: Tensor, axis: int) -> Tensor:
-    """Bring the entries along one axis of a stack into an order `(b, d_axis)`, row by row."""
+    """Reorder each row of a stack along an axis by an order `(b, d_axis)`."""
     shape = [1] * tensor.ndim
     shape[0], shape[axis + 1] = order.shape
     return tensor.gather(axis + 1, order.view(shape).expand_as(tensor))
@@ -218,9 +214,8 @@ def _permute(tensor: Tensor, order: Tensor, axis: int) -> Tensor:
 class SOAP(StructuredOptimizer):
     """SOAP: Adam in the eigenbasis of Shampoo's factors (Vyas et al. 2024, arXiv 2409.11321).
 
-    The update rule is documented at `SOAPStrategy`. The structures `dense`, `diagonal`,
-    `block<k>diagonal` and `none` can be used: `{2: ("dense", "none"), ...}` is one-sided SOAP,
-    `"diagonal"` is Adam.
+    The update rule is documented at `SOAPStrategy`. Structures: `dense`, `diagonal`,
+    `block<k>diagonal`, `none`; `{2: ("dense", "none"), ...}` is one-sided SOAP, `"diagonal"` Adam.
 
     Args:
         lr: Learning rate. Default: 3e-3.
@@ -228,23 +223,22 @@ class SOAP(StructuredOptimizer):
         shampoo_beta: Decay of the factors; negative for `betas[1]`. Default: -1.
         eps: Added to the root of the second moment. Default: 1e-8.
         weight_decay: Decoupled weight decay. Default: 0.01.
-        precondition_frequency: The bases are refreshed every so many steps, or when a callable of
-            the global step says so. Default: 10.
-        refresh_tolerance: Rows whose bases still have off-diagonal ratios of at most this are not
-            refreshed. Default: 0.0, refresh all.
+        precondition_frequency: Refresh interval of the bases in steps, or a callable that returns
+            whether to refresh at a global step. Default: 10.
+        refresh_tolerance: Off-diagonal ratio up to which bases are not refreshed. Default: 0.0.
         max_precond_dim: Axes longer than this are not rotated. Default: 10000.
-        merge_dims: Whether neighbouring axes are merged while their product is at most
-            `max_precond_dim`: short for `combine_params=(MergeDims(max_precond_dim),)`.
-            Default: False.
+        merge_dims: Whether neighbouring axes are merged up to `max_precond_dim`: short for
+            `combine_params=(MergeDims(max_precond_dim),)`. Merged tensors of one axis with more
+            than 1,024 entries are rotated only with `structures="dense"`. Default: False.
         precondition_1d: Whether parameters with one axis are rotated. Default: False.
         normalize_grads: Whether directions are divided by their root mean square. Default: False.
         data_format: "channels_last" if 4-d parameters are stored as `(out, height, width, in)`,
-            which matters for merging alone. Default: "channels_first".
+            which matters only for merging. Default: "channels_first".
         correct_bias: Whether the step size corrects the bias of the moments. Default: True.
         skip_first: Whether the first gradient only initializes the state. Default: True.
         transport: Whether the second moment follows a change of basis. Default: False.
-        clip_rms: The largest root mean square of a gradient over its second moment, for runs with
-            outliers; None for no limit. Default: None.
+        clip_rms: Limit on the root mean square of gradients relative to the root of their second
+            moment, against outliers. Default: None, no limit.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))

@@ -1,4 +1,4 @@
-"""Structured matrices: what a Kronecker factor may look like."""
+"""Structured matrices: the structures that Kronecker factors may have."""
 
 from structprecond.structures.base import StructuredMatrix
 from structprecond.structures.block_diagonal import BlockDiagonalMatrix

@@ -19,14 +19,12 @@ from structprecond.linalg.product import matmul
 class StructuredMatrix(ABC):
     r"""A stack `(*b, n, n)` of matrices in a linear space that is closed under `@`.
 
-    A structure is a linear space of matrices with a projection \(\Pi\) of symmetric matrices onto
-    it. Subclasses are dataclasses (`@dataclass(eq=False)`) whose fields are the tensors that hold
-    the elements of the space: all leading dimensions of a field are the batch dimensions `*b`, and
-    the fields depend linearly on the matrix. A new structure needs `from_dense` and `to_dense`
-    only; every other operation has a dense fallback here, and is overridden for speed alone.
+    A structure is such a space, with a projection \(\Pi\) of symmetric matrices onto it. Subclasses
+    are dataclasses (`@dataclass(eq=False)`). Their fields are tensors that depend linearly on the
+    matrix; leading dimensions are the batch dimensions `*b`. A new structure needs only
+    `from_dense` and `to_dense`. All other operations have dense fallbacks; override them for speed.
 
-    Source: Lin et al. 2024, "Structured Inverse-Free Natural Gradient Descent" (arXiv 2312.05705),
-    section 3.2 and figure 5.
+    Source: Lin et al. 2024 (arXiv 2312.05705), section 3.2 and figure 5.
 
     Example:
         >>> from structprecond import DiagonalMatrix
@@ -37,10 +35,10 @@ class StructuredMatrix(ABC):
     """
 
     name: ClassVar[str]
-    """How the structure is called in `structures=`; the class's name if not given."""
+    """The name in `structures=`. Default: the class's name."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Name the structure after its class unless it says otherwise."""
+        """Name the structure after its class unless it sets `name`."""
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = cls.__name__
@@ -52,8 +50,8 @@ class StructuredMatrix(ABC):
     def from_dense(cls, sym_mat: Tensor) -> Self:
         r"""Project matrices onto the structure: \(\Pi(S)\).
 
-        The projection is linear. A space that holds only one of two mirrored entries adds up both,
-        so it is also the identity on the elements of the space, and every dense fallback is right.
+        The projection is linear. If the space holds only one of two mirrored entries, it adds up
+        both. So elements of the space stay as they are, and all dense fallbacks are correct.
 
         Args:
             sym_mat: Symmetric matrices `(*b, n, n)`, or dense elements of the space.
@@ -73,7 +71,7 @@ class StructuredMatrix(ABC):
         return {name: getattr(self, name) for name in _field_names(type(self))}
 
     def _map(self, fn: Callable[..., Tensor], *others: StructuredMatrix) -> Self:
-        # called for every operation on small matrices, so it takes few steps itself
+        # called for every operation on small matrices, so it has to be fast
         matrices = (self, *others)
         names = _field_names(type(self))
         return type(self)(*[fn(*[getattr(m, name) for m in matrices]) for name in names])
@@ -107,7 +105,7 @@ class StructuredMatrix(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the stored tensors take."""
+        """The size of the stored tensors in bytes."""
         return sum(t.numel() * t.element_size() for t in self.named_tensors().values())
 
     def __getitem__(self, rows: Any) -> Self:
@@ -119,7 +117,7 @@ class StructuredMatrix(ABC):
         return self._map(torch.clone)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Convert all stored tensors as `torch.Tensor.to` does; returns itself if they are so."""
+        """Convert all stored tensors like `torch.Tensor.to`; returns itself if nothing changes."""
         if not kwargs and len(args) == 1 and args[0] is self.dtype:
             return self
         return self._map(lambda t: t.to(*args, **kwargs))
@@ -131,23 +129,21 @@ class StructuredMatrix(ABC):
         return self
 
     def __add__(self, other: Self) -> Self:
-        """Return the sum."""
         self._check_same(other)
         return self._map(torch.add, other)
 
     def __sub__(self, other: Self) -> Self:
-        """Return the difference."""
         self._check_same(other)
         return self._map(torch.sub, other)
 
     def __mul__(self, factor: float | Tensor) -> Self:
-        """Return the product with a number, or with one number per matrix `(*b,)`."""
+        """Return the product with a number, or one number per matrix `(*b,)`."""
         return self._map(lambda t: t * _per_matrix(factor, t))
 
     __rmul__ = __mul__
 
     def mul_(self, factor: float | Tensor) -> Self:
-        """Multiply in place with a number, or with one number per matrix `(*b,)`."""
+        """Multiply in place by a number, or one number per matrix `(*b,)`."""
         self._map(lambda t: t.mul_(_per_matrix(factor, t)))
         return self
 
@@ -192,9 +188,9 @@ class StructuredMatrix(ABC):
     @overload
     def __matmul__(self, other: Self) -> Self: ...
     def __matmul__(self, other: Self | Tensor) -> Self | Tensor:
-        """Multiply with a tensor `(*b, n, m)` (dense result) or with a matrix of this structure.
+        """Multiply by a tensor `(*b, n, m)` (dense result) or a matrix of this structure.
 
-        For products from the right, `X @ A.T` is `(A @ X.mT).mT`: transposed views cost nothing.
+        Write `X @ A.T` as `(A @ X.mT).mT`: transposed views cost nothing.
         """
         if isinstance(other, Tensor):
             return self.matmat(other)
@@ -267,7 +263,7 @@ def _field_names(structure: type[StructuredMatrix]) -> tuple[str, ...]:
 
 
 class EntrywiseMatrix(StructuredMatrix):
-    """A structure each of whose entries is zero or stored exactly once."""
+    """A structure whose entries are each zero or stored exactly once."""
 
     def _entries(self) -> Tensor:
         """Return all stored entries, shape `(*b, entries)`; a view if there is one field."""
@@ -296,7 +292,7 @@ def is_transposed(X: Tensor) -> bool:
 
 
 def _per_matrix(value: float | Tensor, like: Tensor) -> float | Tensor:
-    """Let one number per matrix `(*b,)` broadcast against a field `(*b, ...)`."""
+    """Reshape one number per matrix `(*b,)` to broadcast against a field `(*b, ...)`."""
     if not isinstance(value, Tensor):
         return value
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim)).to(like.dtype)

@@ -1,4 +1,4 @@
-"""Block-diagonal matrices with blocks of any size and one smaller block for the remainder."""
+"""Block-diagonal matrices with blocks of one size and a smaller block for the remainder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BlockDiagonalMatrix(BlockwiseMatrix):
         [    B2    ]     rest:   (*b, n % k, n % k)
         [       R  ]
 
-    The block size \(k\) belongs to the class: `structure_class("block30diagonal")`.
+    The block size \(k\) is part of the class: `structure_class("block30diagonal")`.
 
     Args:
         blocks: The full blocks `(*b, n // k, k, k)`; not copied.
@@ -65,7 +65,7 @@ class BlockDiagonalMatrix(BlockwiseMatrix):
 
     @property
     def _split(self) -> int:
-        """The first index that belongs to the remainder block."""
+        """The first index of the remainder block."""
         return self.blocks.shape[-3] * self.block_size
 
     @property
@@ -103,7 +103,7 @@ class BlockDiagonalMatrix(BlockwiseMatrix):
         return _multiply(blocks @ blocks.mT, X)
 
     def _all_blocks(self) -> Tensor:  # (*b, blocks, k, k)
-        """Return the blocks and the remainder, which is filled up with zeros."""
+        """Return all blocks, with the remainder padded with zeros."""
         count, k, _ = self.blocks.shape[-3:]
         left = self.rest.shape[-1]
         if not left:
@@ -192,10 +192,7 @@ def _cut(
     X: Tensor,  # (*b, n, m)
     k: int,
 ) -> Tensor:  # (*b, ceil(n / k), k, m)
-    """Cut the rows into blocks, the last of which is filled up with zeros.
-
-    The blocks of several matrices can be multiplied at once only if nothing is between them.
-    """
+    """Cut the rows into blocks, padded with zeros, in memory that one product can multiply."""
     *batch, n, m = X.shape
     count, left = divmod(n, k)
     cut: Tensor

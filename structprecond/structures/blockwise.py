@@ -1,4 +1,4 @@
-"""What matrices made of dense diagonal blocks share: spectral functions, block by block."""
+"""Spectral functions of matrices with dense diagonal blocks, block by block."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from structprecond.structures.base import EntrywiseMatrix, _per_matrix
 class BlockwiseMatrix(EntrywiseMatrix):
     """A structure whose fields are stacks of square diagonal blocks `(*b, [blocks,] k, k)`.
 
-    The fields come in the order of the rows, so everything that is computed from eigenvalues and
-    eigenvectors is computed block by block.
+    The fields are in the order of the rows. All spectral functions work block by block.
     """
 
     def eigenbasis(self) -> Self:
@@ -35,13 +34,10 @@ class BlockwiseMatrix(EntrywiseMatrix):
 
     @classmethod
     def eigenbasis_of_inner(cls, X: Tensor) -> Self:
-        r"""Return the eigenbasis of \(\Pi(X X^\top)\), with null spaces that follow a rule.
+        r"""Return the eigenbasis of \(\Pi(X X^\top)\) for `X` of shape `(*b, n, m)`.
 
-        Subclasses that know the rows of X in each block find them as
-        `structprecond.linalg.left_eigenbasis` does; here LAPACK fills the null spaces.
-
-        Args:
-            X: The stack `(*b, n, m)`.
+        LAPACK fills the null spaces. Subclasses that know the rows of X in each block override this
+        with `structprecond.linalg.left_eigenbasis`, where null spaces follow a rule.
 
         Raises:
             DecompositionError: If a block cannot be decomposed in float64 either.
@@ -51,15 +47,15 @@ class BlockwiseMatrix(EntrywiseMatrix):
     def refresh_eigenbasis(self, basis: Self) -> tuple[Self, Tensor]:
         r"""Improve the eigenbasis of symmetric matrices by one step of orthogonal iteration.
 
-        In each block, the columns of Q are ordered by descending \(\mathrm{diag}(Q^\top S Q)\), and
-        Q becomes the orthogonal factor of \(S Q\); but for null columns, which
-        `structprecond.linalg.refresh_eigenbasis` leaves alone.
+        In each block, the columns of Q are sorted by descending \(\mathrm{diag}(Q^\top S Q)\), and
+        Q becomes the orthogonal factor of \(S Q\), except for null columns, see
+        `structprecond.linalg.refresh_eigenbasis`.
 
         Args:
-            basis: The bases \(Q\) so far.
+            basis: The present bases \(Q\).
 
         Returns:
-            The new bases, and the order `(*b, n)` into which the columns were brought.
+            The new bases, and the order `(*b, n)` that sorts the columns of Q.
         """
         bases, orders, start = [], [], 0
         batch = self.shape[:-2]
@@ -79,21 +75,15 @@ class BlockwiseMatrix(EntrywiseMatrix):
     def orthogonal_iteration(self, basis: Self) -> Self:
         r"""Improve the eigenbasis of symmetric matrices: \(Q \leftarrow \mathrm{qr}(S Q)\).
 
-        Null columns are left alone, see `structprecond.linalg.improve_eigenbasis`.
-
-        Args:
-            basis: The bases \(Q\) so far; their columns are not sorted.
+        The columns of `basis` are not sorted, and null columns left alone, see
+        `structprecond.linalg.improve_eigenbasis`.
         """
         return self._map(lambda S, Q: improve_eigenbasis(S, Q) if S.numel() else Q, basis)
 
     def off_diagonal_ratio(self, basis: Self) -> Tensor:
-        r"""Measure how stale a basis is: \(\|\mathrm{offdiag}(Q^\top S Q)\|_F / \|S\|_F\), `(*b,)`.
-
-        Args:
-            basis: The bases \(Q\).
-        """
+        r"""Return \(\|\mathrm{offdiag}(Q^\top S Q)\|_F / \|S\|_F\), `(*b,)`: 0 for eigenbases."""
         dtype = torch.promote_types(basis.dtype, torch.float32)
-        # squares of entries would leave the range of float32 long before the entries do
+        # squares of entries leave the range of float32 long before the entries do
         largest = self.infinity_vector_norm()
         largest = torch.where(largest > 0, largest, 1.0).to(dtype)
         scaled = self.to(dtype=dtype)._map(lambda S: S / _per_matrix(largest, S))
@@ -111,8 +101,8 @@ class BlockwiseMatrix(EntrywiseMatrix):
 
         Args:
             root: The order \(p\).
-            damping: \(\lambda\), a number or one number per matrix `(*b,)`.
-            method: How to compute it, see `structprecond.linalg.matrix_inverse_root`.
+            damping: \(\lambda\), a number or one number per matrix `(*b,)`. Default: 0.0.
+            method: See `structprecond.linalg.matrix_inverse_root`. Default: "eigh".
         """
         batch_ndim = len(self.shape) - 2
 

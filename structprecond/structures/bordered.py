@@ -1,4 +1,4 @@
-"""Triangular matrices that are diagonal but for one row or column."""
+"""Triangular matrices: a diagonal plus one full row or column."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from structprecond.structures.base import EntrywiseMatrix, _per_matrix
 class BorderedDiagonalMatrix(EntrywiseMatrix):
     r"""Diagonal matrices plus one full row or column, the first or the last.
 
-    \(\Pi(S)\) keeps the diagonal; the border, which has no mirror image in the space, adds the
-    mirrored entries. The four subclasses say where the border is.
+    \(\Pi(S)\) keeps the diagonal and adds the mirrored entries to the border. The position of the
+    border is that of the subclass.
 
     Args:
         diag: The diagonals `(*b, n)`; not copied.
@@ -36,7 +36,7 @@ class BorderedDiagonalMatrix(EntrywiseMatrix):
 
     @classmethod
     def _others(cls) -> slice:
-        """The indices beside the corner."""
+        """Return all indices but the corner."""
         return slice(1, None) if cls.corner == 0 else slice(None, -1)
 
     @classmethod
@@ -113,7 +113,7 @@ class BorderedDiagonalMatrix(EntrywiseMatrix):
         if self.column:
             diag[..., self.corner] += self.border.square().sum(-1)
             return type(self)(diag, 2 * self.border * self.diag[..., others])
-        # the border's outer product, off the diagonal, is outside the space except for its corner
+        # off the diagonal, only the corner of the border's outer product is in the space
         diag[..., others] += self.border.square()
         return type(self)(diag, 2 * self.border * self.diag[..., self.corner].unsqueeze(-1))
 

@@ -1,4 +1,4 @@
-"""Dense matrices: the structure without structure, and the oracle of all others."""
+"""Dense matrices."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class DenseMatrix(BlockwiseMatrix):
 
     @classmethod
     def eigenbasis_of_inner(cls, X: Tensor) -> Self:
-        r"""Return the eigenbasis of \(X X^\top\), from the side of X that is shorter."""
+        r"""Return the eigenbasis of \(X X^\top\), from the shorter side of X."""
         return cls(left_eigenbasis(X))
 
     def diag_add_(self, value: float | Tensor) -> Self:
@@ -97,14 +97,14 @@ class DenseMatrix(BlockwiseMatrix):
 def _gram(X: Tensor) -> Tensor:
     """Return `X @ X.mT`."""
     if X.requires_grad:
-        return X @ X.mT  # autograd knows no `out`
+        return X @ X.mT  # autograd does not support `out`
     gram = X.new_empty(*X.shape[:-1], X.shape[-2])
     _add_gram_(gram, X, 0.0, 1.0)
     return gram
 
 
 def _add_gram_(matrix: Tensor, X: Tensor, beta: float, alpha: float) -> None:
-    """Let a contiguous symmetric stack be `beta * matrix + alpha * X @ X.mT`."""
+    """Set a contiguous symmetric stack to `beta * matrix + alpha * X @ X.mT`."""
     flat = as_stack(X)
     stack = matrix.view(len(flat), *matrix.shape[-2:])
     baddgram(stack, flat, beta=beta, alpha=alpha, out=stack)

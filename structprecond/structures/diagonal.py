@@ -83,7 +83,7 @@ class DiagonalMatrix(EntrywiseMatrix):
 
         Args:
             root: The order \(p\).
-            damping: \(\lambda\), a number or one number per matrix `(*b,)`.
+            damping: \(\lambda\), a number or one number per matrix `(*b,)`. Default: 0.0.
         """
         return type(self)((self.diag + _per_matrix(damping, self.diag)).pow(-1.0 / root))
 

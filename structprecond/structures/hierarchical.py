@@ -23,10 +23,9 @@ class HierarchicalMatrix(EntrywiseMatrix):
         [ 0  C   0  ]     C: diagonal    D: k2 x (n - k1 - k2)
         [ 0  D   E  ]     E: k2 x k2
 
-    \(\Pi(S)\) keeps the blocks of S that the picture shows; B and D, which have no mirror image in
-    the space, add the mirrored block. The sizes belong to the class:
-    `structure_class("hierarchical15_15")`. A matrix with \(n \le k_1\) is A alone, one with
-    \(n \le k_1 + k_2\) has no middle.
+    \(\Pi(S)\) keeps these blocks of S and adds the mirrored blocks to B and D. The sizes are part
+    of the class: `structure_class("hierarchical15_15")`. Matrices with \(n \le k_1\) are A alone;
+    those with \(n \le k_1 + k_2\) have no middle.
 
     Args:
         a: `(*b, k1, k1)`. b: `(*b, k1, n - k1)`. c: `(*b, n - k1 - k2)`.

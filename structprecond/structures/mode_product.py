@@ -13,8 +13,8 @@ from structprecond.linalg.product import matmul
 from structprecond.structures.base import StructuredMatrix
 from structprecond.structures.dense import DenseMatrix
 
-# Axes as short as those of a convolution's kernel: products along one of them take longer to set up
-# than to compute, and the copies around them longer still.
+# Neighbouring axes as short as a convolution's kernel are multiplied together: one by one, setting
+# up the products and copying around them takes longer than computing them.
 _SHORT, _SHORT_TOGETHER = 7, 49
 
 Method = Literal["matmat", "rmatmat", "outer_matmat"]
@@ -24,7 +24,7 @@ def matricize(
     tensor: Tensor,  # (b, d1, ..., dN)
     axis: int,
 ) -> Tensor:  # (b, d_axis, product of the other dims)
-    """Flatten all axes but one: a view for the first and the last axis, where products are cheap.
+    """Flatten all axes but one: a view for the first and the last axis, so products are cheap.
 
     Args:
         tensor: The stack.
@@ -42,7 +42,7 @@ def multiply_axes(
     matrices: Sequence[StructuredMatrix | None],
     method: Method,
 ) -> Tensor:  # (b, d1, ..., dN)
-    r"""Multiply every axis of a stack with a matrix of its own: a product for each mode.
+    r"""Multiply every axis of a stack by its own matrix.
 
     \[ G \times_1 A_1 \dots \times_N A_N, \text{ with } A_k^\top \text{ for "rmatmat" and }
        A_k A_k^\top \text{ for "outer_matmat"}. \]
@@ -61,7 +61,7 @@ def multiply_axes(
     """
     dims = tensor.shape
     for axes, shape in _runs(dims, tuple(map(_is_dense, matrices))):
-        # neighbours are one axis, along which their Kronecker product multiplies
+        # neighbours form one axis, multiplied by their Kronecker product
         matrix = reduce(_kronecker, (m.to(tensor.dtype) for m in _chosen(matrices, axes)))
         product: Tensor = getattr(matrix, method)(_flatten(tensor.reshape(shape)))
         b, before, n, after = shape
@@ -100,24 +100,16 @@ def average_inner_(
 
 def _is_dense(matrix: StructuredMatrix | None) -> bool | None:
     """Return None for no matrix, else whether it may be multiplied together with others."""
-    # subclasses of dense matrices may mean something else by a product
+    # subclasses may define products differently
     return None if matrix is None else type(matrix) is DenseMatrix
 
 
-# to find this out takes Python longer than the products of small matrices take
+# cached, since this takes longer than the products of small matrices
 @lru_cache(maxsize=1024)
 def _runs(
     shape: Size, dense: tuple[bool | None, ...]
 ) -> list[tuple[list[int], tuple[int, int, int, int]]]:
-    """Return which axes of a stack are multiplied together, and its shape around them.
-
-    Args:
-        shape: The shape `(b, d1, ..., dN)`.
-        dense: What `_is_dense` says of the matrix of each axis.
-
-    Returns:
-        Lists of neighbouring axes, each with the shape `(b, before, n, after)`.
-    """
+    """Return lists of axes to multiply together, each with the shape `(b, before, n, after)`."""
     runs: list[list[int]] = []
     for axis in range(len(dense)):
         together = [*(runs[-1] if runs else []), axis]
@@ -139,7 +131,7 @@ def _around(shape: Size, run: Sequence[int]) -> tuple[int, int, int, int]:
 def _flatten(around: Tensor) -> Tensor:  # (b, before, n, after) to (b, n, before * after)
     """Return the matricizations: a view if nothing is before or after the axis."""
     if around.shape[-1] == 1:
-        # `flatten` would give one transposed matrix a stride that is slow, see `matmul`
+        # `flatten` would give one transposed matrix a slow stride, see `matmul`
         return around.squeeze(-1).mT
     return around.transpose(1, 2).flatten(2)
 

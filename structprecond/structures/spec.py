@@ -1,11 +1,11 @@
-"""From the names in `structures=` to classes of structured matrices."""
+"""Classes of structured matrices, by their names in `structures=`."""
 
 from __future__ import annotations
 
 import copyreg
 import re
 from abc import ABCMeta
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -24,13 +24,16 @@ from structprecond.structures.hierarchical import HierarchicalMatrix
 from structprecond.structures.toeplitz import TrilToeplitzMatrix, TriuToeplitzMatrix
 
 Structure: TypeAlias = type[StructuredMatrix] | None
-"""What one axis has: a class of structured matrices, or None for no factor."""
+"""The structure of one axis: a class of structured matrices, or None for no factor."""
 
 T = TypeVar("T")
 PerAxis: TypeAlias = T | Mapping[int, T | tuple[T, ...]]
-"""A value for all axes, or one per order of tensor: `{1: a, 2: (a, b)}`."""
+"""A value for all axes, or a dict from the number of axes to values: `{1: a, 2: (a, b)}`."""
 
 StructureSpec: TypeAlias = PerAxis[str | type[StructuredMatrix]]
+
+AUTO = "auto"
+"""The name by which `structures=` leaves the choice to the strategy."""
 
 SUPPORTED_STRUCTURES: dict[str, type[StructuredMatrix] | None] = {
     "dense": DenseMatrix,
@@ -45,12 +48,12 @@ SUPPORTED_STRUCTURES: dict[str, type[StructuredMatrix] | None] = {
     "triubottomrightdiag": TriuBottomRightDiagMatrix,
     "none": None,
 }
-"""The names that `structures=` knows, with `<k>` for any positive number."""
+"""The names for `structures=`, with `<k>` for any positive number."""
 
 
 @cache
 def structure_class(name: str) -> type[StructuredMatrix]:
-    """Return the class that a structure's name stands for.
+    """Return the class of a structure by name.
 
     Args:
         name: A name of `SUPPORTED_STRUCTURES`, with a number in place of each `<k>`.
@@ -68,20 +71,18 @@ def structure_class(name: str) -> type[StructuredMatrix]:
         return _sized(HierarchicalMatrix, name, top=int(match[1]), bottom=int(match[2]))
     structure = SUPPORTED_STRUCTURES.get(name)
     if structure is None or "<" in name:
-        raise StructureError(
-            f"Unknown structure {name!r}. Known are {', '.join(SUPPORTED_STRUCTURES)}."
-        )
+        raise StructureError(f"Unknown structure {name!r}. Use one of {_known_names()}.")
     return structure
 
 
 def _sized(base: type[StructuredMatrix], name: str, **sizes: int) -> type[StructuredMatrix]:
-    """Make the subclass of one size."""
+    """Make a subclass with fixed sizes."""
     namespace = {"__doc__": base.__doc__, "__module__": base.__module__, "name": name, **sizes}
     return cast("type[StructuredMatrix]", _SizedClass(name, (base,), namespace))
 
 
 class _SizedClass(ABCMeta):
-    """The type of the classes that are made from a name, so that they pickle by it."""
+    """The type of classes that are made from a name, and pickled by it."""
 
 
 def _reduce(cls: Any) -> tuple[Any, ...]:
@@ -92,7 +93,7 @@ copyreg.pickle(_SizedClass, _reduce)
 
 
 def per_axis(value: PerAxis[T], order: int, what: str, units: str) -> tuple[T, ...]:
-    """Look up what the axes of a tensor with `order` axes get.
+    """Return the values of the axes of a tensor with `order` axes.
 
     Args:
         value: One value for all axes of all tensors, or a dict from the order to one value or to a
@@ -112,12 +113,12 @@ def per_axis(value: PerAxis[T], order: int, what: str, units: str) -> tuple[T, .
         return (value,) * order
     if wrong := [key for key in value if not isinstance(key, int) or key < 1]:
         raise StructureError(
-            f"{what}={dict(value)} has the keys {wrong}; keys are numbers of axes, from 1 on."
+            f"{what}={dict(value)} has the keys {wrong}; keys must be numbers of axes, at least 1."
         )
     if order not in value:
         raise StructureError(
             f"{what}={dict(value)} has no entry for tensors with {order} axes, such as {units}. "
-            f"Add {order}: ..., or give one value for all."
+            f"Add {order}: ..., or give one value for all axes."
         )
     entry = value[order]
     if not isinstance(entry, tuple):
@@ -130,17 +131,34 @@ def per_axis(value: PerAxis[T], order: int, what: str, units: str) -> tuple[T, .
     return entry
 
 
-def resolve_structures(spec: StructureSpec, order: int, units: str) -> tuple[Structure, ...]:
-    """Return the class of structured matrices (None for no factor) of every axis."""
-    return tuple(_resolve(entry) for entry in per_axis(spec, order, "structures", units))
+def resolve_structures(
+    spec: StructureSpec, order: int, units: str, auto: Sequence[Structure] | None = None
+) -> tuple[Structure, ...]:
+    """Return the class of structured matrices (None for no factor) of every axis.
+
+    Args:
+        spec: What the user gave.
+        order: The number of axes.
+        units: The parameters concerned, for errors.
+        auto: What `"auto"` stands for on each axis. Default: None, dense matrices.
+    """
+    entries = per_axis(spec, order, "structures", units)
+    usual = (DenseMatrix,) * order if auto is None else auto
+    return tuple(_resolve(entry, own) for entry, own in zip(entries, usual, strict=True))
 
 
-def _resolve(entry: object) -> Structure:
+def _resolve(entry: object, auto: Structure) -> Structure:
     if isinstance(entry, str):
+        if entry == AUTO:
+            return auto
         return None if entry == "none" else structure_class(entry)
     if isinstance(entry, type) and issubclass(entry, StructuredMatrix):
         return entry
     raise StructureError(
         f"structures= takes names and subclasses of StructuredMatrix, got {entry!r}. "
-        f"Known names are {', '.join(SUPPORTED_STRUCTURES)}."
+        f"Known names are {_known_names()}."
     )
+
+
+def _known_names() -> str:
+    return ", ".join((AUTO, *SUPPORTED_STRUCTURES))

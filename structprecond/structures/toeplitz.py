@@ -1,4 +1,4 @@
-"""Triangular Toeplitz matrices, multiplied as the convolutions that they are."""
+"""Triangular Toeplitz matrices, multiplied as convolutions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from typing_extensions import Self
 from structprecond.linalg.product import matmul
 from structprecond.structures.base import StructuredMatrix, _per_matrix, matmul_like
 
-# Measured on 2 cores, float32: products of row chunks beat the FFT up to about this size ...
+# Measured on 2 cores, float32: up to this size, and with at least so many columns, products in
+# chunks of 128 rows beat the FFT, and chunks of 64 or 256 rows.
 _LARGEST_CHUNKED = 1024
-# ... as soon as a product has a few columns, and chunks of 128 rows are the best of 64, 128, 256.
 _FEWEST_COLUMNS = 16
 _CHUNK = 128
-# The inner products of all n^2 pairs of rows, of which only sums are needed, beat the FFT up to
-# about here, for each column.
+# Up to this number of pairs of rows per column, the inner products of all pairs beat the FFT.
 _MOST_PAIRS = 4096
 
 
@@ -28,8 +27,8 @@ _MOST_PAIRS = 4096
 class TriangularToeplitzMatrix(StructuredMatrix):
     r"""Triangular Toeplitz matrices, stored as their n coefficients.
 
-    \(\Pi(S)\) has on its d-th diagonal, for \(d > 0\), the sum of the d-th lower and the d-th upper
-    diagonal of S over \(n - d\), and for \(d = 0\) the mean of the diagonal.
+    For \(d > 0\), the d-th diagonal of \(\Pi(S)\) holds the sum of the d-th lower and upper
+    diagonals of S over \(n - d\). The main diagonal holds its mean.
 
     Args:
         coefficients: `(*b, n)`, entry d belongs to the d-th lower (or upper) diagonal; not copied.
@@ -39,7 +38,7 @@ class TriangularToeplitzMatrix(StructuredMatrix):
 
     coefficients: Tensor
     lower: ClassVar[bool]
-    """Whether the diagonals are the lower ones."""
+    """Whether the matrices are lower triangular."""
 
     @classmethod
     def from_dense(cls, sym_mat: Tensor) -> Self:
@@ -49,7 +48,7 @@ class TriangularToeplitzMatrix(StructuredMatrix):
 
     @classmethod
     def _from_diagonal_sums(cls, sums: Tensor) -> Self:
-        """Divide sums over both d-th diagonals, which count the main diagonal twice."""
+        """Divide sums over both d-th diagonals by their lengths; the main one counts twice."""
         n = sums.shape[-1]
         counts = torch.arange(n, 0, -1, dtype=sums.dtype, device=sums.device)
         counts[0] *= 2
@@ -89,7 +88,7 @@ class TriangularToeplitzMatrix(StructuredMatrix):
 
     @classmethod
     def from_mat_inner(cls, X: Tensor) -> Self:
-        r"""Return \(\Pi(X X^\top)\): for few long columns, from their autocorrelations."""
+        r"""Return \(\Pi(X X^\top)\), for few long columns by their autocorrelations."""
         (n, m), dtype = X.shape[-2:], X.dtype
         if n * n <= _MOST_PAIRS * m or m == 0:
             X = X.to(_compute_dtype(dtype))
@@ -172,27 +171,27 @@ def _sum_diagonals(
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half precision has no FFT, and no fast matrix product on CPUs."""
+    """Return at least float32: half precision has no FFT, and no fast matrix product on CPUs."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of transforms whose results are divided by numbers from n down to 1.
+    """Return the dtype of transforms that sum diagonals.
 
-    A transform rounds all sums alike, as much as the largest. The last of them have few terms and
-    are divided by few, so they would have errors n times as large as the first.
+    A transform rounds all sums as much as the largest one. The last ones are divided by the small
+    lengths of their diagonals, so their errors would be up to n times those of the first.
     """
     # Apple's accelerators have no float64
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _fft_length(n: int) -> int:
-    """Return a length of small prime factors that keeps convolutions of length n from wrapping."""
+    """Return a length with small prime factors at which convolutions of length n do not wrap."""
     return min(m << max(0, (-(-(2 * n - 1) // m) - 1).bit_length()) for m in (1, 3, 5, 9, 15))
 
 
 def _multiply(coefficients: Tensor, X: Tensor, lower: bool) -> Tensor:
-    """Multiply the lower (or upper) triangular Toeplitz matrices `(*b, n)` with `(*b, n, m)`."""
+    """Multiply lower (or upper) triangular Toeplitz matrices `(*b, n)` by tensors `(*b, n, m)`."""
     n, m = X.shape[-2:]
     dtype = torch.promote_types(coefficients.dtype, X.dtype)
     c, Y = (t.to(_compute_dtype(dtype)) for t in (coefficients, X))
@@ -212,10 +211,10 @@ def _multiply_fft(c: Tensor, X: Tensor, lower: bool) -> Tensor:
 
 
 def _multiply_chunks(c: Tensor, X: Tensor, lower: bool) -> Tensor:
-    """Multiply chunk by chunk of rows, each a window of one band, and skip the zero triangle."""
+    """Multiply in chunks of rows, each a window of one band, and skip the zero triangle."""
     n = X.shape[-2]
     if n <= 2 * _CHUNK:
-        # skipping a quarter does not pay
+        # skipping a quarter is not worth it
         return matmul_like(_to_dense(c, lower), X)
     band = _shifted(c.flip(-1) if lower else c, _CHUNK)
     product = torch.empty_like(X)
@@ -239,6 +238,6 @@ def _shifted(
     c: Tensor,  # (*b, n)
     rows: int,
 ) -> Tensor:  # (*b, rows, n + rows - 1)
-    """Return `rows` copies of c, row i shifted right by i, with zeros around."""
+    """Return `rows` copies of c, row i shifted right by i, padded with zeros."""
     n = c.shape[-1]
     return pad(c, (rows - 1, rows - 1)).unfold(-1, n + rows - 1, 1).flip(-2)

@@ -1,8 +1,7 @@
-"""Contract suites: subclass one, and your own structure, grouping rule or strategy is tested.
+"""Contract suites: subclass one to test your own structure, grouping or strategy.
 
-Needs pytest and hypothesis. The suites check structures against dense arithmetic and strategies
-against themselves, saved and resumed, copied, and disturbed, so they ask for nothing but what is
-under test.
+Needs pytest and hypothesis. The suites compare structures with dense arithmetic, and strategies
+with saved, copied and disturbed runs of themselves, so you supply only the class under test.
 """
 
 from structprecond.testing.covering import covering_array

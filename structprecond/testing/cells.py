@@ -1,4 +1,4 @@
-"""One cell of the conformance matrix: a run is interrupted and has to go on as if it was not."""
+"""One cell of the conformance matrix: an interrupted run must continue bit for bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from structprecond.testing.runs import PRECISIONS, Make, Precision, Run
 from structprecond.testing.situations import SAVED_AT, SITUATIONS, STEPS, Situation
 
 NO_STRUCTURE = "-"
-"""Stands for the structures of a strategy without Kronecker factors."""
+"""The structure of a strategy without Kronecker factors."""
 
 STRUCTURES = (
     "dense",
@@ -28,18 +28,18 @@ STRUCTURES = (
     "triubottomrightdiag",
     "none",
 )
-"""One name for each structure of `SUPPORTED_STRUCTURES`."""
+"""One name per structure of `SUPPORTED_STRUCTURES`."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is tried together.
+    """A combination of settings.
 
     Args:
         structure: The structure of all factors, or `NO_STRUCTURE`.
-        precision: How numbers are stored.
-        situation: What happens.
-        check: How the run is interrupted, a key of `CHECKS`.
+        precision: The dtypes of storage and computation.
+        situation: The course of training.
+        check: The kind of interruption, a key of `CHECKS`.
     """
 
     structure: str
@@ -52,12 +52,12 @@ class Cell:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """The arguments that differ from those of the strategy's own choice."""
+        """The arguments that replace the strategy's own."""
         return {} if self.structure == NO_STRUCTURE else {"structures": self.structure}
 
 
 def _resume(run: Run, make: Make, cell: Cell) -> Run:
-    # another seed: what is not loaded has other values
+    # another seed, so that values that are not loaded differ
     fresh = Run(make, cell.situation, cell.precision, cell.overrides, seed=1)
     return fresh.load(run.save(), run.done)
 
@@ -75,21 +75,21 @@ CHECKS: dict[str, Callable[[Run, Make, Cell], Run]] = {
     "deepcopy": _deepcopy,
     "pickle": _pickle,
 }
-"""From names to what makes a second run out of an interrupted one."""
+"""Functions that make a second run from an interrupted one, by name."""
 
 FACTORS = {"precision": PRECISIONS, "situation": SITUATIONS, "check": tuple(CHECKS)}
-"""What every strategy is tried with, beside its structures."""
+"""The settings for every strategy, besides its structures."""
 
 
 def run_cell(make: Make, *cells: Cell) -> None:
-    """Interrupt a run, let a second one go on from there, and then the first one.
+    """Interrupt a run, continue it in a second run, and then continue the first one.
 
     Args:
         make: Builds the optimizer.
-        cells: What is tried. Several cells that differ in the check alone share the first run.
+        cells: The settings. Cells that differ only in the check share the first run.
 
     Raises:
-        AssertionError: If they do not come to the same bits, if the interruption or the second run
+        AssertionError: If the runs end in different bits, if the interruption or the second run
             changes the first one, or if a step breaks a promise, see `Run`.
     """
     first = cells[0]
@@ -98,15 +98,15 @@ def run_cell(make: Make, *cells: Cell) -> None:
     at_fork = copy.deepcopy(run.values())
     others = {cell.check: CHECKS[cell.check](run, make, cell) for cell in cells}
     for check, other in others.items():
-        _assert_same(other, at_fork, f"{check} changes what it copies")
+        _assert_same(other, at_fork, f"{check} changes the run that it interrupts")
         other.train_until(STEPS)
-        _assert_same(run, at_fork, f"what goes on after {check} changes what it was made from")
+        _assert_same(run, at_fork, f"the run after {check} changes the first run")
     run.train_until(STEPS)
     for check, other in others.items():
-        _assert_same(other, run.values(), f"after {check} the runs part")
+        _assert_same(other, run.values(), f"the runs differ after {check}")
     difference = first_difference(held, at_fork["optimizer"])
-    assert difference is None, f"what state_dict returned changes with training: {difference}"
-    assert first_difference(run.values()["model"], at_fork["model"]), "nothing was trained"
+    assert difference is None, f"training changes a returned state_dict: {difference}"
+    assert first_difference(run.values()["model"], at_fork["model"]), "no step changed the model"
 
 
 def _assert_same(run: Run, values: dict[str, Any], what: str) -> None:

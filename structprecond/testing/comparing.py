@@ -1,4 +1,4 @@
-"""Comparison to the bit."""
+"""Bitwise comparison."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 def first_difference(a: Any, b: Any, where: str = "") -> str | None:
-    """Return where nested containers of tensors and plain values differ; None if nowhere.
+    """Return the first difference of nested containers of tensors and plain values, or None.
 
-    Tensors are compared by dtype, shape and bits, wherever they are stored; two parameters have to
-    be the same object; dicts have to have their keys in the same order.
+    Tensors are compared by dtype, shape and bits, on any device. Two parameters must be the same
+    object. Dicts must have their keys in the same order.
     """
     if isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter):
         return None if a is b else f"{where or 'the parameter'} is another parameter"
@@ -33,7 +33,7 @@ def first_difference(a: Any, b: Any, where: str = "") -> str | None:
 
 
 def same_bits(a: Any, b: Any) -> bool:
-    """Return whether `first_difference` finds none."""
+    """Return whether `first_difference` is None."""
     return first_difference(a, b) is None
 
 

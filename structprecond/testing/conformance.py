@@ -1,4 +1,4 @@
-"""The conformance matrix as a page: `python -m structprecond.testing.conformance`."""
+"""Writes the page of the conformance matrix: `python -m structprecond.testing.conformance`."""
 
 from __future__ import annotations
 
@@ -22,41 +22,40 @@ _PASSED = "✓"
 _PAGE = """# Conformance
 
 Every strategy trains a small model in every situation, with every structure, in every precision.
-After {saved_at} steps the run is interrupted in {ways}
-and has to go on, to step {steps}, bit for bit as if it was not. At each step, gradients, and units
-that have none, have to stay as they are, and everything has to stay finite. {passed} cells
-pass. This page is written by
+After {saved_at} steps, the run is interrupted in {ways}.
+It must then continue to step {steps} with the same bits as an uninterrupted run. No step may change
+gradients or units without a gradient, and all values must stay finite. {passed} cells pass. This
+command writes the page:
 
 ```bash
 {command}
 ```
 
-It takes a quarter of an hour; with `--pairs`, every pair of settings is tried, in two minutes. The
-tests do the same. A strategy of your own gets them from `structprecond.testing.StrategyContract`.
+It takes a quarter of an hour. With `--pairs` it covers every pair of settings in two minutes, as
+the tests do. `structprecond.testing.StrategyContract` tests your own strategy in the same way.
 
 ## Strategies and situations
 
 {situations}
 ## Strategies, structures and precisions
 
-Where there is a reason instead of {mark}, the strategy refuses the structure with a
-`StructureError` at construction. A strategy without factors has {without} for a structure; `dense`,
-the default, means nothing to it. "float16 scaled" is mixed precision: float32 parameters, forward
-passes in float16 under `torch.autocast`, and `torch.amp.GradScaler`, which refuses float16
-parameters.
+A reason instead of {mark} means that the strategy refuses the structure with a `StructureError` at
+construction. Strategies without factors have the structure {without} and ignore the default,
+`dense`. "float16 scaled" is mixed precision: float32 parameters, forward passes in float16 under
+`torch.autocast`, and `torch.amp.GradScaler`, which refuses float16 parameters.
 
 {structures}"""
 
 
 @dataclass
 class Result:
-    """What became of one strategy.
+    """The results of one strategy.
 
     Args:
         contract: Its contract.
         ran: The cells that were run.
-        failed: Those that failed, with the reason.
-        accepted: The structures that it should have refused and did not.
+        failed: The failed cells, with reasons.
+        accepted: The structures that it wrongly accepts.
     """
 
     contract: type[StrategyContract]
@@ -65,7 +64,7 @@ class Result:
     accepted: Sequence[str] = ()
 
     def mark(self, **settings: object) -> str:
-        """Return the sign for the cells that have some settings."""
+        """Return the mark for the cells with the given settings."""
         cells = [c for c in self.ran if all(getattr(c, k) == v for k, v in settings.items())]
         failed = sum(cell in self.failed for cell in cells)
         if not cells:
@@ -78,7 +77,7 @@ def examine(contract: type[StrategyContract], pairs: bool = False) -> Result:
 
     Args:
         contract: Its contract.
-        pairs: Whether to try every pair of settings only, instead of the full product.
+        pairs: Whether to cover only every pair of settings, instead of the full product.
     """
     cells = contract.covering_cells() if pairs else contract.cells()
     tests = contract()
@@ -92,8 +91,8 @@ def render(results: Mapping[str, Result], command: str = _COMMAND) -> str:
     """Return the page.
 
     Args:
-        results: What became of each strategy.
-        command: What printed it.
+        results: The results of each strategy by name.
+        command: The command that writes the page.
     """
     ran = sum(len(result.ran) for result in results.values())
     failed = sum(len(result.failed) for result in results.values())

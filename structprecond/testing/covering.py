@@ -1,4 +1,4 @@
-"""Few cases that cover all pairs: what a full product of settings would find, mostly."""
+"""Covering arrays: few cases that cover all pairs of settings."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def all_cases(
     factors: Mapping[str, Sequence[Hashable]],
     excluded: Callable[[Case], bool] = lambda case: False,
 ) -> list[Case]:
-    """Return the product of the factors' values, without what is excluded, in their order."""
+    """Return the product of the factors' values in order, without excluded cases."""
     cases = (dict(zip(factors, values, strict=True)) for values in product(*factors.values()))
     return [case for case in cases if not excluded(case)]
 
 
 def pairs(case: Case) -> list[Pair]:
-    """Return the pairs of settings that a case tries together."""
+    """Return the pairs of settings in a case."""
     return list(combinations(case.items(), 2))
 
 
@@ -29,18 +29,18 @@ def covering_array(
     factors: Mapping[str, Sequence[Hashable]],
     excluded: Callable[[Case], bool] = lambda case: False,
 ) -> list[Case]:
-    """Choose cases that together try every pair of values of two factors that is possible.
+    """Choose cases that cover every possible pair of values of two factors.
 
-    Greedy: the next case is the one that tries most new pairs, the first of them in the order of
-    the full product. So the choice is the same every time.
+    Greedy: the next case covers the most new pairs; ties go to the first in the full product. The
+    choice is deterministic.
 
     Args:
-        factors: The values of each factor, by its name.
-        excluded: Whether a case is impossible. Pairs that occur in impossible cases only are
-            not covered.
+        factors: The values of each factor, by name.
+        excluded: Returns whether a case is impossible. Pairs that occur only in impossible cases
+            are not covered.
 
     Returns:
-        The cases, the most telling ones first.
+        The cases, in the order in which they were chosen.
 
     Example:
         >>> bits = {"a": [0, 1], "b": [0, 1], "c": [0, 1]}
@@ -50,7 +50,7 @@ def covering_array(
     cases = all_cases(factors, excluded)
     pairs_of = [pairs(case) for case in cases]
     missing = {pair for found in pairs_of for pair in found}
-    # the number of new pairs only falls, so an old one is a bound and few have to be counted anew
+    # the number of new pairs only falls, so an old count is a bound, and few need a recount
     waiting = [(-len(found), i) for i, found in enumerate(pairs_of)]
     heapify(waiting)
     chosen: list[Case] = []

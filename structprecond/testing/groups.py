@@ -1,4 +1,4 @@
-"""The contract of grouping rules."""
+"""The contract of groupings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PreconditionerGroupContract:
 
     @abstractmethod
     def make(self) -> tuple[PreconditionerGroup, nn.Module]:
-        """Return the rule, and a model in which it finds at least one unit."""
+        """Return the grouping, and a model in which it finds at least one unit."""
         raise NotImplementedError
 
     def _units(self) -> list[tuple[PreconditionerGroup, list[Tensor]]]:
@@ -34,7 +34,7 @@ class PreconditionerGroupContract:
         return [(rule, [torch.randn_like(p) for p in unit]) for unit in rule.identify(model)]
 
     def test_finds_parameters_of_the_model(self) -> None:
-        """Identify names parameters of the model, each at most once per unit."""
+        """`identify` names parameters of the model, each at most once per unit."""
         rule, model = self.make()
         units = rule.identify(model)
         assert units
@@ -44,7 +44,7 @@ class PreconditionerGroupContract:
             assert len({id(p) for p in unit}) == len(unit) > 0
 
     def test_group_and_ungroup_are_inverse(self) -> None:
-        """Ungrouping gives back every entry, and grouping again the grouped tensor."""
+        """`ungroup` returns every entry, and `group` of these the grouped tensor."""
         for rule, tensors in self._units():
             shapes = [t.shape for t in tensors]
             grouped = rule.group(tensors)
@@ -54,20 +54,20 @@ class PreconditionerGroupContract:
             assert torch.equal(rule.group(back), grouped)
 
     def test_group_and_ungroup_are_linear(self) -> None:
-        """Grouping a sum is the sum of the groups: entries are moved, not changed."""
+        """Grouping a sum gives the sum of the groups: entries move, but do not change."""
         for rule, tensors in self._units():
             others = [torch.randn_like(t) for t in tensors]
             total = rule.group([t + o for t, o in zip(tensors, others, strict=True)])
             assert torch.equal(total, rule.group(tensors) + rule.group(others))
 
     def test_stacked_rules_keep_problems_apart(self) -> None:
-        """A stacked rule makes at least two dimensions: problems first."""
+        """A stacked grouping makes at least two dimensions, the first one for rows."""
         rule, _ = self.make()
         for _, tensors in self._units():
             assert rule.group(tensors).ndim >= (2 if rule.stacked else 1)
 
     def test_views_agree_with_group(self) -> None:
-        """The views that the optimizer reads and writes hold what group puts there."""
+        """The views that the optimizer reads and writes match `group`."""
         rule, model = self.make()
         names = {p: name for name, p in model.named_parameters()}
         for unit in find_units(model, list(names), (rule, PerParameter()), names):
@@ -82,7 +82,7 @@ class PreconditionerGroupContract:
             assert torch.equal(stack.view(grouped.shape), grouped)
 
     def test_is_equal_to_its_copy(self) -> None:
-        """Copies and pickles of the rule are equal to it, so that equal units are stacked."""
+        """Copies and pickles of the grouping are equal to it, so that equal units are stacked."""
         rule: Any = self.make()[0]
         assert copy.deepcopy(rule) == rule
         assert pickle.loads(pickle.dumps(rule)) == rule

@@ -1,4 +1,4 @@
-"""A model with one parameter of every kind, as small as it gets."""
+"""A tiny model with one parameter of every kind."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ class TinyModel(nn.Module):
     """A convolution, an embedding, a norm, two equal linear layers and a head, four wide.
 
     Args:
-        tied: Whether the head's weight is the embedding's.
-        odd: Whether there are also parameters without axes, without entries, and with one entry.
+        tied: Whether head and embedding share their weight. Default: False.
+        odd: Whether to add parameters without axes, without entries, and with one entry.
+            Default: False.
 
     Example:
         >>> model = TinyModel()
@@ -50,7 +51,7 @@ class TinyModel(nn.Module):
 
 
 def loss_of(model: nn.Module, step: int, part: int, dtype: torch.dtype) -> Tensor:
-    """Return the model's mean loss on the batch of a step, which is always the same.
+    """Return the model's mean loss on the fixed batch of a step.
 
     Args:
         model: A `TinyModel`.
@@ -64,19 +65,19 @@ def loss_of(model: nn.Module, step: int, part: int, dtype: torch.dtype) -> Tenso
     tokens = torch.randint(5, (samples,), generator=generator)
     targets = torch.randint(5, (samples,), generator=generator)
     logits: Tensor = model(images, tokens)
-    # a loss in half precision would underflow, whatever the optimizer does
+    # a loss in half precision would underflow
     return nn.functional.cross_entropy(
         logits.to(torch.promote_types(dtype, torch.float32)), targets
     )
 
 
 def noise(shape: Size, step: int, place: int) -> Tensor:
-    """Return random numbers in float64, always the same for a step and a place."""
+    """Return random numbers in float64 that depend only on step and place."""
     generator = torch.Generator().manual_seed(1000 * step + place)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def set_grads(params: Iterable[Tensor], step: int) -> None:
-    """Set random gradients, always the same for a step and a place among the parameters."""
+    """Set random gradients that depend only on the step and the order of the parameters."""
     for place, p in enumerate(params):
         p.grad = noise(p.shape, step, place).to(p.dtype)

@@ -1,4 +1,4 @@
-"""One run of a strategy: a model, its optimizer, and the promises that every step has to keep."""
+"""One run of a strategy: a model, its optimizer, and the promises that every step must keep."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from structprecond.testing.models import loss_of
 from structprecond.testing.situations import Situation
 
 _OVERFLOWS = (5, 16)
-"""Steps whose gradients are infinite, where a scaler has to skip them."""
+"""Steps with infinite gradients, which a scaler must skip."""
 
 _SLOWED_AT = 3
-"""The step at which learning rates are halved, which a fresh optimizer does not know of."""
+"""The step at which learning rates are halved, unknown to a new optimizer."""
 
-_SHARED = {"global_step", "batch_size", "overdue"}
-"""What an entry of the state shows that changes in steps without its unit, as it should."""
+_SHARED = {"global_step", "batch_size", "overdue", "phase_offset"}
+"""Values in a state entry that may change in steps without its unit."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How numbers are stored and computed.
+    """The dtypes of storage and computation.
 
     Args:
         name: Its name.
@@ -68,10 +68,10 @@ class Run:
 
     Args:
         make: Builds the optimizer.
-        situation: What happens.
-        precision: How numbers are stored.
+        situation: The course of training.
+        precision: The dtypes of storage and computation.
         overrides: Arguments for `make`.
-        seed: The seed of the model's initial weights.
+        seed: The seed of the model's initial weights. Default: 0.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Run:
     # --- training --------------------------------------------------------------------------------
 
     def train_until(self, end: int) -> Self:
-        """Make the steps up to `end`, and check each of them."""
+        """Make and check the steps up to `end`."""
         for step in range(self.done, end):
             self._add_groups(step)
             if step == _SLOWED_AT:
@@ -108,13 +108,13 @@ class Run:
             self._backward(step)
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
-            before = Before(self)
+            before = Before(self, skipped=self.scaler is not None and step in _OVERFLOWS)
             if self.scaler is None:
                 self.optimizer.step()
             else:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
-            before.check(self, skipped=self.scaler is not None and step in _OVERFLOWS)
+            before.check(self)
         self.done = end
         self._check_finite()
         return self
@@ -133,7 +133,7 @@ class Run:
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         for name, p in self.model.named_parameters():
             if not p.requires_grad:
-                p.grad = torch.ones_like(p)  # of old, not to be used
+                p.grad = torch.ones_like(p)  # stale, must not be used
             elif self.situation.lacks_gradient(name, step):
                 p.grad = None
             elif self.scaler is not None and step in _OVERFLOWS and p.grad is not None:
@@ -149,13 +149,13 @@ class Run:
     # --- copies ----------------------------------------------------------------------------------
 
     def with_copy(self, model: nn.Module, optimizer: Any, scaler: GradScaler | None) -> Run:
-        """Return a run that goes on from here with other objects."""
+        """Return a run that continues from here with other objects."""
         run = object.__new__(Run)
         run.__dict__.update(self.__dict__, model=model, optimizer=optimizer, scaler=scaler)
         return run
 
     def save(self) -> io.BytesIO:
-        """Write what a checkpoint has to have."""
+        """Write a checkpoint of model, optimizer and scaler."""
         file = io.BytesIO()
         parts = (self.model, self.optimizer, self.scaler)
         torch.save([None if part is None else part.state_dict() for part in parts], file)
@@ -163,7 +163,7 @@ class Run:
         return file
 
     def load(self, file: io.BytesIO, done: int) -> Self:
-        """Take over a checkpoint that was written after `done` steps."""
+        """Load a checkpoint that was written after `done` steps."""
         for step in range(done):
             self._add_groups(step)
         model, optimizer, scaler = torch.load(file, weights_only=True)
@@ -175,7 +175,7 @@ class Run:
         return self
 
     def values(self) -> dict[str, Any]:
-        """Return all that a run has come to: parameters, state, counters, scale."""
+        """Return all values of a run: parameters, state, counters, scale."""
         optimizer = self.optimizer
         return {
             "model": self.model.state_dict(),
@@ -186,45 +186,45 @@ class Run:
 
 
 class Before:
-    """What a step may not change: gradients, and all of the units that take no part.
+    """The values that a step must not change: gradients, and units that take no part.
 
     Args:
         run: The run, with gradients, before the step.
+        skipped: Whether no unit takes part.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.grads = {n: _copy(p.grad) for n, p in run.model.named_parameters()}
-        self.params = {n: p.detach().clone() for n, p in run.model.named_parameters()}
-        self.units = [u for bucket in run.optimizer.buckets for u in bucket.units]
-        self.states = [self._state(run, unit) for unit in self.units]
+    def __init__(self, run: Run, skipped: bool) -> None:
+        named = list(run.model.named_parameters())
+        units = [unit for bucket in run.optimizer.buckets for unit in bucket.units]
+        units += [routed.unit for routed in run.optimizer.frozen_units]
+        live = [not skipped and all(map(_is_live, unit.params)) for unit in units]
+        pausing = [unit for unit, takes_part in zip(units, live, strict=True) if not takes_part]
+        moving = {p for unit, m in zip(units, live, strict=True) if m for p in unit.params}
+        self.grads = [(name, p, _copy(p.grad)) for name, p in named]
+        self.params = [(name, p, p.detach().clone()) for name, p in named if p not in moving]
+        self.states = [(unit, self._state(run, unit)) for unit in pausing]
 
     @staticmethod
     def _state(run: Run, unit: Unit) -> dict[str, Tensor]:
         entry = run.optimizer.state[unit.params[0]]
         return {name: t.clone() for name, t in entry.items() if name not in _SHARED}
 
-    def check(self, run: Run, skipped: bool) -> None:
-        """Check what is there after the step.
-
-        Args:
-            run: The run.
-            skipped: Whether no unit takes part.
-        """
-        live = set()
-        for unit, state in zip(self.units, self.states, strict=True):
-            if not skipped and all(p.requires_grad and p.grad is not None for p in unit.params):
-                live |= {id(p) for p in unit.params}
-            else:
-                difference = first_difference(self._state(run, unit), state)
-                assert difference is None, f"{unit.label} took no part, but {difference}"
-        for name, p in run.model.named_parameters():
-            grad = self.grads[name]
+    def check(self, run: Run) -> None:
+        """Check the values after the step."""
+        for name, p, grad in self.grads:
             if p.grad is None or grad is None:
                 assert p.grad is grad, f"the gradient of {name} came or went in step()"
             else:
                 assert same_bits(p.grad, grad), f"the gradient of {name} was changed by step()"
-            if id(p) not in live:
-                assert same_bits(p, self.params[name]), f"{name} took no part, but moved"
+        for unit, state in self.states:
+            difference = first_difference(self._state(run, unit), state)
+            assert difference is None, f"{unit.label} took no part, but {difference}"
+        for name, p, value in self.params:
+            assert same_bits(p, value), f"{name} took no part, but moved"
+
+
+def _is_live(p: Tensor) -> bool:
+    return p.requires_grad and p.grad is not None
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:

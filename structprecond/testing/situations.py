@@ -1,4 +1,4 @@
-"""What happens to a model while it trains: layers that come late, freeze, pause, or are added."""
+"""Courses of training: layers whose gradients come late, freeze, pause, or are added."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STEPS = 30
 """The length of a run."""
 
 SAVED_AT = 7
-"""The steps made when a run is saved or copied: in the middle of what the situations do."""
+"""The step at which a run is saved or copied, amid the events of the situations."""
 
 Steps = tuple[range, ...]
 
@@ -26,12 +26,12 @@ class Situation:
 
     Args:
         name: Its name.
-        absent: For each layer, the steps in which it gets no gradient.
-        frozen: For each layer, the steps in which it is frozen, and has a gradient of old.
-        added: For each layer that is added as a param group of its own, the step at which.
-        micro_batches: The backward passes before every step.
-        tied: Whether head and embedding share their weight.
-        odd: Whether there are empty and scalar parameters.
+        absent: The steps in which a layer gets no gradient, by layer.
+        frozen: The steps in which a layer is frozen with a stale gradient, by layer.
+        added: The step at which a layer is added as a param group, by layer.
+        micro_batches: The number of backward passes before every step. Default: 1.
+        tied: Whether head and embedding share their weight. Default: False.
+        odd: Whether there are empty and scalar parameters. Default: False.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Situation:
         return hash(self.name)
 
     def model(self) -> TinyModel:
-        """Return the model as it is before training, with weights of chance."""
+        """Return the model before training, with random weights."""
         model = TinyModel(self.tied, self.odd)
         self.freeze(model, 0)
         return model
 
     def freeze(self, model: nn.Module, step: int) -> None:
-        """Freeze and thaw the layers of a step."""
+        """Freeze and thaw layers for a step."""
         for layer, frozen in self.frozen.items():
             model.get_submodule(layer).requires_grad_(not _in(step, frozen))
 
@@ -68,7 +68,7 @@ def _in(step: int, ranges: Steps) -> bool:
     return any(step in steps for steps in ranges)
 
 
-# Layers pause around the save and at steps with refreshes, beside layers of their shape that go on.
+# Layers pause around the save and at refreshes, while layers of the same shape continue.
 SITUATIONS = (
     Situation("plain"),
     Situation("late gradient", absent={"second": (range(10),), "conv": (range(3),)}),

@@ -23,23 +23,21 @@ from structprecond.testing.situations import SAVED_AT, SITUATIONS
 
 
 class StrategyContract:
-    """Tests of a strategy, whatever its rule: that training survives what happens to it.
+    """Tests of a strategy, independent of its update rule.
 
-    A small model is trained in every situation (a layer gets its gradients late, or misses some, or
-    is frozen and thawed; gradients are accumulated; a param group is added; parameters are empty,
-    scalar or tied), in float64, float32, bfloat16, float16, and in mixed precision with a
-    `GradScaler`, with every structure. It is saved and resumed, deep-copied, or pickled on the way,
-    and has to go on bit for bit as if it was not. At every step, gradients, and units without one,
-    have to stay as they are, and everything has to stay finite.
+    A small model trains in every situation (a layer gets gradients late, misses some, or is frozen
+    and thawed; gradients are accumulated; a param group is added; parameters are empty, scalar or
+    tied), in float64, float32, bfloat16, float16 and mixed precision with a `GradScaler`, with
+    every structure. Saving and resuming, deep-copying or pickling the run must not change its later
+    bits. No step may change gradients or units without a gradient, and all values must stay finite.
 
-    `test_pair` tries every pair of these settings. `test_all` tries the full product and is marked
-    `slow`: declare this marker in the settings of pytest, and deselect it with `-m "not slow"`.
+    `test_pair` covers every pair of these settings. `test_all` runs the full product and is marked
+    `slow`: declare this marker in pytest's settings, and deselect it with `-m "not slow"`.
 
     Attributes:
-        structures: The structures that the strategy can use, names of `structures=`; one of each
-            kind is enough. The others have to be refused. Default: those of a strategy without
-            Kronecker factors.
-        refusal: Why it cannot use the others, for readers of the table of results.
+        structures: The names of the structures that the strategy can use, one of each kind. It must
+            refuse the others. Default: no Kronecker factors.
+        refusal: Why it refuses the others, for the table of results.
 
     Example:
         >>> class TestSOAP(StrategyContract):
@@ -54,13 +52,14 @@ class StrategyContract:
 
     @abstractmethod
     def make(self, model: nn.Module, **overrides: Any) -> StructuredOptimizer:
-        """Return an optimizer with the strategy, for a model.
+        """Return an optimizer with the strategy for a model.
 
-        Choose hyperparameters with which something happens within 7 steps, and again within 30.
+        Choose hyperparameters so that refreshes and the like happen within 7 steps and again within
+        30.
 
         Args:
             model: The model.
-            overrides: Arguments to pass on: `params`, and `structures` if there are some.
+            overrides: Arguments to pass on: `params`, and `structures` if the strategy has factors.
         """
         raise NotImplementedError
 
@@ -73,25 +72,25 @@ class StrategyContract:
 
     @classmethod
     def covering_cells(cls) -> list[Cell]:
-        """Return cells that try every pair of settings."""
+        """Return cells that cover every pair of settings."""
         return list(_covering_cells(cls.structures))
 
     @classmethod
     def refused(cls) -> list[str]:
-        """Return the structures that the strategy has to refuse."""
-        # "dense" is the default, so there is no telling that it was asked for
+        """Return the structures that the strategy must refuse."""
+        # "dense" is the default, so a strategy cannot tell that it was requested
         kept = ("dense",) if cls.structures == (NO_STRUCTURE,) else cls.structures
         return [name for name in STRUCTURES if name not in kept]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Make a test of every cell that tries new pairs, and one slow test for each structure."""
+        """Make a test per cell of the covering array, and one slow test per structure."""
         if "cell" in metafunc.fixturenames:
             metafunc.parametrize("cell", self.covering_cells(), ids=str)
         if "structure" in metafunc.fixturenames:
             metafunc.parametrize("structure", self.structures)
 
     def failures(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Exception]]:
-        """Run cells, and yield those that fail with the reason."""
+        """Run cells, and yield the failed ones with their errors."""
         together: dict[Cell, list[Cell]] = {}
         for cell in cells:
             together.setdefault(replace(cell, check=""), []).append(cell)
@@ -106,29 +105,29 @@ class StrategyContract:
                         yield cell, error
 
     def accepted(self) -> list[str]:
-        """Return the structures that are not refused, but have to be."""
+        """Return the structures that the strategy wrongly accepts."""
         strategy = self.make(TinyModel()).param_groups[0]["strategy"]
         return [name for name in self.refused() if not _is_refused(strategy, name)]
 
     # --- tests -----------------------------------------------------------------------------------
 
     def test_pair(self, cell: Cell) -> None:
-        """An interrupted run goes on as if it was not, in every pair of settings."""
+        """An interrupted run ends in the same bits, for every pair of settings."""
         run_cell(self.make, cell)
 
     @pytest.mark.slow
     def test_all(self, structure: str) -> None:
-        """An interrupted run goes on as if it was not, in all settings."""
+        """An interrupted run ends in the same bits, for all settings."""
         cells = [cell for cell in self.cells() if cell.structure == structure]
         found = [f"{cell}: {error}" for cell, error in self.failures(cells)]
         assert not found, "\n".join(found)
 
     def test_structures_that_it_cannot_use_are_refused(self) -> None:
-        """What is not among `structures` raises at construction."""
+        """Structures that are not in `structures` raise at construction."""
         assert not self.accepted()
 
     def test_same_seed_same_bits(self, structure: str) -> None:
-        """Two runs from the same start come to the same bits."""
+        """Two runs from the same start end in the same bits."""
         cell = Cell(structure, PRECISIONS[1], SITUATIONS[0], "resume")
         first, second = (
             Run(self.make, cell.situation, cell.precision, cell.overrides).train_until(2 * SAVED_AT)
@@ -138,7 +137,7 @@ class StrategyContract:
         assert difference is None, difference
 
     def test_order_of_registration_does_not_matter(self, structure: str) -> None:
-        """Parameters that are registered in another order train alike, up to rounding."""
+        """The order of registration changes results only by rounding."""
         overrides = Cell(structure, PRECISIONS[0], SITUATIONS[0], "resume").overrides
         models = []
         for turned in (False, True):
@@ -159,7 +158,7 @@ class StrategyContract:
             assert (p - models[1][name]).norm() <= 1e-10 * p.norm(), name
 
     def test_a_layer_does_not_notice_the_others(self, structure: str) -> None:
-        """A layer trains alike beside others and, in the same optimizer, while they pause."""
+        """A layer trains the same way whether the other layers train or pause."""
         overrides = Cell(structure, PRECISIONS[0], SITUATIONS[0], "resume").overrides
         layers = []
         for alone in (False, True):
@@ -171,7 +170,7 @@ class StrategyContract:
                 _randomize_gradients(model, step)
                 for name, p in model.named_parameters():
                     own = name.startswith("second.")
-                    # a pause that misses refreshes, and hides no other layer's
+                    # the layer's own pause misses refreshes
                     if (own and step in (0, 4, 5, 6)) or (alone and not own):
                         p.grad = None
                 optimizer.step()
@@ -181,7 +180,7 @@ class StrategyContract:
 
 
 def _randomize_gradients(model: nn.Module, step: int) -> None:
-    """Replace gradients by noise, so that rounding does not decide on directions left open."""
+    """Replace gradients by noise, so that rounding does not decide undetermined directions."""
     set_grads([p for _, p in sorted(model.named_parameters())], step)
 
 

@@ -38,7 +38,7 @@ class StructuredMatrixContract:
     """Tests of a `StructuredMatrix`: every operation against dense arithmetic in float64.
 
     Covers batch shapes `()`, `(3,)` and `(2, 3)`, sizes 1 to 70, float64, float32 and bfloat16, and
-    non-symmetric elements of the space.
+    non-symmetric matrices of the space.
 
     Attributes:
         structure: The class under test.
@@ -56,7 +56,7 @@ class StructuredMatrixContract:
     def project(self, matrix: Tensor) -> Tensor:
         r"""Return \(\Pi\) of dense symmetric matrices `(*b, n, n)`, densely: the oracle.
 
-        Write it independently of the class under test. The default trusts `from_dense`.
+        Write it independently of the class under test. The default uses `from_dense` itself.
         """
         return self.structure.from_dense(matrix).to_dense()
 
@@ -69,7 +69,7 @@ class StructuredMatrixContract:
     def _element(
         self, batch: tuple[int, ...], n: int, dtype: torch.dtype, seed: int
     ) -> StructuredMatrix:
-        """Return an element of the space that is not symmetric where the space allows."""
+        """Return an element of the space, not symmetric if the space allows."""
         return self.structure.from_dense(self._random((*batch, n, n), dtype, seed))
 
     # --- the two methods ------------------------------------------------------------------------
@@ -92,7 +92,7 @@ class StructuredMatrixContract:
     def test_from_dense_is_the_identity_on_the_space(
         self, batch: tuple[int, ...], n: int, dtype: torch.dtype, seed: int
     ) -> None:
-        """Projecting an element of the space gives it back."""
+        """Projecting an element of the space returns it."""
         dense = self._element(batch, n, dtype, seed).to_dense()
         assert_close(self.structure.from_dense(dense).to_dense(), dense, dtype)
 
@@ -101,7 +101,7 @@ class StructuredMatrixContract:
     def test_from_dense_and_to_dense_share_no_memory(
         self, batch: tuple[int, ...], n: int, dtype: torch.dtype, seed: int
     ) -> None:
-        """Changing what went in or came out does not change the matrix."""
+        """Changing the input or the output does not change the matrix."""
         source = self._random((*batch, n, n), dtype, seed)
         matrix = self.structure.from_dense(source)
         before = matrix.to_dense()

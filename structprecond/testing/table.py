@@ -101,7 +101,7 @@ STRATEGIES: dict[str, Usage] = {
     ),
     "SIRFShampoo joint": _any_structure(
         SIRFShampoo,
-        {"lr": 0.05, "batch_size": 4, "combine_params": _JOINT},
+        {"lr": 0.05, "batch_size": 4, "combine_params": _JOINT, "structures": "dense"},
         conformance=False,
         protocol=False,
         saved_as="SIRFShampoo joint",
@@ -112,7 +112,7 @@ STRATEGIES: dict[str, Usage] = {
         {"lr": 0.02, "precondition_frequency": every_fourth, "precondition_1d": True},
         protocol=False,
     ),
-    "SOAP in turns": _with_bases(
+    "SOAP staggered, options": _with_bases(
         SOAP,
         {
             "lr": 0.02,

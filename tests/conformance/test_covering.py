@@ -1,4 +1,4 @@
-"""The choice of cells: small, always the same, and without a gap."""
+"""The choice of cells is small, deterministic and complete."""
 
 from __future__ import annotations
 

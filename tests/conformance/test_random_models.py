@@ -1,4 +1,4 @@
-"""Random models, rules, structures, strategies and gradients: saved, loaded, taken apart."""
+"""Random models, groupings, structures, strategies and gradients: saved, loaded, unstacked."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from structprecond.testing.comparing import first_difference
 from structprecond.testing.models import noise
 from tests.helpers import through_a_file
 
-# the default profile is for tests that are slower
+# the default profile suits slower tests
 EXAMPLES = max(50, settings().max_examples)
 SAVED_AT, STEPS = 4, 7
 LR = 0.01
 
-# what each kind of gradient is multiplied by; None is no gradient at all
+# the factor of each kind of gradient; None is no gradient
 SIZES: dict[str, float | None] = {
     "normal": 1.0, "zero": 0.0, "tiny": 1e-30, "large": 1e15, "constant": 1.0,
     "missing": None,
@@ -58,8 +58,8 @@ class Candidate:
         strategy: The strategy.
         structures: Empty if it has no factors.
         interval: None if it refreshes nothing.
-        continuous: Whether a change of the gradients by rounding changes the directions as little.
-            Where gradients leave the eigenbasis open, chance decides on it, and on the directions.
+        continuous: Whether rounding errors in gradients stay as small in the directions. They do
+            not where gradients leave eigenbases undetermined.
         settings: Hyperparameters.
         gradients: The kinds of gradients that it can take.
     """
@@ -124,7 +124,7 @@ rules = st.sampled_from(
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is drawn for one example."""
+    """The random choices for one example."""
 
     layers: list[tuple[Any, ...]]
     rules: tuple[PreconditionerGroup, ...]
@@ -221,7 +221,7 @@ def test_what_is_saved_and_loaded_goes_on_to_the_bit(plan: Plan) -> None:
 @settings(max_examples=EXAMPLES)
 @given(plan=plans([candidate for candidate in CANDIDATES if candidate.continuous]))
 def test_stacks_train_as_an_optimizer_per_parameter(plan: Plan) -> None:
-    # rules that look at modules make units of several parameters, or need a module to find one
+    # groupings that need modules make units of several parameters, or find one by its module
     alone = tuple(rule for rule in plan.rules if not rule.requires_modules)
     plan = Plan(**{**vars(plan), "rules": alone, "dtype": torch.float64, "refresh": "synchronous"})
     torch.manual_seed(0)

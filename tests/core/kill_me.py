@@ -1,15 +1,10 @@
-"""A training job that saves every few steps and goes on from there: `test_kill.py` kills it.
-
-Usage: python kill_me.py CHECKPOINT STEPS
-
-Writes a dot after every step.
-"""
+"""A training job that saves every few steps and resumes; `test_kill.py` kills it."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +41,7 @@ class Net(nn.Module):
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a file that is always whole: the old one or the new one."""
+    """Write a file atomically: it is always the old or the new one."""
     new = path.with_suffix(".new")
     with new.open("wb") as file:
         torch.save(checkpoint, file)
@@ -55,8 +50,14 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     os.replace(new, path)
 
 
-def main(path: Path, steps: int) -> None:
-    """Train one model with each optimizer, from the last checkpoint on if there is one."""
+def main(path: Path, steps: int, progress: Connection) -> None:
+    """Train one model with each optimizer, from the last checkpoint if there is one.
+
+    Args:
+        path: The file of the checkpoint.
+        steps: The step to train up to.
+        progress: Receives the number of each finished step.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     models = {name: Net() for name in OPTIMIZERS}
@@ -82,8 +83,4 @@ def main(path: Path, steps: int) -> None:
                 for kind, members in parts.items()
             }
             save({**state, "step": step + 1}, path)
-        os.write(sys.stdout.fileno(), b".")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+        progress.send(step)

@@ -1,4 +1,4 @@
-"""A network of many kinds of parameters, and an optimizer that routes each to a strategy."""
+"""A network with many kinds of parameters, and an optimizer that routes each to a strategy."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MIXED: Any = {"conv": SOAPStrategy(), "matrix": MuonStrategy(), "default": AdamW
 
 
 def net() -> Net:
-    """Return a network that is always the same."""
+    """Return a network with fixed initial parameters."""
     torch.manual_seed(0)
     return Net()
 

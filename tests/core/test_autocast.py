@@ -1,4 +1,4 @@
-"""Steps under `torch.autocast`, which changes nothing about them, and a lot about closures."""
+"""Steps under `torch.autocast`, which affects closures but not the steps themselves."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_step_that_fails_leaves_autocast_on() -> None:
 
 @pytest.mark.parametrize("way", ["step", "captured", "sam by hand", "sam", "restored"])
 def test_the_next_forward_sees_the_new_parameters_in_the_same_autocast(way: str) -> None:
-    # autocast keeps the parameters that it has cast, and does not notice that they change
+    # autocast caches the parameters that it has cast, and does not notice changes
     model = nn.Linear(3, 1, bias=False)
     base = SOAP(model, lr=0.5, nonfinite="ignore", skip_first=False)
     sam = SAM(None, base, rho=2.0)

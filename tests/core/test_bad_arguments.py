@@ -1,4 +1,4 @@
-"""Wrong arguments of optimizers, strategies and rules are refused by name."""
+"""Wrong arguments of optimizers, strategies and groupings raise errors that name them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ ARGUMENTS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     ),
     "factor to no lr": (
         lambda m: Muon(m, lr=0.0, adamw_lr=0.1),
-        r"adamw_lr=0\.1 is kept as a factor to lr.*Start with an lr above 0",
+        r"adamw_lr=0\.1 is stored as a factor on lr.*Start with an lr above 0",
     ),
     "longest axis": (lambda m: SOAP(m, max_precond_dim=-5), "max_precond_dim must be.*-5"),
     "no longest axis": (
@@ -116,7 +116,7 @@ ARGUMENTS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     ),
     "list of routes": (
         lambda m: Muon(m, routes=["0.weight"]),  # type: ignore[arg-type]
-        r"routes is a dict.*got \['0\.weight'\]",
+        r"routes must be a dict.*got \['0\.weight'\]",
     ),
     "text for a second lr": (
         lambda m: Muon(m, adamw_lr="x"),  # type: ignore[arg-type]

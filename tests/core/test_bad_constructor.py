@@ -1,4 +1,4 @@
-"""The constructor refuses wrong models, rules and structures, and leaves the model alone."""
+"""The constructor refuses wrong models, groupings and structures, and leaves the model alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FOREIGN = nn.Parameter(torch.ones(5, 7))
 
 @dataclass(frozen=True)
 class Foreign(FlattenAndConcatenate):
-    """Claims a parameter that is not the model's."""
+    """Claims a parameter that is not in the model."""
 
     def identify(self, model: nn.Module) -> list[list[nn.Parameter]]:
         return [[*model.parameters(), FOREIGN]]
@@ -38,7 +38,7 @@ class Foreign(FlattenAndConcatenate):
 
 @dataclass(frozen=True)
 class OneWeightOnly(PerParameter):
-    """Leaves everything but one weight to the next rule."""
+    """Leaves all but one weight to the next grouping."""
 
     def identify(self, model: nn.Module) -> list[list[nn.Parameter]]:
         return [[p] for name, p in model.named_parameters() if name == "0.weight"]
@@ -46,7 +46,7 @@ class OneWeightOnly(PerParameter):
 
 @dataclass(frozen=True)
 class OneShort(FlattenAndConcatenate):
-    """Gives back fewer tensors than it was given."""
+    """Returns fewer tensors than it was given."""
 
     def identify(self, model: nn.Module) -> list[list[nn.Parameter]]:
         return [list(model.parameters())]
@@ -57,7 +57,7 @@ class OneShort(FlattenAndConcatenate):
 
 @dataclass(frozen=True)
 class Flat(PerParameter):
-    """Gives back vectors."""
+    """Returns vectors."""
 
     def ungroup(self, grouped_tensor: Tensor, tensor_shapes: list[Size]) -> list[Tensor]:
         return [grouped_tensor.flatten()]
@@ -65,7 +65,7 @@ class Flat(PerParameter):
 
 @dataclass(frozen=True)
 class Transposing(PerParameter):
-    """Groups the transpose, and gives back the right shape with the wrong entries."""
+    """Groups the transpose, and returns the right shape with the wrong entries."""
 
     def group(self, tensors: list[Tensor]) -> Tensor:
         return super().group([tensors[0].mT.contiguous() if tensors[0].ndim == 2 else tensors[0]])
@@ -73,7 +73,7 @@ class Transposing(PerParameter):
 
 @dataclass(frozen=True)
 class Halving(PerParameter):
-    """Groups half of the entries, and gives back the right shape."""
+    """Groups half of the entries, and returns the right shape."""
 
     def group(self, tensors: list[Tensor]) -> Tensor:
         return tensors[0].flatten()[: tensors[0].numel() // 2]
@@ -235,7 +235,7 @@ CONSTRUCTORS: dict[str, Case] = {
         GroupError,
         r"does not invert.*0\.weight.*\(12,\)",
     ),
-    # the shapes alone are right
+    # only the shapes are right
     "inverse with other entries": (
         {"combine_params": (Transposing(),)},
         GroupError,
@@ -277,7 +277,7 @@ CONSTRUCTORS: dict[str, Case] = {
     "order in quotes": (
         {"structures": {"1": "dense"}},
         StructureError,
-        r"has the keys \['1'\]; keys are numbers of axes",
+        r"has the keys \['1'\]; keys must be numbers of axes",
     ),
     "instance of a structure": (
         {"structures": DiagonalMatrix(torch.ones(1, 3))},

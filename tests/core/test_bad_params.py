@@ -1,4 +1,4 @@
-"""Parameters and groups that cannot be used are refused as torch does."""
+"""Unusable parameters and param groups are refused, as in torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step or a batch size that goes wrong says what to do, and changes nothing."""
+"""A failing step or batch size says what to do, and changes nothing."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from tests.helpers import points, two_layers
 
 
 class Called(nn.Module):
-    """A model that is called as the test likes, and returns what the test likes."""
+    """A model with inputs and outputs that the test chooses."""
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def test_several_outputs_count_once_whichever_are_used(used: tuple[int, ...]) ->
 
 
 def test_output_that_is_a_parameter_counts_once_a_step() -> None:
-    # hooks on leaves outlive the pass; open_clip returns its logit bias, for instance
+    # hooks on leaves outlive the pass; open_clip, for example, returns its logit bias
     model = Called(lambda net, x: (net(x), net[2].bias))
     optimizer = SIRFShampoo(model)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The batch size of a step is that of all its passes, or what was given, and leaves no hook."""
+"""The batch size of a step covers all its passes, or is given, and leaves no hook."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_zero_grad_may_stand_anywhere_before_the_backward(
         ("optimizer", False, "before the backward"),
         ("model", True, "before the forward"),
         ("model", True, "before the backward"),
-        # gradients that the model sets to zero look like any others: documented, use the optimizer
+        # gradients zeroed by the model count as gradients (documented): zero by the optimizer
     ],
 )
 def test_samples_of_a_step_that_the_scaler_skipped_do_not_count(
@@ -161,7 +161,7 @@ def test_checkpointed_part_does_not_count_twice(
         assert optimizer.batch_size == sum(micro_batches)
 
 
-# Without early stop, the recomputation runs the whole forward, its hooks included, in the backward.
+# Without early stop, the backward pass recomputes the whole forward pass, with its hooks.
 @pytest.mark.parametrize("early_stop", [True, False])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("micro_batches", [(5,), (5, 3)])

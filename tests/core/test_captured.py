@@ -1,4 +1,4 @@
-"""Recorded steps, with graphs whose replays repeat the recorded operations on the same memory."""
+"""Captured steps, with fake graphs that replay the recorded operations on the same memory."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ STEPS = 17
 
 
 class _Graph(TorchDispatchMode):
-    """Records the operations on floating-point tensors, which stand for those on the device.
+    """Records operations on floating-point tensors, which stand in for device tensors.
 
-    Integers and masks stand for the host: what is computed of them once is not computed again, and
-    may not become part of a recorded value. Neither may a value be read on the host.
+    Integers and masks stand in for the host: replays do not recompute values that depend on them,
+    which may not enter recorded values. Recorded values may not be read on the host.
     """
 
-    # numbers in tensors of the host
+    # numbers in host tensors
     on_host: ClassVar[list[Tensor]] = []
 
     def __init__(self) -> None:
@@ -169,8 +169,8 @@ def test_replayed_steps_are_the_steps(name: str, lr: str, graphs: list[_Graph]) 
         plain.step()
         assert_close(values(model), values(twin), 1e-9)
     assert step.replays >= 6
-    # one for steps without a refresh, one for refreshes without a decomposition: those of products
-    # alone, or of units that have no factors
+    # one for steps without a refresh, one for refreshes without a decomposition, by products
+    # alone or of units without factors
     refreshed = {"SIRF-Shampoo, T", "KL-Shampoo", "KL-SOAP", "SOAP staggered"}
     assert len(graphs) == (2 if name in refreshed else 1)
     assert optimizer.global_step == STEPS

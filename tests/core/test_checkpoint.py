@@ -1,4 +1,4 @@
-"""A checkpoint restores training to the bit."""
+"""A checkpoint restores training bit for bit."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_training_resumes_to_the_bit(structures: Any) -> None:
     weights, saved = copy.deepcopy(model.state_dict()), through_a_file(optimizer.state_dict())
     expected = continue_training(model, optimizer, 20, start=5)
 
-    fresh_model = mlp()  # other values: nothing may depend on them
+    fresh_model = mlp()  # other values, on which nothing may depend
     fresh = sirf(fresh_model, structures=structures, T=2)
     fresh_model.load_state_dict(weights)
     fresh.load_state_dict(saved)
@@ -197,7 +197,7 @@ def test_state_of_low_precision_parameters_stays_float32(dtype: torch.dtype) -> 
     fresh_model = copy.deepcopy(model)
     fresh = sirf(fresh_model, batch_size=6)
     fresh.load_state_dict(saved)
-    # bits that the dtype of the parameters cannot hold came through
+    # bits beyond the dtype of the parameters are kept
     buffer = fresh.state[fresh_model[0].weight]["momentum_buffer"]
     assert not torch.equal(buffer, buffer.to(dtype).float())
     for step in range(4, 10):
@@ -261,9 +261,9 @@ def test_parameters_without_names_are_matched_by_order() -> None:
     ("flat", "rule", "frozen"),
     [
         (False, PerParameter(), False),
-        # flattened, groups come back with the keys that live groups have
+        # flattened groups return with the keys of live groups
         (True, PerParameter(), False),
-        # torch asks for an entry of every parameter
+        # torch requires an entry for every parameter
         (False, LinearWeightBias(), False),
         # torch leaves out the state of frozen parameters
         (False, PerParameter(), True),

@@ -1,4 +1,4 @@
-"""A checkpoint is tensors and plain values, and shares nothing with the optimizer."""
+"""A checkpoint holds tensors and plain values, and shares no memory with the optimizer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _plain(value: Any) -> bool:
 
 
 class CustomRule(PerParameter):
-    """A rule whose class exists here alone."""
+    """A grouping whose class exists only here."""
 
 
 def test_checkpoints_contain_tensors_and_plain_values_only() -> None:
@@ -60,7 +60,7 @@ def test_checkpoints_contain_tensors_and_plain_values_only() -> None:
 
 @pytest.mark.parametrize("number", [np.float64(0.25), np.float32(0.25)])
 def test_numpy_numbers_are_saved_as_plain_ones(number: Any) -> None:
-    # schedules made with numpy put such numbers into groups; torch.load refuses them
+    # numpy schedules put such numbers into param groups; torch.load refuses them
     model = mlp()
     optimizer = sirf(model)
     optimizer.param_groups[0]["lr"] = number
@@ -158,7 +158,7 @@ WAYS: dict[str, Callable[[nn.Module, SIRFShampoo], SIRFShampoo]] = {
 
 
 def _dense(value: Any) -> Any:
-    """Turn lists of tuples of structured matrices into lists of lists of tensors."""
+    """Convert tuples of structured matrices to lists of dense tensors."""
     if isinstance(value, list | tuple):
         return [_dense(entry) for entry in value]
     return value.to_dense() if hasattr(value, "to_dense") else value

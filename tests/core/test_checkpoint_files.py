@@ -1,4 +1,4 @@
-"""Files that are damaged, foreign, of another model or of an older version."""
+"""Checkpoint files that are damaged, foreign, of another model or of an older version."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _same_content(optimizer: Any, saved: Any) -> bool:
-    """Whether an optimizer holds what a state dict says, to the bit."""
+    """Return whether an optimizer equals a state dict bit for bit."""
     own = optimizer.state_dict()
     for entry in (*own["state"].values(), *saved["state"].values()):
-        entry.pop("batch_size")  # a given one stays as it is
-        # a byte of 64 is as true as one of 1
+        entry.pop("batch_size")  # a given batch size stays as it is
+        # any nonzero byte is True
         entry |= {name: t.int().bool() for name, t in entry.items() if t.dtype == torch.bool}
     names = as_routing(optimizer.param_groups[0]["strategy"]).hyperparameters
     mine, theirs = ([{k: g[k] for k in names} for g in d["param_groups"]] for d in (own, saved))
@@ -82,7 +82,7 @@ def _same_content(optimizer: Any, saved: Any) -> bool:
 
 
 def _load(model: Any, optimizer: Any, saved: Any) -> bool:
-    """Load; return whether that worked. If not, nothing may have changed."""
+    """Load, and return whether that worked; if not, nothing may have changed."""
     before = snapshot(model, optimizer)
     try:
         optimizer.load_state_dict(saved)
@@ -109,7 +109,7 @@ def test_truncated_files_are_not_loaded(make: Make) -> None:
 
 @pytest.mark.parametrize("make", DAMAGED.values(), ids=DAMAGED)
 def test_flipped_bits_are_noticed_or_harmless(make: Make) -> None:
-    """What torch does not notice is refused, or loaded as the file now has it."""
+    """Flipped bits that torch does not notice are refused, or loaded as they are."""
     whole = saved_bytes(_trained(make)[1].state_dict())
     model, optimizer = _trained(make, steps=2)
     start = optimizer.state_dict()
@@ -119,7 +119,7 @@ def test_flipped_bits_are_noticed_or_harmless(make: Make) -> None:
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         try:
             saved = torch.load(io.BytesIO(damaged))
-        except Exception:  # torch's affair
+        except Exception:  # found by torch
             outcomes.add("torch")
             continue
         if _load(model, optimizer, saved):
@@ -150,7 +150,7 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 @pytest.mark.parametrize("make", DAMAGED.values(), ids=DAMAGED)
 def test_anything_anywhere_is_refused_or_used_as_it_is(make: Make) -> None:
-    """Every value of a checkpoint in turn is lost, or replaced by something else."""
+    """Each value of a checkpoint is removed, or replaced by something else."""
     saved = _trained(make)[1].state_dict()
     model, optimizer = _trained(make, steps=2)
     start = optimizer.state_dict()
@@ -169,9 +169,9 @@ def test_anything_anywhere_is_refused_or_used_as_it_is(make: Make) -> None:
             if _load(model, optimizer, damaged):
                 loaded += 1
                 own = optimizer.state_dict()
-                if path and path[0] == "state":  # casting aside, what is there was taken
+                if path and path[0] == "state":  # the values were loaded, except for casts
                     assert own["state"].keys() == damaged["state"].keys()
-                _go_on(model, optimizer, range(2))  # nothing is spoiled for later steps
+                _go_on(model, optimizer, range(2))  # later steps still work
                 assert all(t.isfinite().all() for t in _tensors(own["state"]))
                 optimizer.load_state_dict(start)
             else:
@@ -246,7 +246,7 @@ def test_checkpoints_of_every_other_strategy_are_refused(make: Make) -> None:
 
 
 def _same_configuration(optimizer: Any, saved: Any) -> bool:
-    """Whether two runs differ in nothing but their hyperparameters."""
+    """Return whether two runs differ only in their hyperparameters."""
     mine, theirs = optimizer.state_dict()["param_groups"][0], saved["param_groups"][0]
     return all(mine[key] == theirs[key] for key in ("strategy", "structures", "combine_params"))
 
@@ -358,7 +358,7 @@ class Shuffled(nn.Module):
 def test_parameters_in_another_order_go_on_alike(make: Make, rules: Any) -> None:
     given = {} if rules is None else {"combine_params": rules}
     model, optimizer = _trained(partial(make, **given), Shuffled("abcd"))
-    other = Shuffled("bcad")  # d stays the last: the head
+    other = Shuffled("bcad")  # d stays last, since it is the head
     fresh = make(other, **given)
     other.load_state_dict(model.state_dict())
     fresh.load_state_dict(through_a_file(optimizer.state_dict()))
@@ -415,7 +415,7 @@ def test_checkpoint_and_optimizer_share_nothing(make: Make) -> None:
 
 
 def test_callables_are_known_again_in_another_process() -> None:
-    """Their addresses are others there: equal objects made twice stand for that."""
+    """Addresses differ in another process; equal objects that are made twice simulate this."""
 
     def make(limit: float) -> Muon:
         clamp = partial(torch.clamp, max=limit)

@@ -1,4 +1,4 @@
-"""A checkpoint that does not fit says so and changes nothing."""
+"""A checkpoint that does not fit raises an error and changes nothing."""
 
 from __future__ import annotations
 

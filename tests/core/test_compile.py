@@ -1,4 +1,4 @@
-"""Compiled models and steps, and what else torch offers around an optimizer."""
+"""Compiled models and steps, and other tools of torch around an optimizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # `torch.compile` would import it while a test looks at warnings
+import torch._dynamo  # else `torch.compile` imports it while a test checks warnings
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -36,7 +36,7 @@ dynamo_looks_at_gradients = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled() -> Iterator[None]:
-    """Start without compiled code, of which torch keeps a limited number per function."""
+    """Clear compiled code, since torch limits the number of versions per function."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield
@@ -44,7 +44,7 @@ def _nothing_compiled() -> Iterator[None]:
 
 
 def _train(model: Any, optimizer: Any, called: Any, step: Any) -> None:
-    """Train with gradients of a model that is called by another name."""
+    """Train with gradients from another handle of the model."""
     for i in range(STEPS):
         optimizer.zero_grad()
         backward(called, i)
@@ -99,7 +99,7 @@ def test_compiled_step_is_the_step(make: Make) -> None:
 
 @dynamo_looks_at_gradients
 def test_compiled_training_step_trains_alike() -> None:
-    """Forward, backward and step in one compiled function, as tutorials have it."""
+    """Forward, backward and step in one compiled function, as in tutorials."""
     model = mlp()
     twin = copy.deepcopy(model)
     optimizer, other = SIRFShampoo(model, T=2, **SETTINGS), SIRFShampoo(twin, T=2, **SETTINGS)

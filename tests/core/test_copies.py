@@ -1,4 +1,4 @@
-"""Copies of an optimizer, with its model or alone, go on alike and apart."""
+"""Copies of an optimizer, with its model or alone, train equally and independently."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_copies_of_model_and_optimizer_go_on_alike_and_apart(
     train(model, optimizer, 6, start=4)
     assert same_bits(snapshot(model_copy, clone)["params"], snapshot(model, optimizer)["params"])
     assert same_bits(snapshot(model_copy, clone)["stacks"], snapshot(model, optimizer)["stacks"])
-    # the groups of the copy are live, and its own
+    # the param groups of the copy are live and separate
     clone.param_groups[0]["lr"] = clone.param_groups[1]["lr"] = 0.0
     frozen = values(model_copy)
     train(model_copy, clone, 1)

@@ -40,7 +40,7 @@ def test_memory_format_of_parameters_and_gradients_does_not_matter() -> None:
 
 
 def test_default_device_at_construction_does_not_matter() -> None:
-    # the meta device stands for a GPU here: torch.set_default_device("cuda") is common
+    # the meta device replaces a GPU here: torch.set_default_device("cuda") is common
     model = mlp()
     twin = copy.deepcopy(model)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Decompositions that fail leave their rows as they are, and are warned of once."""
+"""Failed decompositions leave their rows unchanged and warn once."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ refreshed = pytest.mark.parametrize(
 
 @dataclass
 class Fault:
-    """Lets a decomposition fail for some rows of the first stacks of `ROWS` rows that it sees.
+    """Makes a decomposition fail for some rows of the first stacks with `ROWS` rows.
 
     Args:
         owner: The module of the decomposition.
@@ -82,7 +82,7 @@ class Fault:
         self.seen.append(stack.dtype)
         if stack.shape[0] == ROWS and stack.shape[-1] == self.size:
             self.bad += [stack[row].clone() for row in self.rows]
-        # matrices are known by their values, whatever stack they come in
+        # matrices are recognized by their values in any stack
         hit = [any(torch.equal(m.float(), bad) for bad in self.bad) for m in stack]
         if not any(hit) or not (self.double or stack.dtype == torch.float32):
             return self.real(stack, *args)
@@ -102,7 +102,7 @@ def _train(
     at: tuple[int, ...] = (FAULT,),
     touch: Callable[[StructuredOptimizer], None] = lambda optimizer: None,
 ) -> tuple[nn.ParameterList, StructuredOptimizer, dict[str, Any]]:
-    """Train, with a fault at some steps; return the state just after the first of these too."""
+    """Train with a fault at some steps; also return the state after the first of them."""
     model = matrices()
     optimizer = make(model, precondition_frequency=lambda step: step in due)
     just_after: dict[str, Any] = {}

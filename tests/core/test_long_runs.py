@@ -1,4 +1,4 @@
-"""Nothing grows from step to step, and counters stay right."""
+"""Memory does not grow from step to step, and counters stay correct."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _is_bad(step: int) -> bool:
 
 
 def _living_tensors() -> int:
-    # what other tests left goes in several rounds, since finalizers free more
+    # several rounds free what other tests left, since finalizers free more
     for _ in range(10):
         if not gc.collect():
             break
@@ -59,7 +59,7 @@ def _living_tensors() -> int:
 
 
 def _size(root: Any) -> tuple[int, int]:
-    """Return the bytes of the tensors, and the entries of the containers, that an object holds."""
+    """Return the bytes of an object's tensors and the number of its containers' entries."""
     numbers = entries = 0
     seen: set[int] = set()
     open_objects = [root]
@@ -94,7 +94,7 @@ def test_nothing_grows(make: Make, steps: int) -> None:
     before = (_size(optimizer), describe(optimizer).state_bytes, _living_tensors())
     for step in range(WARM_UP, steps):
         _step(model, optimizer, step)
-    # as many gradients are there as were then
+    # with as many gradients as before
     assert _lacks(steps - 1) == _lacks(WARM_UP - 1)
     assert (_size(optimizer), describe(optimizer).state_bytes, _living_tensors()) == before
 
@@ -214,7 +214,7 @@ def test_process_does_not_grow(make: Make) -> None:
 
 
 def test_the_measures_notice_what_grows() -> None:
-    """Each of them sees a tensor more."""
+    """Each measure notices one more tensor."""
     model = mlp()
     optimizer: Any = SOAP(model)
     size, tensors = _size(optimizer), _living_tensors()

@@ -1,4 +1,4 @@
-"""Steps take the memory that earlier steps have freed."""
+"""Steps reuse the memory that earlier steps have freed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from structprecond import SOAP, AdamW, StructPrecondError
 from structprecond.core import memory
 from tests.helpers import set_grads
 
-# temporaries of 16 and of 40 MB, several of them at once: more than glibc keeps by itself
+# several temporaries of 16 and 40 MB at once: more than glibc keeps by default
 SCRIPT = """
 import resource
 import statistics
@@ -29,10 +29,10 @@ import torch
 from torch import nn
 from structprecond import AdamW
 
-models = [nn.Linear(2048, 2048, bias=False) for _ in range(8)] + [nn.Linear(2048, 5120, bias=False)]
+models = [nn.Linear(2048, 2048, bias=False) for _ in range(3)] + [nn.Linear(2048, 5120, bias=False)]
 optimizer = AdamW(nn.ModuleList(models))
 faults = []
-for _ in range(12):
+for _ in range(8):
     for model in models:
         model.weight.grad = torch.ones_like(model.weight)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -43,7 +43,7 @@ print(statistics.median(faults[4:]), resource.getpagesize())
 
 
 def _new_memory(**variables: str) -> float:
-    """Return the bytes that a step takes anew, in a process with environment variables."""
+    """Return the newly allocated bytes of a step, in a process with environment variables."""
     command = [sys.executable, "-c", SCRIPT]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
     run = subprocess.run(
@@ -61,7 +61,7 @@ def test_steps_take_no_new_memory() -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc's malloc")
 def test_settings_of_the_user_are_left_alone() -> None:
-    # everything is given back at once, as it is asked for
+    # everything is returned at once, as requested
     assert _new_memory(MALLOC_TRIM_THRESHOLD_="0", MALLOC_MMAP_THRESHOLD_="65536") > 2**24
 
 
@@ -72,7 +72,7 @@ Calls = list[tuple[int, int]]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
-    """Return the calls of mallopt so far, in what takes itself for a new process with glibc."""
+    """Return the calls of mallopt so far, in a simulated new process with glibc."""
     made: Calls = []
 
     def mallopt(parameter: int, value: int) -> int:
@@ -130,7 +130,7 @@ def test_it_is_set_when_a_model_moves_to_the_cpu(calls: Calls) -> None:
     p = nn.Parameter(torch.zeros(2))
     optimizer = AdamW([p])
     _forget(calls)
-    optimizer.buckets[0].device = torch.device("meta")  # as if it had been elsewhere
+    optimizer.buckets[0].device = torch.device("meta")  # as if it came from another device
     set_grads([p], 0)
     optimizer.step()
     assert calls

@@ -1,4 +1,4 @@
-"""Units whose gradients are missing, late or frozen wait, and the others do not notice."""
+"""Units with missing, late or frozen gradients wait, without effect on other units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients that are not finite skip their unit alone, raise, or are ignored, as asked."""
+"""Non-finite gradients skip only their unit, raise, or are ignored, as requested."""
 
 from __future__ import annotations
 

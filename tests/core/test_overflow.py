@@ -46,6 +46,11 @@ def _numbers(optimizer: StructuredOptimizer) -> Iterator[Tensor]:
         yield from bucket.state.named_tensors().values()
 
 
+def _all_finite(optimizer: StructuredOptimizer) -> bool:
+    numbers = [t.flatten() for t in _numbers(optimizer) if t.is_floating_point()]
+    return bool(torch.cat(numbers).isfinite().all())
+
+
 @pytest.mark.parametrize("make", ROBUST.values(), ids=ROBUST.keys())
 @pytest.mark.parametrize("size", HUGE + TINY)
 @pytest.mark.filterwarnings("ignore:The gradients of .* are too large to compute with")
@@ -62,9 +67,9 @@ def test_everything_stays_finite_and_training_goes_on(make: Make, size: float) -
                     p.grad.sign_().mul_(size)
             before = [p.detach().clone() for p in model.parameters()]
             optimizer.step()
-            assert all(t.isfinite().all() for t in _numbers(optimizer)), (when, step)
+            assert _all_finite(optimizer), (when, step)
         moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
-        # what a second moment of 1e37 divides may be too small a step to see, as with torch's AdamW
+        # a second moment of 1e37 may make steps too small to see, as in torch's AdamW
         assert size >= 1e10 or all(moved)
         assert optimizer.failed == 0
         assert size > 1e16 or optimizer.skipped == 0
@@ -109,7 +114,7 @@ def test_large_gradients_that_do_no_harm_are_used() -> None:
 
 
 def test_overflow_depends_on_the_strategy_and_the_step() -> None:
-    # the momentum of 1e30 is finite, only the factors that a refresh squares it for are not
+    # the momentum of 1e30 is finite, but the factors from its squares are not
     p = nn.Parameter(torch.zeros(4))
     optimizer = SIRFShampoo([p], batch_size=1, lr=1e-33, T=lambda step: step == 1)
     p.grad = torch.full_like(p, 1e30)
@@ -196,7 +201,7 @@ def test_what_stands_in_the_rows_of_frozen_units_does_not_matter() -> None:
     optimizer = AdamW(model)
     set_grads(list(model), 0)
     model[1].grad = None
-    # memory that was not written holds NaN then
+    # uninitialized memory holds NaN then
     torch.use_deterministic_algorithms(True)
     try:
         optimizer.step()

@@ -1,4 +1,4 @@
-"""A param group may have a strategy of its own, and a strategy says when it decays."""
+"""A param group may have its own strategy, and a strategy decides when it decays."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.helpers import (
 
 @dataclass(frozen=True)
 class LateDecay(PlainDescent):
-    """The same, decaying after the update."""
+    """Decays after the update."""
 
     def decay_factors(self, hp: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor]:
         before, after = super().decay_factors(hp)

@@ -1,4 +1,4 @@
-"""Param groups, given at the start or added later, train alike or are refused."""
+"""Param groups given at the start or added later train equally, or are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training follows SIRF-Shampoo as it was published, whatever is stacked inside."""
+"""Training follows SIRF-Shampoo as published, however units are stacked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Strategies with random probes: their numbers belong to a row and its update, and resume."""
+"""Strategies with random probes: numbers depend on the row and its update, and resume."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tests.helpers import set_grads, values
 
 @dataclass
 class Probes(State):
-    """What was drawn last."""
+    """The last random numbers."""
 
     probe: Tensor
 
 
 @dataclass(frozen=True)
 class NoisyStrategy(Strategy[Probes]):
-    """Gradient descent with noise of the size of the gradient."""
+    """Gradient descent with noise as large as the gradient."""
 
     hyperparameters = {"lr": Hyperparameter(0.1, lambda v: v >= 0, "at least 0")}  # noqa: RUF012
     structures = ()

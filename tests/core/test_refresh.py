@@ -1,4 +1,4 @@
-"""Refreshes come at the interval that was asked for, also after a unit missed one."""
+"""Refreshes follow the requested interval, also after a unit missed one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from structprecond import (
     SIRFShampoo,
@@ -87,20 +88,25 @@ def test_staggered_refreshes_take_turns_and_keep_the_interval() -> None:
     )
     dense, params = dense_units(twin), list(model.parameters())
     refreshed: dict[int, list[int]] = {i: [] for i in range(len(params))}
+
+    def factor(p: nn.Parameter) -> Tensor:
+        kind = "diag" if p.ndim == 1 else "mat"
+        return optimizer.state[p][f"preconditioner.0.{kind}"]
+
     for step in range(12):
         for m in (model, twin):
             set_grads(list(m.parameters()), step)
-        before = [optimizer.state[p]["preconditioner.0.mat"].clone() for p in params]
+        before = [factor(p).clone() for p in params]
         optimizer.step()
         for i, (p, unit) in enumerate(zip(params, dense, strict=True)):
-            changed = not same_bits(optimizer.state[p]["preconditioner.0.mat"], before[i])
+            changed = not same_bits(factor(p), before[i])
             refreshed[i] += [step] if changed else []
             unit.step(6, refresh=changed)
     assert_close(values(model), values(twin))
     for steps in refreshed.values():
         assert steps == list(range(steps[0], 12, 4))
         assert steps[0] < 4
-    # 8 units take 4 turns, and the two 4x4 weights do not share one
+    # 8 units have 4 phase offsets, and those of the two 4x4 weights differ
     assert {steps[0] for steps in refreshed.values()} == {0, 1, 2, 3}
     assert refreshed[2] != refreshed[4]
 
@@ -116,7 +122,7 @@ def test_unit_that_missed_its_refresh_is_refreshed_at_its_next_live_step(
     T: Any = 3 if kind == "int" else lambda step: step % 3 == 0
     optimizer = SIRFShampoo(model, T=T, batch_size=6, **SETTINGS)
     dense, victim = dense_units(twin), model[4].weight
-    # steps 3 and 4 are missed; an integer goes by the unit's own steps: 0, 3, 6 are 0, 5, 8
+    # steps 3 and 4 are missed; an integer counts the unit's own steps: 0, 3, 6 are 0, 5, 8
     own = {0, 5, 8} if kind == "int" else {0, 5, 6, 9}
     for step in range(10):
         for m in (model, twin):

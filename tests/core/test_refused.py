@@ -1,4 +1,4 @@
-"""Wrong input that would fail late, halfway, or not at all: refused before anything changes."""
+"""Wrong input that would fail late, halfway or not at all is refused before any change."""
 
 # mypy: disable-error-code="arg-type"
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `describe` shows of every optimizer: roles, and why parameters have them."""
+"""`describe` shows the roles of every optimizer's parameters, with reasons."""
 
 from __future__ import annotations
 

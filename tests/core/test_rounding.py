@@ -109,7 +109,7 @@ def test_kahan_follows_float32_closely() -> None:
         grads = [torch.randn(p.shape, generator=generator) for p in start.parameters()]
         for name, model in models.items():
             for p, grad in zip(model.parameters(), grads, strict=True):
-                # gradients of the same bits for all
+                # the same gradients for all, bit for bit
                 p.grad = grad.bfloat16().to(p.dtype)
             optimizers[name].step()
 
@@ -162,7 +162,7 @@ def test_float32_parameters_keep_nothing() -> None:
 
 
 class _Copying(PreconditionerGroup):
-    """A rule whose `ungroup` copies, so that there are no windows."""
+    """A grouping whose `ungroup` copies, so that there are no windows."""
 
     requires_modules = False
 

@@ -345,7 +345,7 @@ def test_many_groups_are_built_in_linear_time() -> None:
         patch.setattr(infer, "_find_roles", lambda m: calls.append(m) or original(m))  # type: ignore[func-returns-value]
         Muon(model, [{"params": [p]} for p in model.parameters()])
     assert len(calls) == 1
-    # but a changed model is looked at anew
+    # but roles of a changed model are inferred again
     model.append(nn.Linear(2, 2))
     assert len(infer_roles(model)) == 302
 

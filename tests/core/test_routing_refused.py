@@ -1,4 +1,4 @@
-"""Routings, rules and hyperparameters that would be without effect are refused."""
+"""Routes, groupings and hyperparameters without effect are refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.core.routed import MIXED, net, routes_of
             r"Several routes match conv1\.weight: 'conv1\.\*', 'conv\*'",
         ),
         (
-            # all convolutions are taken by the pattern
+            # the pattern takes all convolutions
             {"conv?.*": MuonStrategy(), "conv": SOAPStrategy(), "default": AdamWStrategy()},
             "'conv' match no parameter",
         ),

@@ -1,4 +1,4 @@
-"""Parameters of unusual shapes, empty ones and tied ones train as any others."""
+"""Parameters of unusual shapes, empty ones and tied ones train like any others."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_scalars_empty_and_size_one_parameters_train() -> None:
         for unit in dense:
             unit.step(3)
     assert_close(values(model), values(twin))
-    assert optimizer.state[model.scalar]["preconditioner.0.mat"].shape == (1, 1)
-    assert "preconditioner.1.mat" not in optimizer.state[model.row]
+    assert optimizer.state[model.scalar]["preconditioner.0.diag"].shape == (1,)
+    assert not [name for name in optimizer.state[model.row] if name.startswith("preconditioner.1")]
     assert not optimizer.state.get(model.empty)
     fresh = SIRFShampoo(Odd(), batch_size=3)
     fresh.load_state_dict(optimizer.state_dict())

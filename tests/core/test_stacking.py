@@ -1,4 +1,4 @@
-"""Stacked units train as if each had an optimizer of its own."""
+"""Stacked units train as if each had its own optimizer."""
 
 from __future__ import annotations
 

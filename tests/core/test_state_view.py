@@ -1,4 +1,4 @@
-"""What `optimizer.state` shows is a view of the stacks that may be read, written and copied."""
+"""`optimizer.state` shows views of the stacks that may be read, written and copied."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_state_shows_one_unit_per_entry_under_stable_names_from_the_start() -> N
 
 def test_state_entries_alias_the_stacks_and_no_other_unit() -> None:
     model = mlp()
-    optimizer = SIRFShampoo(model)
+    optimizer = SIRFShampoo(model, structures="dense")
     for entry in optimizer.state.values():
         entry["momentum_buffer"].fill_(3.0)
         entry["preconditioner.0.mat"].fill_(2.0)

@@ -1,4 +1,4 @@
-"""Steps take closures, scaled and accumulated gradients as those of torch do."""
+"""Steps take closures, scaled and accumulated gradients, as in torch."""
 
 from __future__ import annotations
 

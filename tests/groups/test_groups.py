@@ -1,4 +1,4 @@
-"""The built-in grouping rules, by their contract and on shapes worked out by hand."""
+"""The built-in groupings, by their contract and on shapes worked out by hand."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_unclaimed_parameters_are_named() -> None:
 
 
 class _Padded(FlattenAndConcatenate):
-    """Leaves entries of the grouped tensor that belong to no parameter."""
+    """Makes grouped tensors with entries that belong to no parameter."""
 
     def identify(self, model: nn.Module) -> list[list[nn.Parameter]]:
         return [list(model.parameters())]

@@ -83,7 +83,7 @@ def test_eigh_tries_again_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)
     values, Q = eigh(A)
-    # the stack, then row by row, so that one that fails does not change the others
+    # the stack first, then each row, so that a failing row does not change the others
     assert dtypes == [torch.float32] + 2 * [torch.float32, torch.float64]
     assert values.dtype == torch.float32
     assert ((Q * values.unsqueeze(-2)) @ Q.mT - A).norm() < 1e-5 * A.norm()

@@ -1,4 +1,4 @@
-"""Null spaces of eigenbases: what rounding must not decide."""
+"""Null spaces of eigenbases do not depend on rounding."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_first_basis_has_numpys_singular_vectors_and_values(kind: str, scale
     rotated = Q.mT @ X @ X.mT @ Q
     tolerance = 1e-13 if scale == 1 else 1e-5
     assert (rotated - values.diag_embed()).abs().max() < tolerance * largest
-    # null spaces agree as spaces
+    # null spaces agree as subspaces
     null = torch.from_numpy(U) * (values <= 1e-12 * largest).unsqueeze(-2)
     ours = Q * (values <= 1e-12 * largest).unsqueeze(-2)
     assert (null @ null.mT - ours @ ours.mT).abs().max() < max(tolerance, 1e-12)
@@ -115,8 +115,8 @@ def test_the_null_space_is_that_of_a_complete_qr_decomposition() -> None:
     U = torch.linalg.qr(torch.randn(3, 9, 4, dtype=torch.float64))[0]
     Q = complete_basis(U, torch.zeros(3, 4, dtype=torch.bool))
     complete = torch.linalg.qr(U, mode="complete")[0]
-    # signs that make the product with cos(0), cos(1), ... positive change nothing here, but for
-    # those of U itself
+    # the rule's signs, for a positive product with cos(0), cos(1), ..., change nothing here but
+    # the columns of U itself
     assert _distance(Q, complete) < 1e-13
     flipped = U * torch.tensor([1.0, -1.0, -1.0, 1.0])
     assert torch.equal(complete_basis(flipped, torch.zeros(3, 4, dtype=torch.bool)), Q)
@@ -137,7 +137,7 @@ def _spectral(values: Tensor, U: Tensor) -> Tensor:
 
 
 def _by_the_rule(S: Tensor, Q: Tensor, rank: int, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Refresh one basis as the rule says: leading columns sorted by a key, then null ones."""
+    """Refresh one basis by the rule: leading columns sorted by a key, then null ones."""
     quotients = (Q.mT @ S @ Q).diagonal()
     null = quotients <= 4 * len(S) ** 0.5 * torch.finfo(S.dtype).eps * quotients.max()
     leading = (~null).nonzero().squeeze(1)
@@ -155,7 +155,7 @@ def test_a_refresh_sorts_leading_columns_and_keeps_null_ones() -> None:
     U = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
     values = torch.tensor([1.0, 3.0, 0.0, 2.0, 0.0, 5.0, 4.0, 0.0, 0.0], dtype=torch.float64)
     S = _spectral(values, U)
-    # near the eigenvectors in the range, exact beside it, and in any order
+    # close to the eigenvectors in the range, exact in the null space, in any order
     mixed = torch.linalg.matrix_exp(0.1 * torch.randn(rank, rank, dtype=torch.float64).tril(-1))
     Q = U.clone()
     Q[:, values > 0] = U[:, values > 0] @ torch.linalg.qr(mixed)[0]
@@ -268,7 +268,7 @@ def test_rows_that_fail_when_they_are_decomposed_again_are_named(
 
 
 def test_a_long_axis_beside_a_short_one_costs_a_small_problem() -> None:
-    # an eigendecomposition of this size takes a hundred times as long
+    # an eigendecomposition of this size takes 100 times as long
     X = torch.randn(1, 2000, 4)
     sizes = []
     real = torch.linalg.svd

@@ -64,7 +64,7 @@ def test_gram_form_is_the_standard_form(coefficients: str, steps: int) -> None:
 
 @pytest.mark.parametrize("coefficients", ["polar_express", "simple"])
 def test_gram_form_rounds_no_worse_than_the_standard_form(coefficients: str) -> None:
-    # many steps blow up the rounding errors of tiny singular values in either form
+    # many steps magnify the rounding errors of tiny singular values in both forms
     polynomials = coefficients_of(coefficients, 16)  # type: ignore[arg-type]
     for seed, (rows, columns) in enumerate([(20, 60), (60, 400)]):
         sigma = torch.logspace(0, -6, rows, dtype=torch.float64)
@@ -127,7 +127,7 @@ def test_coefficients_go_on_as_published() -> None:
 def test_published_tables_bring_singular_values_near_one(
     kind: str, lower: float, upper: float, largest: float
 ) -> None:
-    # a wrong number in a table spoils this; "simple" leaves small ones small after its one triple
+    # finds wrong numbers in a table; "simple" has one triple and leaves small values small
     sigma = torch.logspace(-2, 0, 300, dtype=torch.float64) * largest
     for a, b, c in COEFFICIENTS[kind].steps:
         sigma = a * sigma + b * sigma**3 + c * sigma**5
@@ -141,7 +141,7 @@ def test_published_tables_bring_singular_values_near_one(
         ("cubic5", 4, "exactly 5 steps, got 4"),
         ("cubic5", 6, "exactly 5 steps, got 6"),
         ("aol", 5, "at most 4 steps, got 5"),
-        ("quintik", 5, "Unknown Newton-Schulz coefficients 'quintik'. Known are simple"),
+        ("quintik", 5, "Unknown Newton-Schulz coefficients 'quintik'. Use simple"),
         ("quintic", 0, "integer of at least 1, got 0"),
         ("quintic", True, "integer of at least 1, got True"),
         ("quintic", 2.5, "integer of at least 1, got 2.5"),
@@ -189,7 +189,7 @@ def test_scale_does_not_matter_and_nothing_is_infinite(precision: str, coefficie
 def test_scales_whose_squares_are_out_of_range(
     shape: tuple[int, int], dtype: torch.dtype, scales: tuple[float, ...], tolerance: float
 ) -> None:
-    # entries of at least 1/2, so that none falls out of the range of normal numbers
+    # entries of at least 1/2, so that none becomes subnormal
     entries = 0.5 + torch.rand(shape, dtype=torch.float64)
     matrix = entries * torch.where(torch.rand(shape) < 0.5, -1.0, 1.0)
     U, singular, V = np.linalg.svd(matrix.numpy(), full_matrices=False)
@@ -282,7 +282,7 @@ def test_native_bfloat16_is_what_the_device_says(monkeypatch: pytest.MonkeyPatch
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda f=features: f, raising=False)
         assert native(torch.device("cpu")) is expected
-    # a GPU that only emulates it has none
+    # a GPU that only emulates bfloat16
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
     )
@@ -328,7 +328,7 @@ def test_polar_factor_measures_what_is_zero_by_the_longer_side(shape: tuple[int,
 def test_bfloat16_is_rounded_only_where_a_matrix_is_stored(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # as in the published iteration: 0.012; with sums rounded on the way it is 0.03
+    # 0.012 as in the published iteration; 0.03 if sums were rounded on the way
     monkeypatch.setattr(polar, "has_native_bfloat16", lambda device: True)
     matrix = torch.randn(shape)
     exact = newton_schulz(matrix.double(), coefficients="simple")

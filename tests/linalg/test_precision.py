@@ -1,4 +1,4 @@
-"""The settings of products: as wanted inside, as they were outside, and never less than asked."""
+"""Precision settings: as requested inside contexts, restored outside, never less precise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ZEN = {"cpu_name": "AMD EPYC", "avx512_f": True, "amx_bf16": False}
 
 
 def _setting(*values: str) -> Setting:
-    """Return what stands in for a setting, so that the real ones stay alone."""
+    """Return a fake setting, so that the real ones do not change."""
     written = list(values)
     return Setting(lambda: written[-1], written.append)
 

@@ -1,4 +1,4 @@
-"""Products of stacks: as `@` computes them, and in the strides that oneDNN is fast with."""
+"""Products of stacks: equal to `@`, with strides at which oneDNN is fast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRODUCTS = ("bmm", "baddbmm")
 
 
 class _Operands(TorchDispatchMode):
-    """Collects shapes and strides of what batched products are given."""
+    """Collects the shapes and strides of the operands of batched products."""
 
     def __init__(self) -> None:
         super().__init__()

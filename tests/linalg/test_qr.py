@@ -1,4 +1,4 @@
-"""Orthogonal factors against torch's QR, above all where panels of reflections are used."""
+"""Orthogonal factors against torch's QR, especially by panels of reflections."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _rank_deficient(n: int) -> Tensor:
 
 
 def _graded(n: int) -> Tensor:
-    """Columns of very different lengths, as those of a basis times its factor are."""
+    """Return columns of very different lengths, like a factor times its basis."""
     return torch.randn(2, n, n) * torch.logspace(0, -12, n)
 
 
@@ -35,13 +35,13 @@ MATRICES: dict[str, Callable[[int], Tensor]] = {
     "tiny": lambda n: 1e-35 * torch.randn(2, n, n),
     "huge": lambda n: 1e35 * torch.randn(2, n, n),
 }
-# below and above the size from which panels are used; not a multiple of their width
+# below and above the smallest size for panels; not a multiple of their width
 SIZES = [60, 515, 640]
 
 
 @pytest.fixture(params=["reflections", "Cholesky"], autouse=True)
 def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run what accelerators run, too."""
+    """Run the accelerators' algorithm too."""
     if request.param == "Cholesky":
         monkeypatch.setattr(qr, "_reflections_are_slow", lambda device: True)
     return str(request.param)
@@ -62,7 +62,7 @@ def test_is_the_orthogonal_factor(kind: str, n: int, dtype: torch.dtype) -> None
     R = Q.mT.double() @ matrix.double()
     largest = matrix.abs().max().double()
     assert R.tril(-1).abs().max() < 100 * n**0.5 * eps * largest
-    # the columns of graded matrices are right one by one, not only the large ones
+    # every column of a graded matrix is accurate, not only the long ones
     lengths = torch.linalg.vector_norm(matrix.double(), dim=-2, keepdim=True)
     assert (R.tril(-1).abs() <= 100 * n**0.5 * eps * lengths).all()
 
@@ -89,7 +89,7 @@ def test_cholesky_says_what_can_be_relied_on() -> None:
     assert (errors[reliable] < 1e-5).all()
     assert reliable[:15][conditions < 900].all()
     assert not reliable[-3:].any()
-    # lengths of columns are no matter, also where they are far apart
+    # very different lengths of columns do not matter
     graded = torch.linalg.qr(torch.randn(n, n))[0] * torch.logspace(0, -18, n)
     assert cholesky_qr2(graded.unsqueeze(0))[1].all()
 

@@ -56,7 +56,7 @@ def test_stacks_of_any_order_are_their_matrices(method) -> None:
 
 @pytest.mark.parametrize("method", ["coupled_newton", "newton_db"])
 def test_iterations_do_not_depend_on_the_rest_of_the_stack(method) -> None:
-    # they converge after different numbers of steps, and the last one not at all
+    # they converge after different numbers of steps, the last one never
     A = torch.cat([_psd(condition, batch=1) for condition in (1.5, 3, 100, 1e4, 1e16)])
     together = matrix_inverse_root(A, 2, method=method)
     for matrix, expected in zip(A, together, strict=True):
@@ -74,7 +74,7 @@ def test_damping_can_differ_from_matrix_to_matrix() -> None:
 def test_eigenvalues_that_rounding_made_negative_give_finite_roots() -> None:
     A = torch.diag(torch.tensor([1.0, 1e-3, -1e-6]))
     actual = matrix_inverse_root(A, 4, 1e-8)
-    # shifted up by 1e-6, so the smallest one is the damping
+    # shifted up by 1e-6, so the smallest eigenvalue is the damping
     assert actual.isfinite().all()
     assert actual[2, 2].item() == pytest.approx(1e-8**-0.25, rel=1e-3)
 
@@ -92,5 +92,5 @@ def test_half_precision_is_computed_in_float32() -> None:
 
 @pytest.mark.parametrize(("method", "root"), [("newton_db", 3), ("coupled_newton", 2.5), ("lu", 2)])
 def test_unknown_combinations_raise(method, root: float) -> None:
-    with pytest.raises(StructPrecondError, match=f"No method '{method}'.*order {root}"):
+    with pytest.raises(StructPrecondError, match=f"Method '{method}'.*order {root}"):
         matrix_inverse_root(torch.eye(2), root, method=method)

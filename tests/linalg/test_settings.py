@@ -1,4 +1,4 @@
-"""Settings of the process: what threads want at the same time, and what comes back afterwards."""
+"""Settings of the process: simultaneous requests of threads, and restored values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VALUES = "none", "tf32", "ieee"
 
 
 class OtherThread(ExitStack):
-    """Enters contexts in another thread, and leaves them all there."""
+    """Enters and leaves contexts in another thread."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class OtherThread(ExitStack):
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Setting:
-    """Return what stands in for the setting of CUDA, so that the real one stays alone."""
+    """Return a fake setting of CUDA, so that the real one does not change."""
     written = ["none"]
     setting = Setting(lambda: written[-1], written.append)
     monkeypatch.setattr(precision, "_SEPARATE", True)
@@ -80,7 +80,7 @@ def _write(place: tuple[str, str], value: str) -> None:
         ("tf32", full_precision, fast_float32, "ieee"),
         ("none", full_precision, full_precision, "ieee"),
         ("none", reduced_precision, reduced_precision, "tf32"),
-        # who is inside of a context without a wish gets what the settings said
+        # a thread whose context requests nothing needs the outer value
         ("none", reduced_precision, fast_float32, "none"),
         ("ieee", reduced_precision, fast_float32, "ieee"),
         ("tf32", reduced_precision, fast_float32, "tf32"),
@@ -213,7 +213,7 @@ def test_settings_go_on_inheriting(context: Context, backend: str) -> None:
     places = [("generic", "all"), (backend, "all"), (backend, "matmul")]
 
     def behaviour(values: tuple[str, ...], enter: bool) -> list[str]:
-        """Return what is read at first, and what becomes of it when parents change."""
+        """Return the value read at first, and the values after parents change."""
         for place, value in zip(places, values, strict=True):
             _write(place, value)
         if enter:

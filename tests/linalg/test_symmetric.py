@@ -1,4 +1,4 @@
-"""Symmetric products, of sizes that are computed in whole and by halves, against plain ones."""
+"""Symmetric products against plain ones, at sizes computed in full and by halves."""
 
 from __future__ import annotations
 

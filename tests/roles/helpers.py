@@ -1,4 +1,4 @@
-"""Models to put together, and what is expected of their parameters."""
+"""Building blocks of models, and the expected roles of their parameters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def at(*paths: str, **parts: Expected) -> Expected:
 
 
 def check(model: nn.Module, expected: Expected) -> Roles:
-    """Compare with what is expected, parameter by parameter and in the model's order."""
+    """Compare roles with the expected ones, for each parameter in the model's order."""
     roles = infer_roles(model)
     assert {name: role.role for name, role in roles.items()} == expected
     assert [(n, r.shape) for n, r in roles.items()] == [
@@ -43,7 +43,7 @@ def check(model: nn.Module, expected: Expected) -> Roles:
 
 
 class Bag(nn.Module):
-    """Whatever modules and parameters, registered in the given order."""
+    """Any modules and parameters, registered in the given order."""
 
     def __init__(self, **parts: nn.Module | nn.Parameter) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The role of every parameter of well-known architectures, which are made without weights.
+"""The role of every parameter of well-known architectures, built without weights.
 
-The packages that hold them need not be installed.
+Architectures whose packages are not installed are skipped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Convolutions of each channel by itself."""
+"""Depthwise convolutions."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def test_group_per_channel(layer: type[nn.Conv2d]):
         check(Bag(conv=layer(4, outputs, 3, groups=4), **last), at("", conv=DEPTHWISE, last=HEAD))
     grouped = at("", conv=CONV | {"bias": "bias"}, last=HEAD)
     check(Bag(conv=layer(4, 4, 3, groups=2), **last), grouped)
-    # a single channel is a picture, not a channel by itself
+    # one channel is the whole picture, not a depthwise convolution
     check(Bag(conv=layer(1, 4, 3), **last), grouped)
 
 
 def test_is_no_output():
-    """Neither by its name nor by its place."""
+    """A depthwise convolution is no output layer, by its name or its place."""
     check(Bag(body=nn.Conv2d(3, 4, 3, bias=False), head=nn.Conv2d(4, 4, 1, groups=4)),
           at("", body=CONV, head=DEPTHWISE))  # fmt: skip
 

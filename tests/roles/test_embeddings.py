@@ -1,4 +1,4 @@
-"""Embeddings that are no `nn.Embedding`."""
+"""Embeddings that are not an `nn.Embedding`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_learned_latents(name: str, shape: tuple[int, ...]):
 
 
 def test_low_rank_embedding():
-    """As in peft: the two factors of what is added to an embedding, and DoRA's magnitudes."""
+    """As in peft: LoRA's two factors for an embedding, and DoRA's magnitudes."""
     table = Bag(
         base_layer=nn.Embedding(9, 4),
         lora_embedding_A=nn.ParameterDict({"default": param(2, 9)}),

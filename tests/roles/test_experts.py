@@ -1,4 +1,4 @@
-"""What chooses among experts, and what is called a gate but does not."""
+"""Routers, and gates that are no routers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXPERTS = at("experts.0", "experts.1", "experts.2", **{"": SWIGLU})
 def test_gate_with_a_row_per_expert():
     roles = check(moe(), {"gate.weight": "router"} | EXPERTS)
     assert roles["gate.weight"].reason == "named gate, with one row per expert"
-    # another number of rows: the gate of something else
+    # another number of rows: no gate of these experts
     check(moe(rows=8), {"gate.weight": "matrix"} | EXPERTS)
 
 
@@ -48,7 +48,7 @@ def test_gate_of_an_mlp_is_a_matrix(gate: str, width: int):
     mlp = Bag(**{gate: nn.Linear(4, width)}, up=nn.Linear(4, width), down=nn.Linear(width, 4))
     expected = at("mlp", **{gate: LINEAR}, up=LINEAR, down=LINEAR)
     check(Bag(mlp=mlp, head=nn.Linear(4, 2)), expected | at("", head=HEAD))
-    # in an expert too, even with as many features as there are experts
+    # also inside an expert, even with as many features as experts
     experts = Bag(experts=nn.ModuleList([mlp, *[swiglu() for _ in range(width - 1)]]))
     inside = {n.replace("mlp", "experts.0"): r for n, r in expected.items()}
     others = at(*(f"experts.{i}" for i in range(1, width)), **{"": SWIGLU})
@@ -64,7 +64,7 @@ def test_gate_beside_experts_in_one_parameter():
     experts = {"experts.up": "experts", "experts.down": "experts"}
     check(Bag(gate=nn.Linear(4, 3), experts=Experts()), at("", gate=ROUTER) | experts)
     check(Bag(gate=nn.Linear(4, 5), experts=Experts()), at("", gate=LINEAR) | experts)
-    # not in a linear layer, it may lie the other way round
+    # outside a linear layer, it may be transposed
     check(Bag(wg=param(4, 3), experts=Experts()), {"wg": "router"} | experts)
     check(Bag(wg=param(4, 4), experts=Experts()), {"wg": "matrix"} | experts)
     gate = Bag(wg=nn.Linear(4, 3))
@@ -72,7 +72,7 @@ def test_gate_beside_experts_in_one_parameter():
 
 
 def test_gate_with_several_layers_and_several_gates():
-    """As in a mixture of experts for many tasks."""
+    """As in a multi-task mixture of experts."""
     experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
     gates = nn.ModuleList([nn.Linear(4, 3) for _ in range(2)])
     inside = at("experts", **{"0": LINEAR, "1": LINEAR, "2": LINEAR})
@@ -82,7 +82,7 @@ def test_gate_with_several_layers_and_several_gates():
 
 
 def test_routers_are_known_by_their_names():
-    """As in the Switch Transformer, whose router has a classifier, and in others."""
+    """As in the Switch Transformer, whose router has a classifier."""
 
     class TopKRouter(Bag):
         pass

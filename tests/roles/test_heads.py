@@ -1,4 +1,4 @@
-"""Output layers, with common names and without."""
+"""Output layers, with and without common names."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_mlps():
 
 
 def test_autoencoder():
-    """An encoder and a decoder are alike, but not repeated blocks."""
+    """An encoder and a decoder are similar, but not repeated blocks."""
     halves = at("", encoder__0=LINEAR, encoder__2=LINEAR, decoder__0=LINEAR, decoder__2=HEAD)
     check(Bag(encoder=mlp(6, 4, 2), decoder=mlp(2, 4, 6)), halves)
     down, up = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 3, 3)
@@ -96,7 +96,7 @@ def test_named_heads(name: str):
 
 
 def test_transform_named_head():
-    """As in ModernBERT: `head` ends in a norm, and the output layer comes behind it."""
+    """As in ModernBERT: `head` ends in a norm, and the output layer follows it."""
 
     def model() -> Any:
         head = Bag(dense=nn.Linear(8, 8), norm=nn.LayerNorm(8))

@@ -59,7 +59,7 @@ def test_tied_head_names_both():
 
 
 def test_tied_head_of_any_name_leaves_the_last_linear_alone():
-    """As in BERT: the transform is the last linear but one, and the last is tied."""
+    """As in BERT: the last linear layer is tied, the one before it is a transform."""
     embedding, decoder = nn.Embedding(11, 8), nn.Linear(8, 11)
     decoder.weight = embedding.weight
     model = Bag(words=embedding, decoder=decoder, transform=nn.Linear(8, 8))
@@ -195,10 +195,10 @@ def test_fused_projections(name: str):
     body = Bag(lm_head=nn.Linear(4, 4), **{name: nn.Linear(4, 12)})
     check(body, at("", lm_head=HEAD, **{name: fused}))
     check(Bag(lm_head=Conv1D(4, 4), **{name: Conv1D(4, 12)}), at("", lm_head=HEAD, **{name: fused}))
-    # A layer inside of what is named so, with a norm beside it, for example.
+    # A layer inside a module of this name, for example next to a norm.
     inner = Bag(lm_head=nn.Linear(4, 4), **{name: Bag(linear=nn.Linear(4, 12))})
     check(inner, at("", lm_head=HEAD, **{f"{name}__linear": fused}))
-    # What is not longer along its outputs cannot be three projections.
+    # A layer without more outputs than inputs cannot be three projections.
     for layer in (nn.Linear(12, 4), nn.Linear(4, 4), Conv1D(12, 4)):
         check(Bag(lm_head=nn.Linear(4, 4), **{name: layer}), at("", lm_head=HEAD, **{name: LINEAR}))
 

@@ -1,4 +1,4 @@
-"""Output layers without a name: the last layer of a whole model, and none of a part of one."""
+"""Output layers without a name: the last layer of a whole model; parts of models have none."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def test_unet():
     }  # fmt: skip
     body = at(*parts, conv=CONV, norm=NORM)
     roles = check(Bag(**parts, last=nn.Conv2d(4, 2, 1)), body | at("", last=HEAD))
-    reason = "output layer: last convolution, of size 1, outside of blocks"
+    reason = "output layer: last 1x1 convolution outside repeated blocks"
     assert roles["last.weight"].reason == reason
     check(Bag(**parts, outc=Bag(conv=nn.Conv2d(4, 2, 1))), body | at("outc", conv=HEAD))
-    # a wider one may be one of many
+    # a larger kernel may be any convolution
     check(Bag(**parts, last=nn.Conv2d(4, 2, 3)), body | at("", last=FILTER))
-    # what is normalized is no output
+    # an output is not normalized
     check(Bag(**parts, last=nn.Conv2d(4, 2, 1), bn=nn.BatchNorm2d(2)),
           body | at("", last=FILTER, bn=NORM))  # fmt: skip
-    # one of a list, and what leads to latent features
+    # a layer in a list, and an encoder's last layer
     check(Bag(**parts, scales=nn.ModuleList([nn.Conv2d(4, 2, 1)])),
           body | at("scales", **{"0": FILTER}))  # fmt: skip
     check(Bag(**parts, encoder=Bag(last=nn.Conv2d(4, 2, 1))), body | at("encoder", last=FILTER))
-    # beside the way
+    # in a side branch
     time = nn.Linear(4, 4)
     check(Bag(**parts, last=nn.Conv2d(4, 2, 1), time_mlp=time),
           body | at("", last=HEAD, time_mlp=LINEAR))  # fmt: skip
@@ -53,11 +53,11 @@ def test_unet():
 def test_last_of_linear_layers_and_convolutions():
     conv, fc = nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
     check(Bag(conv=conv, fc=fc), at("", conv=FILTER, fc=HEAD))
-    # as in a generator of pictures: what is first is no output
+    # as in an image generator: the first layer is no output
     check(Bag(fc=fc, up=nn.ConvTranspose2d(4, 3, 4)), at("", fc=LINEAR, up=FILTER))
     first = nn.Conv2d(3, 4, 3)
     check(Bag(first=first, fc=fc, conv=conv), at("", first=FILTER, fc=LINEAR, conv=HEAD))
-    # alone it may be any part of a model, such as a squeeze-and-excitation
+    # alone, it may be any part of a model, such as squeeze-and-excitation
     check(Bag(fc1=conv, fc2=conv), at("", fc1=FILTER))
 
 
@@ -90,7 +90,7 @@ def test_block():
 
 
 def test_block_of_any_class():
-    """Its linear layers lead to more features and back."""
+    """A block's linear layers lead to more features and back."""
     check(Bag(**dict(DecoderLayer().named_children())), LAYER)
     mixed = Bag(dw=nn.Conv2d(4, 4, 3, groups=4), norm=nn.LayerNorm(4), up=nn.Linear(4, 8),
                 down=nn.Linear(8, 4), scale=param(4))  # fmt: skip
@@ -104,7 +104,7 @@ def test_parts_are_known_by_their_class(name: str):
     part = type(name, (Bag,), {})(fc1=nn.Linear(4, 3), fc2=nn.Linear(3, 2))
     check(part, at("", fc1=LINEAR, fc2=LINEAR))
     assert not heads(type(name, (Bag,), {})(out=nn.Conv2d(4, 2, 1)))
-    # but its class or a name may still say that there is one
+    # but its class or a name may still be that of a head
     named = type(name, (Bag,), {})(fc=nn.Linear(4, 4), lm_head=nn.Linear(4, 9))
     check(named, at("", fc=LINEAR, lm_head=HEAD))
 
@@ -131,7 +131,7 @@ def test_one_mlp_block():
     for cls in (MLP, FeedForward, Bag):
         check(cls(fc1=up, fc2=down), at("", fc1=LINEAR, fc2=LINEAR))
     check(SwiGLU(), at("", w1=LINEAR, w2=LINEAR, w3=LINEAR))
-    check(MLP(proj=nn.Linear(4, 8)), at("", proj=LINEAR))  # of a decode head
+    check(MLP(proj=nn.Linear(4, 8)), at("", proj=LINEAR))  # names of decode heads
     # whole models
     check(MLP(fc1=nn.Linear(4, 8), fc2=nn.Linear(8, 3)), at("", fc1=LINEAR, fc2=HEAD))
     check(MLP(fc1=nn.Linear(4, 4), fc2=nn.Linear(4, 3)), at("", fc1=LINEAR, fc2=HEAD))

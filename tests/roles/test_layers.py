@@ -44,10 +44,10 @@ def test_norms():
     check(model, expected)
 
     class Scaled(nn.LayerNorm):
-        """Known by its base class."""
+        """Recognized by its base class."""
 
     class FrozenNorm2d(nn.Module):
-        """Known by its name, also with several axes."""
+        """Recognized by its name, also with several axes."""
 
         def __init__(self) -> None:
             super().__init__()

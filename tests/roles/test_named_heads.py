@@ -1,4 +1,4 @@
-"""Output layers that are known by their names: of detectors, segmentation nets and agents."""
+"""Output layers recognized by their names: in detectors, segmentation nets and agents."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_dueling_network():
 
 
 def test_value_of_attention_is_no_head():
-    """Neither in a layer that is known to be attention, nor beside a key."""
+    """`value` is no head in attention or next to a key."""
     names = ("query", "key", "value")
     projections = {name: nn.Linear(4, 4) for name in names}
     model = Bag(words=Bag(**projections), head=nn.Linear(4, 2))
@@ -66,7 +66,7 @@ def test_class_embedding_is_no_head():
 
 
 def test_innermost_name_counts():
-    """A decode head has much in it, and its classifier is the head."""
+    """A decode head has many layers; the head is its classifier."""
     decode_head = Bag(
         linear_c=nn.ModuleList([Bag(proj=nn.Linear(4, 4)), Bag(proj=nn.Linear(8, 4))]),
         linear_fuse=nn.Conv2d(8, 4, 1, bias=False),
@@ -96,7 +96,7 @@ def test_detector():
 
 
 def test_head_of_every_scale():
-    """As in SSD: a list in a head, each of another number of channels."""
+    """As in SSD: a list of heads, each with another number of channels."""
     lists = nn.ModuleList([nn.Conv2d(4, 6, 3), nn.Conv2d(8, 6, 3), nn.Conv2d(8, 6, 3)])
     expected = at("classification_head.module_list", **{"0": HEAD, "1": HEAD, "2": HEAD})
     check(Bag(classification_head=Bag(module_list=lists)), expected)
@@ -107,7 +107,7 @@ def test_head_of_every_scale():
 
 
 def test_conv_head_comes_before_the_classifier():
-    """As in EfficientNet, with and without what follows."""
+    """As in EfficientNet, with and without the layers that follow."""
     model = Bag(conv_head=nn.Conv2d(4, 8, 1, bias=False), bn2=nn.BatchNorm2d(8))
     check(model, at("", conv_head=CONV, bn2=NORM))
     model.classifier = nn.Linear(8, 3)
@@ -115,7 +115,7 @@ def test_conv_head_comes_before_the_classifier():
 
 
 def test_encoder_has_no_output_convolution():
-    """The one of the encoder of an autoencoder leads to the latent features."""
+    """The last convolution of an autoencoder's encoder leads to latent features."""
     parts = {name: Bag(conv_in=nn.Conv2d(4, 4, 3), conv_out=nn.Conv2d(4, 4, 3))
              for name in ("encoder", "decoder")}  # fmt: skip
     check(Bag(**parts), at("encoder", conv_in=FILTER, conv_out=FILTER)
@@ -137,7 +137,7 @@ def test_classes():
 
 
 def test_what_a_predictor_follows_is_no_head():
-    """As in Mask R-CNN: a box head makes features, of which a box predictor makes boxes."""
+    """As in Mask R-CNN: a box head computes features for a box predictor."""
     box_head = Bag(fc6=nn.Linear(4, 8), fc7=nn.Linear(8, 8))
     box_predictor = Bag(cls_score=nn.Linear(8, 3), bbox_pred=nn.Linear(8, 12))
     expected = at("roi_heads.box_head", fc6=LINEAR, fc7=LINEAR)
@@ -149,7 +149,7 @@ def test_what_a_predictor_follows_is_no_head():
 
 @pytest.mark.parametrize("name", ["aux", "aux1", "aux_classifier", "AuxLogits"])
 def test_auxiliary_heads(name: str):
-    """As in GoogLeNet: they do not stand in place of a head without a name."""
+    """As in GoogLeNet: they do not replace a head without a name."""
     aux = Bag(fc1=nn.Linear(4, 4), fc2=nn.Linear(4, 2))
     expected = at(name, fc1=LINEAR, fc2=HEAD)
     check(Bag(**{name: aux}, fc=nn.Linear(4, 2)), expected | at("", fc=HEAD))

@@ -1,4 +1,4 @@
-"""Weights with three axes: layers for a scan, and heads apart."""
+"""Weights with three axes: stacked layers, and separate heads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Attention(nn.Module):
 
 
 def test_projections_of_xlnet():
-    """Of the shape (d, heads, d_head), they are matrices."""
+    """Projections of shape (d, heads, d_head) are matrices."""
     expected = {f"rel_attn.{name}": "matrix" for name in "qkvor"}
     expected |= {"rel_attn.r_w_bias": "bias", "rel_attn.seg_embed": "embedding"}
     roles = check(Bag(rel_attn=Attention(8, 2, 4)), expected)
@@ -35,14 +35,14 @@ def test_projections_of_xlnet():
 
 
 def test_heads_first():
-    """Of the shape (heads, d, d_head), each is a matrix by itself."""
+    """In the shape (heads, d, d_head), each head is a matrix."""
     expected = {f"attn.{name}": "stack" for name in "qkvor"}
     check(Bag(attn=Attention(2, 8, 4)), expected
           | {"attn.r_w_bias": "bias", "attn.seg_embed": "embedding"})  # fmt: skip
 
 
 class Layers(nn.Module):
-    """All layers of an MLP in one, as `torch.func.stack_module_state` and scans have them."""
+    """All layers of an MLP in one module, as for `torch.func.stack_module_state` and scans."""
 
     def __init__(self, count: int, d: int, h: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def test_layers_for_a_scan(count: int):
 
 
 def test_numbered_layers_are_no_stack():
-    """What stands in one of many layers is not that of all of them."""
+    """A weight in one of many layers is not a stack of all layers."""
     blocks = nn.ModuleList([Bag(mix=param(5, 4, 3)) for _ in range(2)])
     check(Bag(layers=blocks), {"layers.0.mix": "other", "layers.1.mix": "other"})
 

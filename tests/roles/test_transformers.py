@@ -1,4 +1,4 @@
-"""The role of every parameter of models of `transformers`, which need not be installed."""
+"""The role of every parameter of `transformers` models; skipped without the package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def build(model: str, config: str, **settings: Any) -> Any:
 
 
 def check(model: Any, expected: Expected) -> None:
-    """Compare with what is expected, parameter by parameter and in the model's order."""
+    """Compare roles with the expected ones, for each parameter in the model's order."""
     roles = infer_roles(model)
     assert {name: role.role for name, role in roles.items()} == expected
     assert list(roles) == [name for name, _ in model.named_parameters()]

@@ -92,7 +92,7 @@ def test_resnet50():
 @pytest.mark.parametrize("fc", [None, nn.Linear(32, 5)])
 @pytest.mark.parametrize("count", [1, 2])
 def test_linears_in_blocks_are_no_heads(count: int, fc: nn.Module | None):
-    """Squeeze-and-excitation; with a block per stage the stages are the repeated blocks."""
+    """As in squeeze-and-excitation; with one block per stage, the stages repeat."""
     blocks = [f"layer{stage}.{i}" for stage in (1, 2, 3, 4) for i in range(count)]
     expected = resnet_roles(blocks, FIRST, convs=2)
     expected |= at(*blocks, se__0=LINEAR, se__2=LINEAR)
@@ -136,7 +136,7 @@ def test_vit():
 
 
 def test_backbone_whose_head_was_taken_off():
-    """As in timm: the linear layer that is left is not promoted."""
+    """As in timm: the remaining linear layer is no head."""
     check(vit(pre=nn.Linear(4, 4), head=nn.Identity()), VIT | at("", pre=LINEAR))
     check(vit(pre=nn.Linear(4, 4), head=nn.Conv2d(4, 3, 1)),
           VIT | at("", pre=LINEAR, head=HEAD))  # fmt: skip

@@ -1,4 +1,4 @@
-"""What stands in for parameters or around modules, and tables of roles."""
+"""Parametrized parameters, wrapped modules, and tables of roles."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_older_stand_ins():
 
 
 def test_wrappers_do_not_count():
-    """Not around the model, not around a block, not around a layer."""
+    """Wrappers around a model, a block or a layer change no role."""
     module = GPT | gpt_blocks()
     check(Bag(module=gpt()), {f"module.{name}": role for name, role in module.items()})
     compiled = Bag(module=Bag(_orig_mod=gpt()))
@@ -123,7 +123,7 @@ def test_table_is_aligned():
     lines = [
         "parameter    shape    role   reason",
         "--------------------------------------------------------------------------------",
-        "scale        scalar   other  a vector or scalar, in Bag; to change it, match 'scale'",
+        "scale        scalar   other  a vector or scalar, in Bag; to route it, match 'scale'",
         "conv.weight  4x3x2x2  conv   weight of Conv2d",
         "conv.bias    4        bias   bias of Conv2d",
     ]

@@ -1,4 +1,4 @@
-"""What the tests of SAM share: closures, bases, and SAM computed without moving parameters."""
+"""Shared by the tests of SAM: closures, bases, and SAM computed without moving parameters."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def train(model: nn.Module, sam: SAM, steps: int, start: int = 0) -> list[float]
 
 
 def square() -> Any:
-    """Return a model whose gradients have eigenbases that are unique but for signs, as of step 1.
+    """Return a model whose gradients from step 1 on have eigenbases that are unique up to signs.
 
-    With others, SOAP depends on how rounding picks a basis of a null space.
+    With other models, SOAP depends on how rounding picks a basis of a null space.
     """
     layers = nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)
     return nn.Sequential(*layers).double()
 
 
 def perturbation(params: dict[str, Tensor], grads: dict[str, Tensor], groups: Groups) -> Any:
-    """Compute e by name: one long vector, and the formulas of the papers."""
+    """Compute the perturbation e by name, as one long vector, with the papers' formulas."""
     T = {n: params[n].abs() if a else torch.ones_like(params[n]) for ns, _, a in groups for n in ns}
     norm = torch.cat([(T[n] * grads[n]).flatten() for n in T]).norm()
     rho = {n: r for names, r, _ in groups for n in names}
@@ -59,7 +59,7 @@ def perturbation(params: dict[str, Tensor], grads: dict[str, Tensor], groups: Gr
 def train_by_hand(
     model: nn.Module, base: Optimizer, groups: Groups, steps: int, sign: int = 1
 ) -> list[float]:
-    """Train without ever moving the model's parameters except by the base."""
+    """Train so that only the base moves the model's parameters."""
     losses = []
     for step in range(steps):
         params = dict(model.named_parameters())

@@ -1,4 +1,4 @@
-"""Batch norm counts the first pass of SAM alone."""
+"""Batch norm counts only the first pass of SAM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint of SAM resumes to the bit, also of its bare base or between the passes."""
+"""A checkpoint of SAM, of its bare base or between the passes, resumes bit for bit."""
 
 from __future__ import annotations
 

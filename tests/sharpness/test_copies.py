@@ -1,4 +1,4 @@
-"""Copies of SAM go on alike and apart."""
+"""Copies of SAM train equally and independently."""
 
 from __future__ import annotations
 

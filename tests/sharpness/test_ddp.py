@@ -1,4 +1,4 @@
-"""SAM under DistributedDataParallel: m-SAM, where every rank perturbs by its own gradient."""
+"""SAM under DistributedDataParallel: m-SAM, where each rank perturbs by its own gradient."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from structprecond import SAM, SOAP
-from tests import helpers
+from tests import helpers, processes
 from tests.helpers import assert_close, same_bits
 from tests.sharpness.helpers import square
 
@@ -72,9 +72,9 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, list[Tensor]]]:
-    """Return what every rank ended with."""
+    """Return the final values of every rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(work, (str(folder),), nprocs=RANKS)
+    start_processes(work, (str(folder),), nprocs=RANKS, start_method=processes.METHOD)
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(RANKS)]
 
 
@@ -110,7 +110,7 @@ def by_hand(case: str, bad: bool) -> list[Tensor]:
 def test_ranks_agree_with_each_other_and_with_one_process(
     case: str, bad: bool, results: list[dict[Any, list[Tensor]]]
 ) -> None:
-    """Also where the first pass fails on one rank, which the others do not see."""
+    """Also if the first pass fails on one rank, unnoticed by the others."""
     first, second = (result[case, bad] for result in results)
     assert same_bits(first, second)
     assert_close(first, by_hand(case, bad), 1e-9)

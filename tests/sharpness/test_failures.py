@@ -1,4 +1,4 @@
-"""SAM changes nothing when a closure, the base or the perturbation raises."""
+"""SAM changes nothing if a closure, the base or the perturbation raises."""
 
 from __future__ import annotations
 

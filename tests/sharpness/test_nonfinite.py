@@ -90,7 +90,7 @@ def test_nonfinite_parameter_skips_the_step() -> None:
 
 
 def test_first_pass_that_failed_is_known_by_its_gradients() -> None:
-    """Ranks that did not fail learn of it when the gradients are averaged: none may be finite."""
+    """Other ranks learn of a failed pass when gradients are averaged: none may be finite."""
     p, q = one(1.0, grad=[torch.inf]), one(2.0, grad=[1.0])
     sam = SAM([p, q], SGD, lr=0.1)
     sam.first_step(zero_grad=True)
@@ -99,7 +99,7 @@ def test_first_pass_that_failed_is_known_by_its_gradients() -> None:
     assert p.grad.isnan().all()
     assert q.grad.isnan().all()
     assert (p.item(), q.item(), sam.skipped) == (1.0, 2.0, 1)
-    p.grad, q.grad = torch.ones(1), torch.ones(1)  # cleared by someone else
+    p.grad, q.grad = torch.ones(1), torch.ones(1)  # cleared by other code
     with pytest.warns(UserWarning, match="first pass"):
         sam.second_step()
     assert (p.item(), q.item(), sam.skipped) == (1.0, 2.0, 1)

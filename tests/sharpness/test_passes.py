@@ -52,7 +52,7 @@ def test_closure_is_called_twice_with_cleared_gradients(who_clears: str) -> None
     with torch.no_grad():
         loss: Any = sam.step(closure)
     assert len(calls) == 2
-    assert calls[0] < calls[1]  # the second is of where the loss is high
+    assert calls[0] < calls[1]  # the second pass is at the perturbed point, where the loss is high
     assert loss.item() == calls[0]
     assert_close(torch.tensor(calls[0]), torch.tensor(expected[0]))
     assert_close(values(model), values(twin))

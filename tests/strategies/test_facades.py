@@ -1,4 +1,4 @@
-"""The named optimizers: every keyword is shown, documented, and reaches what it is for."""
+"""The named optimizers: every keyword is shown, documented and takes effect."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ COMMON = {
     "verbose_init",
 }
 FACTORS = {"structures", "preconditioner_dtypes", "refresh"}
-# keywords that become something else than a field or a hyperparameter of the same name
+# keywords that are neither a field nor a hyperparameter of the same name
 TRANSLATED = {
     "SOAP": {"merge_dims", "data_format"},
     "SIRFShampoo": {"batch_size"},

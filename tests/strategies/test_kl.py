@@ -33,7 +33,7 @@ def _along(vector: Tensor, axis: int, order: int) -> Tensor:
 
 
 def _turn(tensor: Tensor, matrices: list[Tensor], transpose: bool) -> Tensor:
-    """Multiply every axis with a matrix, or with its transpose."""
+    """Multiply every axis by a matrix, or by its transpose."""
     for axis, Q in enumerate(matrices):
         moved = torch.tensordot(Q.mT if transpose else Q, tensor, dims=([1], [axis]))
         tensor = moved.movedim(0, axis)
@@ -41,10 +41,10 @@ def _turn(tensor: Tensor, matrices: list[Tensor], transpose: bool) -> Tensor:
 
 
 class _DenseKL:
-    """KL-Shampoo (or KL-SOAP) for one tensor with a dense factor on every axis, as it is written.
+    """KL-Shampoo (or KL-SOAP) for one tensor with dense factors, as published.
 
-    The first moment is kept in the original coordinates; eigenbases come from numpy's conventions
-    only in so far as the direction does not depend on them.
+    The first moment is kept in the original coordinates. Eigenbases follow numpy's conventions,
+    on which the direction does not depend.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ def test_tensors_of_any_order_follow_the_dense_formulas(
 
 @pytest.mark.parametrize("clamping", [True, False])
 def test_small_eigenvalues_are_clamped_or_not(clamping: bool) -> None:
-    # roots of 100 at the start, where clamping allows 11 and 12 later
+    # inverse roots start at 100; clamping later allows 11 and 12
     p = nn.Parameter(torch.randn(11, 12, dtype=torch.float64))
     optimizer = KLShampoo(
         [p], lr=0.01, clamping=clamping, init_factor=1e-4, precondition_frequency=10**6
@@ -148,7 +148,7 @@ def test_clamped_eigenvalues_are_what_the_next_average_starts_from(
     p.grad = 1e-4 * torch.randn_like(p)
     oracle = _DenseKL(p.detach(), p.grad, make is KLSOAP, clamping)
     optimizer.step()
-    # after 400 small gradients the average alone is at 3e-5, the limits are from 1 / 144 to 1 / 100
+    # without clamping, 3e-5 after 400 small gradients; the limits are 1 / 144 to 1 / 100
     lowest = torch.inf
     for scale in [1e-4] * 400 + [1e-2] * 30:
         p.grad = scale * torch.randn_like(p)

@@ -1,12 +1,10 @@
-"""What every strategy has to survive: resume, copies, gradients that come and go, low precision."""
+"""Every strategy survives resume, copies, missing gradients and low precision."""
 
 from __future__ import annotations
 
 import ast
 import copy
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from inspect import getdoc, signature
@@ -18,6 +16,7 @@ from torch import nn
 
 from structprecond import SOAP, Shampoo, StructuredOptimizer, StructureError
 from structprecond.testing.table import Usage
+from tests import processes
 from tests.every_strategy import OPTIMIZERS, PROTOCOL, Make, every_strategy, strategy_of
 from tests.helpers import by_pickle, same_bits, through_a_file, values
 
@@ -74,7 +73,7 @@ def test_copies_go_on_alike(make: Make, copier: Callable[[Any], Any]) -> None:
 def test_a_unit_that_starts_late_is_as_one_that_starts_afresh(usage: Usage) -> None:
     if usage.settings.get("refresh") == "staggered":
         pytest.skip("turns depend on the other units, by design")
-    # two layers of one shape, so that they share a stack; the second one is frozen at first
+    # two layers of one shape, which share a stack; the second is frozen at first
     model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)).double()
     alone = nn.Sequential(copy.deepcopy(model[1]))
     model[1].requires_grad_(False)
@@ -122,8 +121,8 @@ def test_factors_can_be_stored_in_bfloat16(usage: Usage) -> None:
         for m in (_model(), model, reference)
     )
     assert moved.isfinite().all()
-    # roughly the same way: rounded factors have 3 digits, and the first few gradients leave
-    # directions open, which chance decides
+    # only roughly the same: rounded factors have 3 digits, and the first few gradients leave
+    # some directions undetermined
     assert torch.cosine_similarity(moved - start, expected - start, dim=0) > 0.5
 
 
@@ -194,29 +193,27 @@ def test_order_of_registration_does_not_matter(make: Make) -> None:
         assert (models[0][name] - models[1][name]).norm() < 1e-10
 
 
+def _check_that_settings_of_precision_stay(setting: str) -> None:
+    if setting == "legacy":
+        torch.set_float32_matmul_precision("medium")
+    else:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    model = nn.Linear(3, 2)
+    optimizer = SOAP(model, precondition_frequency=1)
+    for _ in range(4):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    if setting == "legacy":
+        assert torch.get_float32_matmul_precision() == "medium"
+    else:
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 @pytest.mark.parametrize("setting", ["legacy", "new"])
 def test_decompositions_run_in_full_precision_whatever_the_settings(setting: str) -> None:
-    # in a process of its own: torch refuses to go back from the new settings to the old ones
-    script = f"""
-import torch
-from torch import nn
-from structprecond import SOAP
-if {setting!r} == "legacy":
-    torch.set_float32_matmul_precision("medium")
-else:
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-model = nn.Linear(3, 2)
-optimizer = SOAP(model, precondition_frequency=1)
-for _ in range(4):
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    optimizer.step()
-if {setting!r} == "legacy":
-    assert torch.get_float32_matmul_precision() == "medium"
-else:
-    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
+    # in a separate process: torch does not go back from the new settings to the old ones
+    processes.result_of(_check_that_settings_of_precision_stay, setting)
 
 
 def test_staggered_shampoo_preconditions_every_row_from_the_start_step() -> None:
@@ -256,7 +253,7 @@ def test_defaults_are_the_documented_ones(optimizer: Any) -> None:
     arguments = (getdoc(optimizer) or "").split("Args:\n")[1].split("\nRaises:")[0]
     own = {f.name: f.default for f in fields(strategy)}
     own |= {key: h.default for key, h in strategy.hyperparameters.items()}
-    # the rules by themselves: a ball of radius 1, and Muon's learning rate
+    # the update rules alone: a ball of radius 1, and Muon's learning rate
     for argument, other in {"Scion": {"radius": 1.0}, "NorMuon": {"lr": 3e-4}}.get(
         name, {}
     ).items():

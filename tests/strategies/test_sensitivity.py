@@ -1,4 +1,4 @@
-"""Rounding errors stay rounding errors: two runs whose gradients differ by them end up together."""
+"""Rounding errors stay small: runs whose gradients differ by rounding end up together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROTATED: dict[str, Make] = {
 def _train(
     make: Make, dtype: torch.dtype, noise: float, activation: type[nn.Module], **settings: Any
 ) -> Tensor:
-    """Return the parameters after 30 steps, with gradients disturbed by relative noise."""
+    """Return the parameters after 30 steps with relative noise in the gradients."""
     torch.manual_seed(0)
     pairs = pairwise(SIZES)
     layers = [layer for n, m in pairs for layer in (nn.Linear(n, m), activation())]
@@ -60,7 +60,7 @@ def _difference(make: Make, dtype: torch.dtype, noise: float, **settings: Any) -
 def test_rounding_in_float64_is_not_amplified(
     make: Make, activation: type[nn.Module], frequency: int
 ) -> None:
-    # all first gradients have null spaces; frequency 1 sees factors of any rank on their way up
+    # all first gradients have null spaces; frequency 1 refreshes factors of every rank
     difference = _difference(
         make, torch.float64, 1e-15, activation=activation, precondition_frequency=frequency
     )
@@ -73,7 +73,7 @@ def test_rounding_in_float32_is_not_amplified(name: str) -> None:
 
 
 def test_rounding_in_float64_passes_through_inverse_roots() -> None:
-    # there is no basis; eigenvalues of a null space are rounding beside a damping of 1e-12
+    # without a basis, null eigenvalues are rounding errors next to a damping of 1e-12
     assert _difference(Shampoo, torch.float64, 1e-15) < 1e-5
 
 

@@ -33,7 +33,7 @@ def _inverse_root(A: Tensor, exponent: float, eps: float) -> Tensor:
 
 
 def _dense_direction(grads: list[Tensor], t: int, **kw: Any) -> Tensor:
-    """Return Shampoo's direction at update t, refreshed at every step, as it is written."""
+    """Return Shampoo's direction at update t, refreshed at every step, as published."""
     order = grads[0].ndim
     beta1, beta2 = kw["betas"]
     m = torch.zeros_like(grads[0])

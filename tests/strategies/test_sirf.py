@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import structprecond
-from structprecond import SIRFShampoo
-from tests import golden
+from structprecond import FlattenEmbedding, SIRFShampoo
+from tests import golden, processes
 
 
 def _structures(value: object) -> object:
-    """Undo what JSON makes of `{2: ("dense", "diagonal")}`."""
+    """Restore `{2: ("dense", "diagonal")}` from JSON."""
     if not isinstance(value, dict):
         return value
     return {int(k): tuple(v) if isinstance(v, list) else v for k, v in value.items()}
@@ -51,32 +51,27 @@ def test_blocks_that_hold_every_axis_equal_dense_over_50_steps() -> None:
         assert (p - q).norm() <= 1e-10 * p.norm()
 
 
-_LARGE_EMBEDDING = """
-import sys, torch
-from pathlib import Path
-from structprecond import FlattenEmbedding, SIRFShampoo
-
-model = torch.nn.Embedding(512, 256)
-optimizer = SIRFShampoo(model, structures=sys.argv[1], combine_params=(FlattenEmbedding(),))
-before = model.weight.detach().clone()
-for _ in range(3):
-    optimizer.zero_grad()
-    model(torch.arange(512)).square().mean().backward()
-    optimizer.step()
-assert model.weight.isfinite().all() and not torch.equal(model.weight, before)
-# not ru_maxrss, which a process inherits from the one that started it
-peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
-print(int(peak) * 1024)
-"""
+def _peak_with_a_large_embedding(structure: str) -> int:
+    """Train, and return the peak memory of the process in bytes."""
+    model = nn.Embedding(512, 256)
+    optimizer = SIRFShampoo(model, structures=structure, combine_params=(FlattenEmbedding(),))
+    before = model.weight.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.arange(512)).square().mean().backward()
+        optimizer.step()
+    assert model.weight.isfinite().all()
+    assert not torch.equal(model.weight, before)
+    # not ru_maxrss, which a process inherits from its parent
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("structure", ["triltoeplitz", "triutoeplitz", "hierarchical15_15"])
 def test_a_flattened_embedding_steps_in_less_than_2_gb(structure: str) -> None:
     # a dense factor of 512 * 256 rows would take 69 GB
-    command = [sys.executable, "-c", _LARGE_EMBEDDING, structure]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 2e9
+    assert processes.result_of(_peak_with_a_large_embedding, structure) < 2e9
 
 
 def test_factors_stored_in_bfloat16_follow_those_in_float64() -> None:

@@ -69,7 +69,7 @@ def _orthogonal(n: int) -> Tensor:
 
 
 def test_a_rotated_quadratic_from_a_rotated_start_gives_the_rotated_trajectory() -> None:
-    # square, because the basis of a null space depends on the axes
+    # square, since the basis of a null space depends on the axes
     A, B, C = (torch.randn(5, 5, dtype=torch.float64) for _ in range(3))
     U, V = _orthogonal(5), _orthogonal(5)
     plain = nn.Parameter(torch.randn(5, 5, dtype=torch.float64))
@@ -114,7 +114,7 @@ def test_a_unit_in_a_stack_of_50_equals_the_unit_alone() -> None:
 
 
 class _Products(TorchDispatchMode):
-    """Counts matrix products, a batched one once."""
+    """Counts matrix products; a batched product counts once."""
 
     count = 0
 
@@ -181,7 +181,7 @@ def test_bfloat16_parameters_follow_float32_ones() -> None:
         rounded.grad = exact.grad.bfloat16()
         for optimizer in optimizers:
             optimizer.step()
-        # one rounding, of the result
+        # rounded once, in the result
         expected = start + (exact.detach() - before)
         assert ((rounded.float() - expected).abs() <= 2**-8 * expected.abs() + 1e-6).all()
     state = optimizers[1].state[rounded]
@@ -365,7 +365,7 @@ def test_the_tolerance_decides_alike_at_any_scale_of_gradients(structures: str) 
         grad, changed = torch.randn(6, 5), []
         for step in range(16):
             before = optimizer.state[p][name].clone()
-            # the same gradient but for now and then another one
+            # the same gradient, except for a few outliers
             p.grad = scale * (torch.randn(6, 5) if step % 5 == 2 else grad)
             optimizer.step()
             changed.append(not torch.equal(before, optimizer.state[p][name]))
@@ -398,7 +398,7 @@ def test_the_first_step_can_move() -> None:
     optimizer = SOAP([p], lr=0.01, skip_first=False)
     p.grad = torch.randn(5, 4, dtype=torch.float64)
     optimizer.step()
-    # in its own eigenbasis the first gradient is diagonal, and Adam takes the sign of its entries
+    # in its eigenbasis, the first gradient is diagonal, and Adam takes the signs of its entries
     U, _, V = torch.linalg.svd(p.grad, full_matrices=False)
     assert _distance(p.detach(), -0.01 * U @ V) < 1e-3
 

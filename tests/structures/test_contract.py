@@ -1,4 +1,4 @@
-"""Every structure against dense oracles that are written out entry by entry."""
+"""Every structure against dense oracles written entry by entry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _indices(n: int) -> tuple[Tensor, Tensor]:
 
 
 def _keep(matrix: Tensor, once: Tensor, twice: Tensor | None = None) -> Tensor:
-    """Keep the entries of one mask, and those of another one added to their mirror image."""
+    """Keep the entries in one mask; add mirrored entries to those in another."""
     kept = matrix * once
     return kept if twice is None else kept + (matrix + matrix.mT) * twice
 
@@ -150,7 +150,7 @@ class TestTriuBottomRightDiag(_BorderedContract):
 
 @dataclass(eq=False)
 class _Minimal(StructuredMatrix):
-    """Diagonal matrices again, with nothing but the two methods that a structure needs."""
+    """Diagonal matrices with only the two required methods."""
 
     diagonal: Tensor
 
@@ -197,7 +197,7 @@ def test_products_with_transposed_views_are_transposed_views(name: str) -> None:
 
 
 def _spectral_case(name: str, batch: tuple[int, ...]) -> tuple[StructuredMatrix, list[slice]]:
-    """Return positive definite matrices of size 11, and where their blocks are."""
+    """Return positive definite matrices of size 11, and the slices of their blocks."""
     generator = torch.Generator().manual_seed(5)
     X = torch.randn(*batch, 11, 20, generator=generator, dtype=torch.float64)
     size = {"dense": 11, "block4diagonal": 4, "block11diagonal": 11, "block20diagonal": 20}[name]
@@ -263,7 +263,7 @@ def test_eigenbases_are_refreshed_block_by_block(name: str, batch: tuple[int, ..
         assert torch.equal(order[..., rows] - rows.start, expected)
         picked = torch.take_along_dim(q, expected.unsqueeze(-2), dim=-1)
         for found, start in ((better.to_dense(), picked), (unsorted, q)):
-            # the orthogonal factor is the one for which R = Q' S Q_old is triangular
+            # with the orthogonal factor Q, R = Q' S Q_old is triangular
             factor = found[..., rows, rows]
             R = factor.mT @ S @ start
             assert R.tril(-1).abs().max() < 1e-10

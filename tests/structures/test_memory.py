@@ -1,4 +1,4 @@
-"""Structured operations form no n x n matrix where n is large."""
+"""Structured operations form no large n x n matrix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = [name for name in SUPPORTED_STRUCTURES if name not in ("dense", "none")]
 
 
 class _LargestResult(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation makes."""
+    """Records the size of the largest tensor that an operation makes."""
 
     numel = 0
 
@@ -38,6 +38,6 @@ def test_no_operation_forms_a_square_matrix(name: str, columns: int) -> None:
         A @ A, A.from_inner(), A.from_inner(X)
         A @ X, A.rmatmat(X), A.outer_matmat(X), (A @ X.mT.contiguous().mT)
         A.average_trace(), A.frobenius_norm(), A.infinity_vector_norm()
-    # FFTs of twice the length of 40 columns are the largest there may be
+    # at most FFTs of 40 columns at twice their length
     assert seen.numel <= 140 * N
     assert seen.numel < N * N / 10

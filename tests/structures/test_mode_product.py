@@ -1,4 +1,4 @@
-"""Products along all axes against `tensordot`, above all where short axes are taken together."""
+"""Products along all axes against `tensordot`, especially with short axes multiplied together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from structprecond.linalg import fast_float32
 from structprecond.structures import StructuredMatrix
 from structprecond.structures.mode_product import _runs, average_inner_, multiply_axes
 
-# dims, and which axes have no matrix or a diagonal one
+# dims, and the axes without a matrix or with a diagonal one
 SHAPES: list[tuple[tuple[int, ...], str]] = [
     ((6, 5), "dd"),
     ((9, 8, 3, 3), "dddd"),

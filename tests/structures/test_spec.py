@@ -1,4 +1,4 @@
-"""Names of structures, and what they say about each axis."""
+"""Names of structures, and the structure of each axis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triangular Toeplitz matrices of sizes at which they are multiplied in different ways."""
+"""Triangular Toeplitz matrices, at sizes that use different algorithms."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_inner_products_in_float32_are_right_on_all_diagonals(name: str, n: int,
     c, X = random(n), random(n, 3)
     counts = torch.arange(n, 0, -1, dtype=torch.float64)
     both = torch.where(counts == n, 1.0, 2.0) / counts
-    # the d-th sum over the coefficients u and u - d, of which n - u rows hold the product
+    # the d-th sum is over products of coefficients u and u - d, each in n - u rows
     expected = both * _diagonal_sums((counts * c)[:, None], c[:, None])
     found = structure(c).from_inner().coefficients
     assert found.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Language models of `transformers` that read from left to right."""
+"""Decoder-only language models of `transformers`."""
 
 from __future__ import annotations
 

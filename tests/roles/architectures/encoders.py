@@ -1,4 +1,4 @@
-"""Models of `transformers` that read a text as a whole, or make another one of it."""
+"""Encoders and encoder-decoders for text of `transformers`."""
 
 from __future__ import annotations
 

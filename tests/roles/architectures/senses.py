@@ -1,4 +1,4 @@
-"""Models of `transformers` that see, hear, or act."""
+"""Models of `transformers` for vision, audio and control."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is expected of every parameter of an architecture: a role for each pattern of names."""
+"""The expected roles of an architecture's parameters, by patterns of their names."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Architecture:
     """A model without weights, and the roles of its parameters, written by hand.
 
     Args:
-        make: What makes the model, inside of a package.
-        roles: Lines of a role and patterns with shell wildcards; every parameter has to match one
+        make: The code that makes the model, in a package.
+        roles: Lines of a role and patterns with shell wildcards; every parameter must match one
             pattern, and every pattern a parameter.
         settings: Keyword arguments of `make`.
     """
@@ -60,15 +60,15 @@ def package(name: str) -> Any:
 
 
 def _declare_operators() -> None:
-    """Let `torchvision` be imported where its compiled operators do not fit to torch.
+    """Let `torchvision` be imported if its compiled operators do not fit torch.
 
-    Its models need none of them, but the import wants to extend two.
+    Its models need none of them, but the import extends two.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             importlib.import_module("torchvision")
-        except RuntimeError:  # operator torchvision::nms does not exist
+        except RuntimeError:  # the operator torchvision::nms does not exist
             for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
                 del sys.modules[name]
             for name in ("nms", "qnms"):
