@@ -1,7 +1,7 @@
 """The optimizers of the examples and the comparison, by name.
 
 To add one, add a line to `OPTIMIZERS`: its learning rate, and a function that makes it from a model
-and a learning rate.
+and a learning rate. Settings come from `structprecond.RECOMMENDED`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from structprecond import SOAP, KLShampoo, Muon, SIRFShampoo
+from structprecond import (
+    KLSOAP,
+    LARS,
+    RECOMMENDED,
+    SOAP,
+    KLShampoo,
+    Muon,
+    NorMuon,
+    Scion,
+    Shampoo,
+    SIRFShampoo,
+    StructuredOptimizer,
+)
+from structprecond import AdamW as OurAdamW
 from structprecond.core.rounding import Rounding
 
 
@@ -32,29 +45,41 @@ def count_tokens(inputs: tuple[Tensor, ...]) -> int:
 
 
 def adamw(model: nn.Module, lr: float) -> Optimizer:
-    """Make AdamW with common settings for transformers."""
-    return AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    """Make AdamW of torch with the settings that are common for transformers."""
+    return AdamW(model.parameters(), **RECOMMENDED["AdamW"] | {"lr": lr}, fused=True)
 
 
-def sirf(model: nn.Module, lr: float) -> Optimizer:
-    """Make SIRF-Shampoo.
+def recommended(
+    optimizer: type[StructuredOptimizer], model: nn.Module, lr: float, **options: Any
+) -> Optimizer:
+    """Make an optimizer with the settings that are known to train, but for the learning rate."""
+    settings = RECOMMENDED[optimizer.__name__] | {"lr": lr} | options
+    return optimizer(model, **settings)
+
+
+def as_published(
+    optimizer: type[StructuredOptimizer], model: nn.Module, lr: float, **options: Any
+) -> Optimizer:
+    """Make an optimizer with its defaults, but for the learning rate and some options."""
+    settings = {"lr": lr} | options
+    return optimizer(model, **settings)
+
+
+def soap(model: nn.Module, lr: float, **options: Any) -> Optimizer:
+    """Make SOAP as published with the weight decay of AdamW."""
+    return SOAP(model, lr=lr, weight_decay=0.1, **options)
+
+
+def sirf_unrouted(model: nn.Module, lr: float) -> Optimizer:
+    """Make SIRF-Shampoo for all parameters, with batch sizes in tokens.
 
     It takes no root, so its directions are natural gradients of another scale: learning rate and
     damping are larger than those of the other optimizers.
     """
+    structures = {1: "diagonal", 2: "dense"}
     return SIRFShampoo(
-        model,
-        lr=lr,
-        beta2=0.1,
-        lam=0.03,
-        batch_size=count_tokens,
-        structures={1: "diagonal", 2: "dense"},
+        model, lr=lr, beta2=0.1, lam=0.03, batch_size=count_tokens, structures=structures
     )
-
-
-def soap(model: nn.Module, lr: float, **options: Any) -> Optimizer:
-    """Make SOAP with the weight decay of AdamW."""
-    return SOAP(model, lr=lr, weight_decay=0.1, **options)
 
 
 def soap_in_bfloat16(model: nn.Module, lr: float, rounding: Rounding) -> Optimizer:
@@ -62,32 +87,37 @@ def soap_in_bfloat16(model: nn.Module, lr: float, rounding: Rounding) -> Optimiz
     return soap(model.bfloat16(), lr, rounding=rounding)
 
 
-def klshampoo(model: nn.Module, lr: float) -> Optimizer:
-    """Make KL-Shampoo with the weight decay of AdamW."""
-    return KLShampoo(model, lr=lr, weight_decay=0.1)
-
-
-def muon(model: nn.Module, lr: float) -> Optimizer:
-    """Make Muon with updates as large as AdamW's, which updates embeddings, head and norms."""
-    return Muon(
-        model,
-        lr=lr,
-        scale_mode="match_rms_adamw",
-        nesterov=True,
-        coefficient_type="polar_express",
-        weight_decay=0.1,
-        adamw_weight_decay=0.1,
-    )
+def _lr(name: str) -> float:
+    lr: float = RECOMMENDED[name]["lr"]
+    return lr
 
 
 OPTIMIZERS = {
-    "adamw": Choice(1.6e-2, adamw),
-    "soap": Choice(1.6e-2, soap),
-    "klshampoo": Choice(6.4e-2, klshampoo),
-    "sirf": Choice(0.2, sirf, middle=0.2),
-    "muon": Choice(3.2e-2, muon),
-    # SOAP beyond the published update rule, at one learning rate
+    "adamw": Choice(_lr("AdamW"), adamw),
+    "soap": Choice(_lr("SOAP"), partial(recommended, SOAP), middle=3.2e-2),
+    "klshampoo": Choice(_lr("KLShampoo"), partial(recommended, KLShampoo), middle=6.4e-2),
+    "klsoap": Choice(_lr("KLSOAP"), partial(recommended, KLSOAP)),
+    "shampoo": Choice(_lr("Shampoo"), partial(recommended, Shampoo)),
+    "sirf": Choice(_lr("SIRFShampoo"), partial(recommended, SIRFShampoo), middle=0.05),
+    "muon": Choice(_lr("Muon"), partial(recommended, Muon), middle=3.2e-2),
+    "normuon": Choice(_lr("NorMuon"), partial(recommended, NorMuon), middle=3.2e-2),
+    "scion": Choice(3.6e-4, partial(recommended, Scion), middle=5e-4),
+    "lars": Choice(_lr("LARS"), partial(recommended, LARS), middle=20.0),
+    # the defaults of the constructors, with theirs and with the best learning rate
+    "adamw-defaults": Choice(1e-3, partial(as_published, OurAdamW), middle=8e-3),
+    "soap-defaults": Choice(3e-3, partial(as_published, SOAP), middle=3.2e-2),
+    "klshampoo-defaults": Choice(1e-4, partial(as_published, KLShampoo), middle=0.128),
+    "klsoap-defaults": Choice(1e-4, partial(as_published, KLSOAP)),
+    "shampoo-defaults": Choice(1e-2, partial(as_published, Shampoo)),
+    "sirf-defaults": Choice(1e-3, partial(as_published, SIRFShampoo), middle=0.128),
+    "muon-defaults": Choice(3e-4, partial(as_published, Muon), middle=4e-3),
+    "normuon-defaults": Choice(1e-3, partial(as_published, NorMuon), middle=3.2e-2),
+    "lars-defaults": Choice(2.0, partial(as_published, LARS), middle=2.0),
+    # one strategy for all parameters, with the weight decay of AdamW
     "soap-published": Choice(1.6e-2, soap),
+    "klshampoo-published": Choice(6.4e-2, partial(as_published, KLShampoo, weight_decay=0.1)),
+    "sirf-unrouted": Choice(0.2, sirf_unrouted, middle=0.2),
+    # what SOAP does beyond the published rule, at one learning rate
     "soap-staggered": Choice(1.6e-2, partial(soap, refresh="staggered")),
     "soap-transport": Choice(1.6e-2, partial(soap, transport=True)),
     "soap-unskipped": Choice(1.6e-2, partial(soap, skip_first=False)),

@@ -35,6 +35,7 @@ from structprecond.strategies.kl import KLSOAP, KLShampoo, KLShampooStrategy, KL
 from structprecond.strategies.lars import LARS, LARSStrategy
 from structprecond.strategies.muon import Muon, MuonStrategy, NorMuon, NorMuonStrategy
 from structprecond.strategies.orthogonalized import OrthogonalizedMomentumStrategy
+from structprecond.strategies.recommended import RECOMMENDED
 from structprecond.strategies.scion import Scion, ScionStrategy
 from structprecond.strategies.shampoo import Shampoo, ShampooStrategy
 from structprecond.strategies.sirf import SIRFShampoo, SIRFShampooStrategy
@@ -58,6 +59,7 @@ __version__ = "0.1.0"
 __all__ = [
     "KLSOAP",
     "LARS",
+    "RECOMMENDED",
     "SAM",
     "SOAP",
     "AdamW",

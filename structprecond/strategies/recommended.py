@@ -1,0 +1,50 @@
+"""Settings that train: the best-known keywords of each optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# directions that share one learning rate with AdamW, and the coefficients and the momentum that
+# came out ahead in the comparison of docs/measurements.md, "Loss against steps and time"
+_ORTHOGONALIZED: dict[str, Any] = {
+    "lr": 0.032,
+    "nesterov": True,
+    "coefficient_type": "polar_express",
+    "weight_decay": 0.1,
+    "adamw_weight_decay": 0.1,
+}
+
+RECOMMENDED: Mapping[str, dict[str, Any]] = {
+    # betas and weight decay that are common for transformers; the baseline of all comparisons
+    "AdamW": {"lr": 0.016, "betas": (0.9, 0.95), "weight_decay": 0.1},
+    # the weight decay of AdamW; staggered refreshes lose nothing and have no slow steps ("What SOAP
+    # does beyond the published rule"); embeddings and head to AdamW ("Recommended settings")
+    "SOAP": {"lr": 0.032, "weight_decay": 0.1, "refresh": "staggered", "routes": "adamw"},
+    # more weight decay than the default loses; embeddings and head to AdamW gain
+    "KLShampoo": {"lr": 0.064, "routes": "adamw"},
+    "KLSOAP": {"lr": 0.016, "weight_decay": 0.1, "refresh": "staggered"},
+    # nothing better than the published defaults has been measured, but for the learning rate
+    "Shampoo": {"lr": 0.016},
+    # natural gradients have no scale of their own, so the factors need faster updates and more
+    # damping; embeddings and head to AdamW gain
+    "SIRFShampoo": {"lr": 0.05, "beta2": 0.1, "lam": 0.03, "routes": "adamw"},
+    "Muon": {**_ORTHOGONALIZED, "scale_mode": "match_rms_adamw"},
+    "NorMuon": _ORTHOGONALIZED,
+    # nothing better than the published defaults has been measured
+    "Scion": {},
+    # the momentum and the decay of examples/vision.py; without a decay, LARS does not scale
+    "LARS": {"lr": 20.0, "momentum": 0.9, "weight_decay": 5e-4},
+}
+"""Keywords by the name of the optimizer, as in `Muon(model, **RECOMMENDED["Muon"])`.
+
+They come from short trainings of a small transformer with a linear warm-up and a linear decay to
+zero (docs/measurements.md, "Recommended settings"). Learning rates depend on the model and on the
+number of steps: search around these, as in `Muon(model, **RECOMMENDED["Muon"] | {"lr": 0.01})`, and
+expect larger models to want smaller ones.
+
+Example:
+    >>> from structprecond import Muon
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    >>> optimizer = Muon(model, **RECOMMENDED["Muon"] | {"lr": 0.01})
+"""
