@@ -31,7 +31,7 @@ def plain_value(value: Any) -> Any:
 
 
 def plain_number(value: Any) -> Any:
-    """Return a number of any kind, or an array of one, as int, float or bool; others as they are.
+    """Return a number, or an array without axes, as int, float or bool; others as they are.
 
     Numbers in lists and tuples are converted too. Tensors stay.
     """
@@ -43,7 +43,7 @@ def plain_number(value: Any) -> Any:
     if isinstance(value, Decimal | Fraction):
         return float(value)
     # numpy's, without importing it
-    if getattr(value, "size", None) == 1 and callable(getattr(value, "item", None)):
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
         return value.item()
     return value
 

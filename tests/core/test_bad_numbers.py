@@ -78,7 +78,6 @@ NO_NUMBERS: dict[str, Any] = {
     "True of numpy": np.bool_(True),
     "True of torch": torch.tensor(True),
     "an array": np.array([0.5]),
-    "an array without axes": np.array(0.5),
     "an imaginary tensor": torch.tensor(0.5j),
     "too large for a float": 10**400,
     "minus infinity": -math.inf,

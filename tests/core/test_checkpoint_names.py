@@ -149,7 +149,7 @@ def test_parameters_are_matched_by_name_in_any_order(first: str, rules: Any, way
 
 
 NUMBERS = [
-    np.array(0.25), np.array([0.25]), np.float64(0.25), np.float32(0.25), Fraction(1, 4),
+    np.array(0.25), np.float64(0.25), np.float32(0.25), Fraction(1, 4),
     Decimal("0.25"),
 ]  # fmt: skip
 
