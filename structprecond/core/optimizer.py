@@ -273,11 +273,7 @@ class StructuredOptimizer(Optimizer):
         self.count_step()
 
     def plan(self) -> list[Plan]:
-        """Check all inputs of a step, and return its plan for each bucket.
-
-        Raises:
-            StructPrecondError: If a hyperparameter, a parameter or a gradient is invalid.
-        """
+        """Check all inputs of a step, or raise; return its plan for each bucket."""
         self._samples.watch(self)
         self._follow()
         self._follower.check_groups()
