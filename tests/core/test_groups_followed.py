@@ -346,7 +346,7 @@ def test_changed_configuration_raises_and_is_not_saved(
     change: dict[str, Any], message: str, replaced: bool
 ) -> None:
     model = mlp()
-    optimizer = SOAP(model)
+    optimizer = SOAP(model, structures="dense")
     set_grads(list(model.parameters()), 0)
     optimizer.step()
     saved, group = optimizer.state_dict(), optimizer.param_groups[0]
