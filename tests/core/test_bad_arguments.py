@@ -198,7 +198,7 @@ ARGUMENTS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
         lambda m: StructuredOptimizer(m, strategy=AdamWStrategy(), batch_size="8"),  # type: ignore[arg-type]
         "batch_size must be.*'8'",
     ),
-    "heads": (lambda m: SplitHeads("0.weight", 0), "heads must be at least 1"),
+    "heads": (lambda m: SplitHeads("0.weight", 0), "heads must be an integer of at least 1"),
     "axis of heads": (lambda m: SplitHeads("0.weight", 2, axis=5), "axis 0 or 1"),
 }
 

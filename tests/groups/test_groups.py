@@ -93,7 +93,7 @@ def test_split_heads_refuses_what_cannot_be_split() -> None:
         SplitHeads("nothing", heads=2).identify(model)
     with pytest.raises(GroupError, match=r"axis 0 of 1\.weight .* into 4 equal pieces"):
         SplitHeads("1.weight", heads=4).identify(model)
-    with pytest.raises(GroupError, match="heads must be at least 1"):
+    with pytest.raises(GroupError, match="heads must be an integer of at least 1"):
         SplitHeads("1.weight", heads=0)
 
 
