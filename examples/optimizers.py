@@ -45,14 +45,14 @@ def count_tokens(inputs: tuple[Tensor, ...]) -> int:
 
 
 def adamw(model: nn.Module, lr: float) -> Optimizer:
-    """Make AdamW of torch with the settings that are common for transformers."""
+    """Make torch's AdamW with common settings for transformers."""
     return AdamW(model.parameters(), **RECOMMENDED["AdamW"] | {"lr": lr}, fused=True)
 
 
 def recommended(
     optimizer: type[StructuredOptimizer], model: nn.Module, lr: float, **options: Any
 ) -> Optimizer:
-    """Make an optimizer with the settings that are known to train, but for the learning rate."""
+    """Make an optimizer with its recommended settings and another learning rate."""
     settings = RECOMMENDED[optimizer.__name__] | {"lr": lr} | options
     return optimizer(model, **settings)
 
@@ -60,7 +60,7 @@ def recommended(
 def as_published(
     optimizer: type[StructuredOptimizer], model: nn.Module, lr: float, **options: Any
 ) -> Optimizer:
-    """Make an optimizer with its defaults, but for the learning rate and some options."""
+    """Make an optimizer with its defaults, except for the learning rate and some options."""
     settings = {"lr": lr} | options
     return optimizer(model, **settings)
 
@@ -97,18 +97,17 @@ OPTIMIZERS = {
     "soap": Choice(_lr("SOAP"), partial(recommended, SOAP), middle=3.2e-2),
     "klshampoo": Choice(_lr("KLShampoo"), partial(recommended, KLShampoo), middle=6.4e-2),
     "klsoap": Choice(_lr("KLSOAP"), partial(recommended, KLSOAP)),
-    "shampoo": Choice(_lr("Shampoo"), partial(recommended, Shampoo)),
+    "shampoo": Choice(1e-2, partial(recommended, Shampoo)),
     "sirf": Choice(_lr("SIRFShampoo"), partial(recommended, SIRFShampoo), middle=0.05),
-    "muon": Choice(_lr("Muon"), partial(recommended, Muon), middle=3.2e-2),
+    "muon": Choice(_lr("Muon"), partial(recommended, Muon)),
     "normuon": Choice(_lr("NorMuon"), partial(recommended, NorMuon), middle=3.2e-2),
     "scion": Choice(3.6e-4, partial(recommended, Scion), middle=5e-4),
     "lars": Choice(_lr("LARS"), partial(recommended, LARS), middle=20.0),
-    # the defaults of the constructors, with theirs and with the best learning rate
+    # the defaults, with their own learning rate and with the middle of a grid around the best one
     "adamw-defaults": Choice(1e-3, partial(as_published, OurAdamW), middle=8e-3),
     "soap-defaults": Choice(3e-3, partial(as_published, SOAP), middle=3.2e-2),
     "klshampoo-defaults": Choice(1e-4, partial(as_published, KLShampoo), middle=0.128),
     "klsoap-defaults": Choice(1e-4, partial(as_published, KLSOAP)),
-    "shampoo-defaults": Choice(1e-2, partial(as_published, Shampoo)),
     "sirf-defaults": Choice(1e-3, partial(as_published, SIRFShampoo), middle=0.128),
     "muon-defaults": Choice(3e-4, partial(as_published, Muon), middle=4e-3),
     "normuon-defaults": Choice(1e-3, partial(as_published, NorMuon), middle=3.2e-2),
@@ -117,7 +116,7 @@ OPTIMIZERS = {
     "soap-published": Choice(1.6e-2, soap),
     "klshampoo-published": Choice(6.4e-2, partial(as_published, KLShampoo, weight_decay=0.1)),
     "sirf-unrouted": Choice(0.2, sirf_unrouted, middle=0.2),
-    # what SOAP does beyond the published rule, at one learning rate
+    # SOAP beyond the published update rule, at one learning rate
     "soap-staggered": Choice(1.6e-2, partial(soap, refresh="staggered")),
     "soap-transport": Choice(1.6e-2, partial(soap, transport=True)),
     "soap-unskipped": Choice(1.6e-2, partial(soap, skip_first=False)),
