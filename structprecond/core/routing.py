@@ -171,7 +171,7 @@ class Routing:
             return replace(self, roles={**self.roles, **dict.fromkeys(NOT_MATRICES, others)})
         if not isinstance(routes, Mapping) or not all(isinstance(rule, str) for rule in routes):
             raise StructPrecondError(
-                "routes is a dict from roles or name patterns to strategies, or one strategy for "
+                "routes must be a dict from roles or name patterns to strategies, or one strategy for "
                 f"all that is no hidden matrix, got {routes!r}."
             )
         rules = {rule: self._strategy(s, f"routes sends {rule!r} to") for rule, s in routes.items()}

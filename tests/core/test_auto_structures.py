@@ -83,6 +83,7 @@ def test_it_is_the_default_of_the_core_too() -> None:
     assert AdamW(params((9216, 128))).param_groups[0]["structures"] == "auto"
 
 
+@pytest.mark.filterwarnings("ignore:Some Kronecker factors are expensive")
 @pytest.mark.parametrize("make", FACADES)
 def test_named_structures_are_done_as_named(make: Any) -> None:
     assert choice(make, 128, 4000, structures="dense") == ("dense", "dense")
@@ -192,7 +193,7 @@ def test_describe_says_so_of_max_precond_dim_but_not_of_the_users_choice() -> No
 
 
 def test_unknown_names_list_auto_too() -> None:
-    with pytest.raises(StructureError, match=r"Unknown structure 'Auto'. Known are auto, dense"):
+    with pytest.raises(StructureError, match=r"Unknown structure 'Auto'. Use one of auto, dense"):
         SOAP(params((2, 3)), structures="Auto")
 
 

@@ -137,7 +137,7 @@ ARGUMENTS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     ),
     "route with a number as a key": (
         lambda m: SOAP(m, routes={0: "adamw"}),  # type: ignore[dict-item]
-        r"routes is a dict from roles or name patterns.*got \{0: 'adamw'\}",
+        r"routes must be a dict from roles or name patterns.*got \{0: 'adamw'\}",
     ),
     "route to a class": (
         lambda m: Muon(m, routes={"0.weight": SOAPStrategy}),  # type: ignore[dict-item]

@@ -168,7 +168,7 @@ ARGUMENTS: dict[str, tuple[Callable[[nn.Module], Any], type[StructPrecondError],
     "route from a number": (
         lambda m: Muon(m, routes={3: "adamw"}),
         StructPrecondError,
-        r"routes is a dict from roles or name patterns to strategies.*got \{3: ",
+        r"routes must be a dict from roles or name patterns to strategies.*got \{3: ",
     ),
     "route to a list": (
         lambda m: Muon(m, routes={"0.weight": []}),
