@@ -481,7 +481,7 @@ def test_entries_replaced_by_something_else_raise_at_the_step(value: Any) -> Non
 
 
 @pytest.mark.parametrize("name", make_checkpoint.OPTIMIZERS)
-@pytest.mark.parametrize("version", [1])
+@pytest.mark.parametrize("version", [1, 2])
 def test_checkpoints_of_older_versions_go_on_to_where_they_went_then(
     version: int, name: str
 ) -> None:
