@@ -195,10 +195,8 @@ class SIRFShampoo(StructuredOptimizer):
         lam: Damping. Default: 1e-3.
         kappa: Weight decay, added to the preconditioned gradient. Default: 0.0.
         batch_size: The number of samples behind a gradient, or a callable that returns it for the
-            tuple of a forward pass's inputs. If the model itself is not called, its outermost
-            submodules are watched; an encoder and a decoder on the same samples count once. For
-            losses that are means over tokens, pass `get_token_count`. Default: `get_batch_size`,
-            dimension 0 of the first input tensor.
+            tuple of a forward pass's inputs, such as `get_token_count` for losses that are means
+            over tokens. Default: `get_batch_size`, dimension 0 of the first input tensor.
         T: Refresh interval of the factors in steps, or a callable that returns whether to refresh
             at a global step. Default: 1.
         max_precond_dim: Axes longer than this get no dense factor. Default: 10000.
