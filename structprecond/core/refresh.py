@@ -89,13 +89,7 @@ class RefreshSchedule:
         return answers
 
     def adopt(self, buckets: Sequence[Bucket]) -> None:
-        """Keep the phase offsets that a checkpoint has brought, whatever the interval was before.
-
-        Checkpoints of synchronous runs that have zeros, as older versions wrote, bring none.
-        """
-        if self.staggered and not any((b.counters.phase_offset > 0).any() for b in buckets):
-            for bucket in buckets:
-                bucket.counters.phase_offset.fill_(UNASSIGNED)
+        """Keep the phase offsets from a checkpoint, whatever the interval was before."""
         for bucket in buckets:
             bucket.staggered_over = None
 

@@ -191,11 +191,6 @@ CONSTRUCTORS: dict[str, Case] = {
     "batch size of zero": ({"batch_size": 0}, HyperparameterError, "batch_size must be.*got 0"),
     "fractional batch size": ({"batch_size": 2.5}, HyperparameterError, "batch_size must be"),
     "wrong nonfinite": ({"nonfinite": "drop"}, StructPrecondError, "'skip'.*'drop'"),
-    "misspelt key in a group": (
-        {"params": _groups(alpha=0.9)},
-        HyperparameterError,
-        r"\['alpha'\].*alpha1, alpha2",
-    ),
     "bad value in a group": ({"params": _groups(lam=-1.0)}, HyperparameterError, "lam must be"),
     "foreign parameter in a group": (
         {"params": lambda model: [{"params": [FOREIGN]}]},

@@ -164,18 +164,13 @@ def test_copies_keep_turns() -> None:
 
 
 def test_checkpoint_of_synchronous_refreshes_is_staggered_anew() -> None:
-    for old in (False, True):
-        model = matrices(4)
-        optimizer = _build(model, refresh="synchronous")
-        assert _go_on(model, optimizer, range(4)) == {str(i): [0] for i in range(4)}
-        saved = optimizer.state_dict()
-        if old:  # older versions saved zeros
-            for entry in saved["state"].values():
-                entry["phase_offset"].zero_()
-        fresh = _build(model)
-        fresh.load_state_dict(saved)
-        refreshed = _go_on(model, fresh, range(4, 12))
-        assert sorted(steps[0] % 4 for steps in refreshed.values()) == [0, 1, 2, 3]
+    model = matrices(4)
+    optimizer = _build(model, refresh="synchronous")
+    assert _go_on(model, optimizer, range(4)) == {str(i): [0] for i in range(4)}
+    fresh = _build(model)
+    fresh.load_state_dict(optimizer.state_dict())
+    refreshed = _go_on(model, fresh, range(4, 12))
+    assert sorted(steps[0] % 4 for steps in refreshed.values()) == [0, 1, 2, 3]
 
 
 def test_synchronous_rows_have_no_offset() -> None:

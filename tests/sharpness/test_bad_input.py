@@ -104,8 +104,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: SAM([P], SGD, momentom=0.9), TypeError, "momentom"),
     "unknown keyword of a structured base": (
         lambda: SAM([P], SOAP, epsilon=0.9), TypeError, "epsilon"),
-    "unknown key of a structured base's group": (
-        lambda: SAM([{"params": [P], "roh": 1}], SOAP), HyperparameterError, "['roh']"),
+    "keyword of a structured base in its group": (
+        lambda: SAM([{"params": [P], "rounding": "kahan"}], SOAP), HyperparameterError, "rounding"),
     "no parameters": (
         lambda: SAM([], SGD), ValueError, "empty parameter list"),
 }  # fmt: skip
