@@ -171,8 +171,8 @@ class Routing:
             return replace(self, roles={**self.roles, **dict.fromkeys(NOT_MATRICES, others)})
         if not isinstance(routes, Mapping) or not all(isinstance(rule, str) for rule in routes):
             raise StructPrecondError(
-                "routes must be a dict from roles or name patterns to strategies, or one strategy for "
-                f"all that is no hidden matrix, got {routes!r}."
+                "routes must be a dict from roles or name patterns to strategies, or one strategy "
+                f"for everything except hidden matrices, got {routes!r}."
             )
         rules = {rule: self._strategy(s, f"routes sends {rule!r} to") for rule, s in routes.items()}
         return replace(self, rules={**self.rules, **rules})
