@@ -57,6 +57,7 @@ def make_buckets(
                 f"{name} has {p.dtype} and the layout {p.layout}, expected a dense real "
                 "floating-point parameter of at least 16 bits. Convert it or leave it out."
             )
+    # "dense" too: a group with a strategy of its own inherits it from the optimizer
     nothing_asked = group["structures"] in (AUTO, "dense")
     if not nothing_asked and not any(s.structures for s in routing.strategies):
         raise StructureError(

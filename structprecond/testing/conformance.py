@@ -40,10 +40,10 @@ tests do the same. A strategy of your own gets them from `structprecond.testing.
 ## Strategies, structures and precisions
 
 Where there is a reason instead of {mark}, the strategy refuses the structure with a
-`StructureError` at construction. A strategy without factors has {without} for a structure; `dense`,
-the default, means nothing to it. "float16 scaled" is mixed precision: float32 parameters, forward
-passes in float16 under `torch.autocast`, and `torch.amp.GradScaler`, which refuses float16
-parameters.
+`StructureError` at construction. A strategy without factors has {without} for a structure; `auto`,
+the default, and `dense` mean nothing to it. "float16 scaled" is mixed precision: float32
+parameters, forward passes in float16 under `torch.autocast`, and `torch.amp.GradScaler`, which
+refuses float16 parameters.
 
 {structures}"""
 

@@ -79,7 +79,7 @@ class StrategyContract:
     @classmethod
     def refused(cls) -> list[str]:
         """Return the structures that the strategy has to refuse."""
-        # "dense" is the default, so there is no telling that it was asked for
+        # "dense" is accepted like "auto", so that groups of several strategies may share it
         kept = ("dense",) if cls.structures == (NO_STRUCTURE,) else cls.structures
         return [name for name in STRUCTURES if name not in kept]
 
