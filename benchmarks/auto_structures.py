@@ -135,7 +135,7 @@ def _sirf(model: nn.Module, **options: Any) -> StructuredOptimizer:
 OPTIMIZERS: dict[str, tuple[Make, dict[str, float]]] = {
     "soap": (SOAP, {"language": 1.6e-2, "digits": 3e-3}),
     "klsoap": (KLSOAP, {"language": 1.6e-2, "digits": 3e-3}),
-    "klshampoo": (KLShampoo, {"language": 1.6e-2, "digits": 3e-3}),
+    "klshampoo": (KLShampoo, {"language": 6.4e-2, "digits": 6.4e-2}),
     "shampoo": (Shampoo, {"language": 3e-3, "digits": 3e-3}),
     "sirf": (_sirf, {"language": 0.1, "digits": 0.01}),
 }
@@ -202,7 +202,7 @@ def run(job: Job, make: Make, lr: float, name: str, seed: int, steps: int) -> Ru
 
 
 def left_out(job: Job, make: Make, name: str) -> tuple[str, ...]:
-    """Return the shapes of the stacks that have an axis without a factor, and which axis that is.
+    """Return the shapes of the stacks that have an axis without a dense factor, and which axis.
 
     The model is made without memory, so this costs next to nothing.
     """
@@ -214,7 +214,7 @@ def left_out(job: Job, make: Make, name: str) -> tuple[str, ...]:
         "x".join(map(str, row.shape)) + f" axis {axis}"
         for row in rows
         for axis, structure in enumerate(row.structures)
-        if structure == "none" and len(row.shape) > 1
+        if structure != "dense" and len(row.shape) > 1
     )
 
 

@@ -50,6 +50,7 @@ def route_units(
         problem = problem_of(p)
         if problem is not None:
             raise GroupError(f"{name} {problem}")
+    # "dense" too: a group with its own strategy inherits it from the optimizer
     nothing_asked = group["structures"] in (AUTO, "dense")
     if not nothing_asked and not any(s.structures for s in routing.strategies):
         raise StructureError(

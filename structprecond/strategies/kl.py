@@ -32,6 +32,7 @@ from structprecond.strategies.rotation import (
     rotate,
     rotate_back,
 )
+from structprecond.structures import DiagonalMatrix
 from structprecond.structures.mode_product import matricize
 from structprecond.structures.spec import Structure
 
@@ -108,6 +109,17 @@ class KLShampooStrategy(RotatedStrategy):
         super().__post_init__()
         check_flags(clamping=self.clamping)
         check_positive(init_factor=self.init_factor)
+
+    def auto_structures(self, dims: Sequence[int]) -> tuple[Structure, ...]:
+        """Return `dense`, and `diagonal` for axes that other strategies leave without a factor.
+
+        Nothing else scales the directions along such an axis: without its eigenvalues, a layer
+        moves about `init_factor**-0.5` times less at first. KL-SOAP has second moments for that.
+        """
+        usual = super().auto_structures(dims)
+        if self._keeps_second_moment() or not any(usual):
+            return usual
+        return tuple(DiagonalMatrix if structure is None else structure for structure in usual)
 
     def init(
         self, like: Tensor, structures: tuple[Structure, ...], dtypes: tuple[torch.dtype, ...]
@@ -265,7 +277,8 @@ class KLShampoo(StructuredOptimizer):
     """KL-Shampoo (Lin et al. 2025, arXiv 2509.03378).
 
     The update rule is documented at `KLShampooStrategy`. Structures: `dense`, `diagonal`,
-    `block<k>diagonal`, `none`.
+    `block<k>diagonal`, `none`; `"auto"` gives `diagonal` to axes too long for `dense`, up to
+    `max_precond_dim`.
 
     Args:
         lr: Learning rate. Default: 1e-4.

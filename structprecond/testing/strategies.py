@@ -78,7 +78,7 @@ class StrategyContract:
     @classmethod
     def refused(cls) -> list[str]:
         """Return the structures that the strategy must refuse."""
-        # "dense" is the default, so a strategy cannot tell that it was requested
+        # "auto" and "dense" are defaults, so a strategy cannot tell that it was requested
         kept = ("dense",) if cls.structures == (NO_STRUCTURE,) else cls.structures
         return [name for name in STRUCTURES if name not in kept]
 
