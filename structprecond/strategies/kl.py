@@ -277,8 +277,7 @@ class KLShampoo(StructuredOptimizer):
     """KL-Shampoo (Lin et al. 2025, arXiv 2509.03378).
 
     The update rule is documented at `KLShampooStrategy`. Structures: `dense`, `diagonal`,
-    `block<k>diagonal`, `none`; `"auto"` gives `diagonal` to axes too long for `dense`, up to
-    `max_precond_dim`.
+    `block<k>diagonal`, `none`; "auto" means `diagonal` on axes that are too long for `dense`.
 
     Args:
         lr: Learning rate. Default: 1e-4.

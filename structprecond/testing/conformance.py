@@ -41,8 +41,8 @@ the tests do. `structprecond.testing.StrategyContract` tests your own strategy i
 
 A reason instead of {mark} means that the strategy refuses the structure with a `StructureError` at
 construction. Strategies without factors have the structure {without} and ignore the defaults,
-`auto` and `dense`. "float16 scaled" is mixed precision: float32 parameters, forward passes in float16 under
-`torch.autocast`, and `torch.amp.GradScaler`, which refuses float16 parameters.
+`auto` and `dense`. "float16 scaled" is mixed precision: float32 parameters, forward passes in
+float16 under `torch.autocast`, and `torch.amp.GradScaler`, which refuses float16 parameters.
 
 {structures}"""
 
