@@ -63,7 +63,8 @@ def strategy_called(name: str, own: Sequence[Strategy[Any]], asked: str) -> Stra
             "strategy itself."
         )
     if not classes:
-        names = dict.fromkeys([*map(name_of, own), *sorted(known)])
+        public = sorted(other for other in known if not other.startswith("_"))
+        names = dict.fromkeys([*map(name_of, own), *public])
         raise StructPrecondError(
             f"{asked} {name!r}, expected one of {', '.join(map(repr, names))}, or a strategy."
         )
