@@ -33,10 +33,10 @@ class CommonOptions(TypedDict, total=False):
     Args:
         routes: Which parameters go to another strategy: a dict from roles (see `infer_roles`) and
             patterns of parameter names to strategies or their names, as in
-            `{"embedding": "adamw", "*.lora_A.*": "adamw", "head": AdamWStrategy()}`. A strategy or
-            name alone is for all parameters that are no hidden matrices or convolutions:
-            `routes="adamw"`. Their weight decay is the optimizer's. Default: None, no routes but
-            those that the optimizer has.
+            `{"embedding": "adamw", "*.lora_A.*": "adamw", "head": AdamWStrategy()}`. A single
+            strategy or name, as in `routes="adamw"`, gets all parameters except hidden matrices and
+            convolutions. Their weight decay is the optimizer's. Default: None, the optimizer's own
+            routes.
         no_decay: Which parameters have no weight decay: roles and patterns of parameter names, as
             in `("norm", "bias", "*.scale")`. Default: (), none.
         combine_params: The groupings, most important first. Default: None, the strategy's own; for

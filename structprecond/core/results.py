@@ -15,7 +15,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def usable(value: Any, like: Tensor, giver: str) -> Tensor:
-    """Return a value in the dtype of a stack, if it is a stack alike.
+    """Return a value in the dtype of a stack, if it has the shape and device of that stack.
 
     Args:
         value: What was returned.
@@ -23,7 +23,7 @@ def usable(value: Any, like: Tensor, giver: str) -> Tensor:
         giver: What returned it, for the message.
 
     Raises:
-        StructPrecondError: If it is no dense floating-point tensor of that shape and device.
+        StructPrecondError: If it is not a dense floating-point tensor of that shape and device.
 
     Example:
         >>> usable(torch.ones(2, dtype=torch.float64), torch.zeros(2), "The hook").dtype

@@ -324,8 +324,11 @@ def test_frozen_parameters_may_leave() -> None:
     optimizer = AdamW(model)
     model[2] = nn.Identity()
     for step in range(2):
+        before = values(model)
         set_grads(list(model.parameters()), step)
         optimizer.step()
+        assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert optimizer.global_step == 2
 
 
 def test_ten_steps_without_any_gradient_warn_once() -> None:
