@@ -42,14 +42,16 @@ class OtherThread(ExitStack):
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Setting:
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Setting]:
     """Return a fake setting of CUDA, so that the real one does not change."""
-    written = ["none"]
+    written, on_cpu = ["none"], ["none"]
     setting = Setting(lambda: written[-1], written.append)
     monkeypatch.setattr(precision, "_SEPARATE", True)
     monkeypatch.setattr(precision, "_CUDA", setting)
-    monkeypatch.setattr(precision, "_CPU", Setting(lambda: "ieee", pytest.fail))
-    return setting
+    # some CPUs have a faster setting that keeps float32, which contexts then make
+    monkeypatch.setattr(precision, "_CPU", Setting(lambda: on_cpu[-1], on_cpu.append))
+    yield setting
+    assert on_cpu[-1] == "none"
 
 
 @pytest.fixture

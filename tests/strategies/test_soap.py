@@ -70,12 +70,15 @@ def _orthogonal(n: int) -> Tensor:
 
 def test_a_rotated_quadratic_from_a_rotated_start_gives_the_rotated_trajectory() -> None:
     # square, since the basis of a null space depends on the axes
-    A, B, C = (torch.randn(5, 5, dtype=torch.float64) for _ in range(3))
+    A, B = (torch.randn(5, 5, dtype=torch.float64) for _ in range(2))
     U, V = _orthogonal(5), _orthogonal(5)
     plain = nn.Parameter(torch.randn(5, 5, dtype=torch.float64))
     rotated = nn.Parameter(U @ plain.detach() @ V.mT)
     optimizers = [SOAP([p], lr=0.02, precondition_frequency=3) for p in (plain, rotated)]
     for _ in range(30):
+        # changes, as a second gradient like the first one has zeros in its basis, and Adam divides
+        # their rounding errors by eps
+        C = torch.randn(5, 5, dtype=torch.float64)
         losses = [
             (A @ plain @ B - C).square().sum(),
             (A @ (U.mT @ rotated @ V) @ B - C).square().sum(),
@@ -83,7 +86,7 @@ def test_a_rotated_quadratic_from_a_rotated_start_gives_the_rotated_trajectory()
         for p, loss, optimizer in zip((plain, rotated), losses, optimizers, strict=True):
             (p.grad,) = torch.autograd.grad(loss, p)
             optimizer.step()
-        assert _distance(rotated, U @ plain @ V.mT) < 1e-6
+        assert _distance(rotated, U @ plain @ V.mT) < 1e-11
 
 
 def test_permuting_output_neurons_permutes_the_trajectory() -> None:
