@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
 import torch
@@ -13,14 +13,11 @@ from structprecond.core.step import Plan
 from structprecond.errors import GradientError
 
 
-def exclude_unusable(
-    plans: Sequence[Plan], names: Mapping[nn.Parameter, str], refuse: bool
-) -> str | None:
+def exclude_unusable(plans: Sequence[Plan], refuse: bool) -> str | None:
     """Exclude the units that the step would leave with infinities or NaN.
 
     Args:
         plans: The plans of all buckets; excluded units leave them.
-        names: The names of the parameters, for messages.
         refuse: Whether to raise instead.
 
     Returns:
@@ -32,9 +29,9 @@ def exclude_unusable(
     large = with_large_gradient(plans)
     if not large:
         return None
-    first = _exclude(plans, with_nonfinite_gradient(large), "not finite", names, refuse)
+    first = _exclude(plans, with_nonfinite_gradient(large), "not finite", refuse)
     unstable = [p for plan in plans for p in _unstable(plan, large)]
-    second = _exclude(plans, unstable, "too large to compute with", names, refuse)
+    second = _exclude(plans, unstable, "too large to compute with", refuse)
     return first or second
 
 
@@ -42,15 +39,17 @@ def _exclude(
     plans: Sequence[Plan],
     params: Sequence[nn.Parameter],
     problem: str,
-    names: Mapping[nn.Parameter, str],
     refuse: bool,
 ) -> str | None:
     """Exclude the units of some parameters, or raise; return the message."""
     if not params:
         return None
     bad = {id(p) for p in params}
-    live = (p for plan in plans for p in plan.bucket.layout.live_params(plan.live))
-    labels = enumerate_names([names[p] for p in live if id(p) in bad])
+    live = (
+        unit for plan in plans for unit, on in zip(plan.bucket.units, plan.live, strict=True) if on
+    )
+    named = (pair for unit in live for pair in zip(unit.tensors, unit.names, strict=True))
+    labels = enumerate_names([name for t, name in named if id(t) in bad])
     message = f"The gradients of {labels} are {problem} at step {plans[0].global_step}"
     if refuse:
         raise GradientError(f"{message}; nothing was changed.")
@@ -65,7 +64,7 @@ def _exclude(
 def _live_with_any(plan: Plan, params: set[int]) -> list[bool]:
     """Return which live units have a parameter among the given ids."""
     return [
-        on and any(id(p) in params for p in unit.params)
+        on and any(id(t) in params for t in unit.tensors)
         for unit, on in zip(plan.bucket.units, plan.live, strict=True)
     ]
 
@@ -91,7 +90,7 @@ def with_large_gradient(plans: Sequence[Plan]) -> list[nn.Parameter]:
             continue
         for unit, span, on in zip(bucket.units, bucket.spans, plan.live, strict=True):
             if on and not all(size <= limit for size in sizes[span]):
-                found += unit.params
+                found += unit.tensors
     return found
 
 
@@ -143,8 +142,8 @@ def _unstable(plan: Plan, large: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     finite = {id(original): bool(p.isfinite().all()) for original, p in pairs}
     units = zip(plan.bucket.units, plan.bucket.spans, suspects, strict=True)
     return [
-        p
+        t
         for unit, span, suspected in units
-        if suspected and not (bool(rows[span].all()) and all(finite[id(p)] for p in unit.params))
-        for p in unit.params
+        if suspected and not (bool(rows[span].all()) and all(finite[id(t)] for t in unit.tensors))
+        for t in unit.tensors
     ]

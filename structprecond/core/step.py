@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from structprecond.core.bucket import Bucket
 from structprecond.core.costs import naming_units
 from structprecond.core.move import prepare_move
 from structprecond.core.results import usable
-from structprecond.core.state import Rows, State, on_device_of, rows_of, select
+from structprecond.core.state import Rows, on_device_of, rows_of, select
 from structprecond.core.strategy import StepContext
 
 
@@ -179,44 +178,3 @@ class Plan:
         counters.initialized |= fresh
         counters.overdue &= ~fresh  # just initialized, so not overdue
         return fresh if waits else torch.zeros_like(fresh)
-
-
-@contextmanager
-def all_or_nothing(plans: Sequence[Plan]) -> Iterator[Callable[[], list[str]]]:
-    """Undo what a step has changed if code from outside the library makes it fail.
-
-    Such code is in strategies, hooks and structures of the user's own. Their buckets come first:
-    their states are copied and updated, one after the other, before any parameter is written. The
-    library's own buckets need no copy, and follow when nothing can fail any more.
-
-    Args:
-        plans: The plans of all buckets.
-
-    Yields:
-        A function that applies the plans, and returns the units with failed refreshes.
-    """
-    others = [plan for plan in plans if plan.bucket.runs_other_code]
-    kept: list[tuple[Tensor, Tensor]] = []
-
-    def keep(state: State) -> None:
-        kept.extend((t, t.clone()) for t in state.named_tensors().values())
-
-    def apply() -> list[str]:
-        writes = []
-        for plan in others:
-            keep(plan.bucket.state)
-            writes.append(plan.prepare())
-        kept.clear()
-        failed = [label for write in writes for label in write()]
-        own = [plan for plan in plans if not plan.bucket.runs_other_code]
-        return failed + [label for plan in own for label in plan.apply()]
-
-    if others:
-        for plan in plans:
-            keep(plan.bucket.counters)
-    try:
-        yield apply
-    except BaseException:
-        for tensor, old in kept:
-            tensor.copy_(old)
-        raise
