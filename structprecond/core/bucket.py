@@ -259,8 +259,7 @@ class Bucket:
         if not any(live):
             return torch.empty((0, *self.key.shape), dtype=self.dtype, device=self.device)
         stack = self.empty()
-        grads = [p.grad for p in self.layout.live_params(live) if p.grad is not None]
-        self.layout.gather(grads, live, stack)
+        self.layout.gather(self.layout.live_grads(live), live, stack)
         return stack
 
     def gather_params(self, rows: Rows) -> Tensor:

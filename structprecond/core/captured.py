@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from structprecond.core.optimizer import StructuredOptimizer
-from structprecond.core.state import ALL_ROWS
 from structprecond.core.step import Plan, Recorded
 from structprecond.errors import StructPrecondError
 from structprecond.linalg.precision import step_precision, without_autocast
@@ -88,7 +87,7 @@ class CapturedStep:
             replay = _record(plans)
             self._graphs[due] = kind, replay
         for plan in plans:
-            plan.count(ALL_ROWS)
+            plan.count(plan.bucket.layout.live_rows(plan.live))
         self.optimizer.count_step()
         replay()
         self.replays += 1

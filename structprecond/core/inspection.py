@@ -61,25 +61,23 @@ def check_tensors(bucket: Bucket, live: Sequence[bool], names: Mapping[nn.Parame
         GradientError: If a gradient is sparse, complex, or of another shape.
     """
     _check_dtypes(bucket, names)
-    params = bucket.layout.live_params(live)
     # all at once: checking hundreds of tensors one by one takes as long as updating them
-    shapes = [p.shape for p in params]
-    grads = [p.grad for p in params if p.grad is not None]
+    grads = bucket.layout.live_grads(live)
     if (
         [p.shape for p in bucket.params] == bucket.layout.shapes
-        and all(device.type != "meta" for device in {p.device for p in bucket.params})
+        and not any(p.is_meta for p in bucket.params)
         and {grad.layout for grad in grads} <= {torch.strided}
-        and [grad.shape for grad in grads] == shapes
+        and [grad.shape for grad in grads] == bucket.layout.live_shapes(live)
         and all(dtype.is_floating_point for dtype in {grad.dtype for grad in grads})
     ):
         return
     for p, shape in zip(bucket.params, bucket.layout.shapes, strict=True):
-        if p.shape != shape or p.device.type == "meta":
+        if p.shape != shape or p.is_meta:
             raise StructPrecondError(
                 f"{names[p]} has the shape {tuple(p.shape)} on {p.device}, expected {tuple(shape)} "
                 "on a device with values. Build a new optimizer."
             )
-    for p, grad in zip(params, grads, strict=True):
+    for p, grad in zip(bucket.layout.live_params(live), grads, strict=True):
         if grad.layout != torch.strided:
             raise GradientError(
                 f"The gradient of {names[p]} has the layout {grad.layout}, expected a dense one. "

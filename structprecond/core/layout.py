@@ -73,6 +73,17 @@ class Layout:
             return self.params
         return [p for p, on in zip(self.params, self.per_param(live), strict=True) if on]
 
+    def live_grads(self, live: Sequence[bool]) -> list[Tensor]:
+        """Return the gradients of the live units."""
+        # each read of an attribute takes torch 50 ns, so the gradient is read once
+        return [grad for p in self.live_params(live) if (grad := p.grad) is not None]
+
+    def live_shapes(self, live: Sequence[bool]) -> list[Size]:
+        """Return the shapes that `live_params` had at construction."""
+        if all(live):
+            return self.shapes
+        return [s for s, on in zip(self.shapes, self.per_param(live), strict=True) if on]
+
     def live_rows(self, live: Sequence[bool]) -> Tensor:  # (rows,), bool on the CPU
         """Return whether the unit of each row is live."""
         if all(live):
@@ -131,7 +142,7 @@ def are_live(units: Sequence[Unit]) -> list[bool]:
 
 
 def _alike(tensors: Sequence[Tensor], into: Tensor) -> bool:
-    return all(t.dtype == into.dtype for t in tensors)
+    return {t.dtype for t in tensors} == {into.dtype}
 
 
 def _grouped_shape(unit: Unit) -> tuple[int, ...]:

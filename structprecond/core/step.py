@@ -53,6 +53,7 @@ class Plan:
     maximize: bool
     recorded: Recorded | None = None
     _grads: Tensor | None = field(default=None, repr=False)
+    _failed: list[str] = field(default_factory=list, init=False, repr=False)
 
     # --- plan and exclude ------------------------------------------------------------------------
 
@@ -79,7 +80,8 @@ class Plan:
         """Return the mask of live rows to refresh; rows that are not live stay overdue."""
         counters, live = self.bucket.counters, self.bucket.layout.live_rows(self.live)
         if isinstance(self.every, bool):
-            counters.overdue |= self.every
+            if self.every:
+                counters.overdue.fill_(True)
             return counters.overdue & live
         offsets = counters.phase_offset.clamp(min=0)  # some may be unassigned
         return self.bucket.strategy.due(counters.step, offsets, self.every) & live
@@ -101,19 +103,19 @@ class Plan:
 
     def _prepare(self) -> Callable[[], list[str]]:
         bucket = self.bucket
-        due = self.due()
-        live = bucket.layout.live_rows(self.live)
-        if not live.any():
+        if not any(self.live):
+            self.due()  # notes who becomes overdue
             self._grads = None
             return list
+        due, live = self.due(), bucket.layout.live_rows(self.live)
         grads, self._grads = self.grads, None
         if self.maximize:
             grads.neg_()
         hp = bucket.hyperparameters
         if self.recorded is not None:
             hp["lr"] = self.recorded.lr
-        before = bucket.counters.failed.clone()
-        live &= ~self._begin(live, grads, hp)
+        if not bool(bucket.counters.initialized.all()):
+            live &= ~self._begin(live, grads, hp)
         rows, write = select(live), None
         if rows is not None:
             ctx = self._context(rows, select(due[rows]))
@@ -123,33 +125,42 @@ class Plan:
                 direction = usable(bucket.strategy.update(state, grad, hp, ctx), grad, name)
             if ctx.due is not None:
                 bucket.refresh_decomposes = ctx.decomposed
-            bucket.counters.failed[rows] += ctx.failed
+            self._note_failures(rows, ctx)
             if self.recorded is None:
-                self.count(rows)
+                self.count(live)
             write = prepare_move(bucket, direction, rows, bucket.layout.live_units(live), hp)
-        failed = bucket.counters.failed != before
-        spans = zip(bucket.units, bucket.spans, strict=True)
-        labels = [u.label for u, span in spans if failed[span].any()] if failed.any() else []
 
         def finish() -> list[str]:
             if write is not None:
                 write()
-            return labels
+            return list(dict.fromkeys(self._failed))
 
         return finish
 
-    def count(self, rows: Rows) -> None:
-        """Count an update of rows."""
-        self.bucket.counters.step[rows] += 1
-        self.bucket.counters.overdue[rows] = False
+    def count(self, live: Tensor) -> None:
+        """Count an update of the rows in a mask."""
+        self.bucket.counters.step += live
+        self.bucket.counters.overdue &= ~live
+
+    def _note_failures(self, rows: Rows, ctx: StepContext) -> None:
+        """Count the refreshes of rows that failed, and note their units."""
+        if not bool(ctx.failed.any()):
+            return
+        counters = self.bucket.counters
+        before = counters.failed.clone()
+        counters.failed[rows] += ctx.failed
+        failed = counters.failed != before
+        spans = zip(self.bucket.units, self.bucket.spans, strict=True)
+        self._failed += [unit.label for unit, span in spans if failed[span].any()]
 
     def _context(self, rows: Rows, due: Rows | None) -> StepContext:
         bucket, counters = self.bucket, self.bucket.counters
         steps = counters.step[rows]
-        t: int | Tensor = int(steps[0]) + 1
+        first, last = map(int, steps.aminmax())
+        t: int | Tensor = first + 1
         if self.recorded is not None:
             t = self.recorded.t[on_device_of(rows, self.recorded.t)]
-        elif bool((steps != steps[0]).any()):
+        elif first != last:
             t = (steps + 1).double()
         return StepContext(
             t,
@@ -174,7 +185,7 @@ class Plan:
         ctx = self._context(rows, None)
         with rows_of(self.bucket.state, rows) as state:
             waits = self.bucket.strategy.begin(state, grads[rows], hp, ctx)
-        counters.failed[rows] += ctx.failed
+        self._note_failures(rows, ctx)
         counters.initialized |= fresh
         counters.overdue &= ~fresh  # just initialized, so not overdue
         return fresh if waits else torch.zeros_like(fresh)

@@ -243,6 +243,18 @@ def test_failures_are_warned_of_once_and_remembered() -> None:
     assert [int(entry["failed"]) for entry in fresh.state.values()] == [0, len(DUE), 0, 0]
 
 
+def test_a_unit_that_fails_twice_in_a_step_is_named_once() -> None:
+    model = matrices()
+    optimizer = SOAP(model, skip_first=False, precondition_frequency=1)
+    set_grads(list(model), 0)
+    first, refresh = Fault(torch.linalg, "svd", [1], size=4), Fault(torch, "geqrf", [1], size=4)
+    with first, refresh, pytest.warns(UserWarning, match="Matrices of 1 could not"):
+        optimizer.step()
+    assert first.bad
+    assert refresh.bad
+    assert optimizer.failed == 2
+
+
 @pytest.mark.filterwarnings("ignore:Matrices of 2 could not be decomposed")
 @pytest.mark.parametrize(
     "make",
