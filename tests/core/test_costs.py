@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from structprecond import (
     KLSOAP,
@@ -29,7 +27,7 @@ from structprecond import (
 )
 from structprecond.core.costs import count_entries
 from structprecond.structures import structure_class
-from tests.helpers import set_grads
+from tests.helpers import Allocations, set_grads
 
 
 def sirf(model: nn.Module, **given: Any) -> SIRFShampoo:
@@ -52,30 +50,6 @@ def messages(make: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
         make(*args, **kwargs)
     assert all(warning.filename == __file__ for warning in caught)
     return [str(warning.message) for warning in caught]
-
-
-class Allocations(TorchDispatchMode):
-    """Records the largest tensor with memory that an operation returns.
-
-    But for `torch.empty`: what is never written to takes no memory.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        # kept, so that their addresses are not used again
-        self.untouched: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor) and not t.is_meta:
-                storage = t.untyped_storage()
-                if "empty" in str(func):
-                    self.untouched[storage.data_ptr()] = storage
-                if storage.data_ptr() not in self.untouched:
-                    self.largest = max(self.largest, storage.nbytes())
-        return result
 
 
 # --- counting ------------------------------------------------------------------------------------
