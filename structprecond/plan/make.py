@@ -151,7 +151,7 @@ def _parts(exchange: Exchange, every: int | bool, rounding: Rounding) -> Iterato
     offsets = all_rows.counters.phase_offset.clamp(min=0).tolist()  # 0 unless staggered
     for share, span in zip(exchange.shares, all_rows.spans, strict=True):
         key, strategy = all_rows.key, share.routed.route.strategy
-        step, refresh = step_operations(key), refresh_operations(strategy, key)
+        step, refresh = step_operations(strategy, key), refresh_operations(strategy, key)
         size = bytes_of_row(share.routed, key, rounding)
         items = items_of(share.routed, key, size)
         for item, owner in zip(items, share.owners, strict=True):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from structprecond import (
     KLSOAP,
@@ -20,12 +21,15 @@ from structprecond import (
     DiagonalMatrix,
     KLShampoo,
     Muon,
+    MuonStrategy,
+    ScionStrategy,
     Shampoo,
     SIRFShampoo,
     StackExperts,
     StructuredOptimizer,
 )
-from structprecond.core.costs import count_entries
+from structprecond.core.bucket import BucketKey
+from structprecond.core.costs import count_entries, step_operations
 from structprecond.structures import structure_class
 from tests.helpers import Allocations, set_grads
 
@@ -250,3 +254,24 @@ def test_other_errors_stay_as_they_are() -> None:
     with pytest.raises(RuntimeError) as caught:
         StructuredOptimizer(nn.Linear(3, 2), strategy=failing(error, "init"))
     assert caught.value is error
+
+
+# --- steps ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", [MuonStrategy(num_ns_steps=4), ScionStrategy(num_ns_steps=4)])
+@pytest.mark.parametrize("dims", [(12, 8), (8, 12), (8, 3, 2, 2)])
+def test_operations_of_a_step_include_the_products_of_an_orthogonalization(
+    strategy: MuonStrategy | ScionStrategy, dims: tuple[int, ...]
+) -> None:
+    with FlopCounterMode(display=False) as counted:
+        strategy.scaled_orthogonalize_fn(torch.randn(1, *dims, dtype=torch.float64).flatten(2))
+    assert strategy.step_operations(dims) == counted.get_total_flops() > 0
+    order = len(dims)
+    key = BucketKey(None, torch.Size(dims), (None,) * order, (), torch.float32, torch.device("cpu"))
+    entrywise = step_operations(AdamWStrategy(), key)
+    assert step_operations(strategy, key) == entrywise + strategy.step_operations(dims)
+
+
+def test_steps_of_other_norms_have_no_products() -> None:
+    assert ScionStrategy(norm="row").step_operations((12, 8)) == 0

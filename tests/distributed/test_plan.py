@@ -191,7 +191,11 @@ def test_operations_are_those_of_all_rows() -> None:
     (of_rows,) = plan(partial(squares, 1), split, world=1).ranks
     (stack,) = split(squares(1)).buckets
     assert of_rows.owned == 4
-    assert of_rows.step_operations == 4 * step_operations(stack.key) != alone.step_operations
+    assert (
+        of_rows.step_operations
+        == 4 * step_operations(stack.strategy, stack.key)
+        != alone.step_operations
+    )
 
 
 # --- advice --------------------------------------------------------------------------------------
