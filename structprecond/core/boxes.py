@@ -118,6 +118,12 @@ def _shard(
     return Box(tuple(offset), tuple(size))
 
 
+def describe_placed(p: Tensor) -> str:
+    """Return shape, dtype and placements of a parameter."""
+    placements = p.placements if is_dtensor(p) else "whole"
+    return f"{tuple(p.shape)}, {p.dtype}, {placements}"
+
+
 def sharded_dims(p: Tensor) -> set[int]:
     """Return the dimensions of its mesh along which a parameter is sharded.
 

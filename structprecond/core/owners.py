@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,9 @@ from structprecond.core.step import Plan
 from structprecond.core.team import INTERVALS, WITHOUT, Replicas, T
 from structprecond.errors import LostRankError, StructPrecondError
 
+OWNED = "what has owners: were other parameters thawed, or added"
+"""Name of a fact."""
+
 
 class Owners(Replicas):
     """Ranks that hold parts of parameters, or all of them, and own some rows each.
@@ -43,10 +47,25 @@ class Owners(Replicas):
     def __init__(self, agreement: Agreement, share: float, ranks: Ranks) -> None:
         super().__init__(agreement, share)
         self.ranks, self.exchanges = ranks, list[Exchange]()
-        self.loads = Loads.none(ranks.size)
+        self.loads = self._made_loads = Loads.none(ranks.size)
         self._made: list[Exchange] = []
         self._exchange_of: dict[Bucket, int] = {}
         self._step = _Step()
+
+    def problem_with(self, params: Iterable[nn.Parameter]) -> str | None:
+        """Return why the team cannot train some parameters, as an object; None if it can."""
+        return self.ranks.problem_with(params)
+
+    def can_follow(self, new: Mapping[nn.Parameter, nn.Parameter]) -> bool:
+        """Return whether the state can stay where it is: exchanges are made for parameters."""
+        owned = [p for routed in self.units for p in routed.unit.params]
+        same = all(new.get(p) is p for p in owned) and super().can_follow(new)
+        return same and all(exchange.fits for exchange in self.exchanges)
+
+    def regroup(self, groups: Mapping[int, dict[str, Any]]) -> None:
+        """Use other param groups from now on."""
+        for exchange in self.exchanges:
+            exchange.regroup(groups)
 
     def make_buckets(self, units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:
         """Assign owners, and stack what this rank owns."""
@@ -58,9 +77,10 @@ class Owners(Replicas):
         for (_, _, key), stack in alike.items():
             state = state_of_row(stack[0], key)
             items += [items_of(routed, key, state) for routed in stack]
-        owners = iter(assign([item for some in items for item in some], self.loads))
+        self._made, self._made_loads = [], deepcopy(self.loads)
+        owners = iter(assign([item for some in items for item in some], self._made_loads))
         counts = iter(map(len, items))
-        self._made, made = [], []
+        made = []
         for (_, _, key), stack in alike.items():
             shares = [
                 Share.of(routed, [next(owners) for _ in range(next(counts))], self.ranks.me)
@@ -88,6 +108,7 @@ class Owners(Replicas):
     def adopt(self) -> None:
         """Use the last buckets that were made, since nothing has failed after that."""
         self.exchanges += self._made
+        self.loads = self._made_loads
         self._step.add(self._made)
         self._made = []
 
@@ -124,7 +145,8 @@ class Owners(Replicas):
         """Return what else has to be the same on all ranks."""
         units = [routed.unit for routed in self.units]
         dead = [unit.label for unit, on in zip(units, are_live(units), strict=True) if not on]
-        return {WITHOUT: dead, INTERVALS: self._intervals}
+        owned = {"stacks": len(self.exchanges), "state in bytes": self.loads.state_bytes}
+        return {OWNED: owned, WITHOUT: dead, INTERVALS: self._intervals}
 
     def _stagger(self, plans: Sequence[Plan], schedule: RefreshSchedule) -> None:
         stacks = self.stacks([])

@@ -1,0 +1,214 @@
+"""What an optimizer makes of its param groups: a team, units and their stacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from structprecond.core.agreement import Facts
+from structprecond.core.boxes import describe_placed
+from structprecond.core.bucket import Bucket
+from structprecond.core.build import RoutedUnit, route_units
+from structprecond.core.entry import Entries
+from structprecond.core.follow import Follower
+from structprecond.core.naming import unwrap
+from structprecond.core.param_groups import labels_of
+from structprecond.core.ranks import Mesh
+from structprecond.core.rounding import Rounding
+from structprecond.core.routing import as_routing
+from structprecond.core.team import Alone
+from structprecond.core.teams import find_team
+from structprecond.errors import GroupError
+
+Group = dict[str, Any]
+State = MutableMapping[Any, Any]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What is made of some param groups, before it is used.
+
+    Args:
+        team: The team that trains them.
+        names: The names of their parameters.
+        units: Their units.
+        buckets: The stacks of those that this rank owns and that are not frozen.
+    """
+
+    team: Alone
+    names: dict[nn.Parameter, str]
+    units: list[RoutedUnit]
+    buckets: list[Bucket]
+
+    def units_of(self, group: Group) -> list[RoutedUnit]:
+        """Return the units of one group."""
+        return [routed for routed in self.units if routed.group is group]
+
+
+class Assembly:
+    """The team, units and stacks of all param groups.
+
+    Args:
+        model: The model; None if only parameters are known.
+        mesh: The ranks that shall own rows, if the user names them.
+        rounding: How low-precision parameters are rounded.
+
+    Attributes:
+        team: The team that trains the parameters.
+        buckets: The stacks.
+        frozen: The units without state, as none of their parameters requires a gradient.
+        names: The names of all parameters.
+        follower: What the optimizer uses of param groups and model.
+    """
+
+    def __init__(self, model: nn.Module | None, mesh: Mesh | None, rounding: Rounding) -> None:
+        self.team = Alone()  # first: it may refuse to be copied
+        self._model, self._mesh, self._rounding = model, mesh, rounding
+        self.buckets: list[Bucket] = []
+        self.frozen: list[RoutedUnit] = []
+        self.names: dict[nn.Parameter, str] = {}
+        self.follower = Follower(self.buckets, self.frozen, self.names)
+
+    def make(self, groups: Sequence[Group], global_step: int) -> Made:
+        """Make units and stacks of the last group, and of all if they need another team.
+
+        Args:
+            groups: All groups, complete.
+            global_step: The number of steps made.
+
+        Raises:
+            StructPrecondError: If the settings of the group do not fit its parameters, or if state
+                would be lost; nothing is changed.
+        """
+        *others, new = groups
+        names = labels_of(new, len(others))
+        known = []
+        if self.names:
+            problem = self.team.problem_with(names)
+            if problem is None:
+                return self._make([(new, names)], self.team)
+            if self.follower.refusal is not None:
+                raise self.follower.refusal
+            self._check_unused(f"a new param group has {problem}", global_step)
+            known = [(group, {p: self.names[p] for p in group["params"]}) for group in others]
+        team = find_team(self._model, self._mesh, [*self.names, *names])
+        return self._make([*known, (new, names)], team)
+
+    def _make(self, groups: Iterable[tuple[Group, dict[nn.Parameter, str]]], team: Alone) -> Made:
+        """Make units and stacks of groups, given with the names of their parameters."""
+        model = None if self._model is None else unwrap(self._model)
+        names: dict[nn.Parameter, str] = {}
+        units = []
+        for group, own in groups:
+            units += route_units(model, group, as_routing(group["strategy"]), own)
+            names |= own
+        awake = [routed for routed in units if not routed.frozen]
+        return Made(team, names, units, team.make_buckets(awake, self._rounding))
+
+    def _check_unused(self, what: str, global_step: int) -> None:
+        """Raise `GroupError` if there is state that cannot be made anew."""
+        if not global_step and not any(bool(b.counters.initialized.any()) for b in self.buckets):
+            return
+        after = f"{global_step} steps" if global_step else "it was given state"
+        raise GroupError(
+            f"After {after}, the optimizer cannot follow this: {what}. The parameters decide which "
+            "rank keeps which state, so nothing was changed. Build the optimizer after all such "
+            "changes, and load there what state_dict() returned before them."
+        )
+
+    def use(self, made: Made, entries: Entries, state: State) -> None:
+        """Add what was made to what there is; what has another team replaces that.
+
+        Args:
+            made: What was made.
+            entries: The entries of the state.
+            state: The optimizer's state, where the new one is shown.
+        """
+        if made.team is not self.team:
+            self.team = made.team
+            for old in (self.buckets, self.frozen, self.names):
+                old.clear()
+        self.names |= made.names
+        frozen = [routed for routed in made.units if routed.frozen]
+        self.frozen += frozen
+        self._add(made.buckets)
+        show(made.buckets, frozen, entries, state)
+
+    def _add(self, buckets: Sequence[Bucket]) -> None:
+        self.buckets += buckets
+        self.team.adopt()
+
+    def thaw(self, thawed: Callable[[RoutedUnit], bool], entries: Entries, state: State) -> None:
+        """Give state to frozen units that need it.
+
+        Args:
+            thawed: Whether a unit needs state.
+            entries: The entries of the state.
+            state: The optimizer's state.
+        """
+        awake = [routed for routed in self.frozen if thawed(routed)]
+        if not awake:
+            return
+        buckets = self.team.make_buckets(awake, self._rounding)
+        self.frozen[:] = [routed for routed in self.frozen if routed not in awake]
+        for bucket in buckets:
+            bucket.counters.overdue[:] = True  # they missed all refreshes so far
+        self._add(buckets)
+        show(buckets, [], entries, state)
+
+    def follow(
+        self,
+        groups: Sequence[Group],
+        global_step: int,
+        entries: Entries,
+        state: State,
+        quiet: bool = False,
+    ) -> None:
+        """Follow changes of param groups and of the model, or refuse them all.
+
+        Before the first step, everything is made anew if the state cannot stay where it is.
+
+        Args:
+            groups: The param groups; lists of parameters get the model's new ones.
+            global_step: The number of steps made.
+            entries: The entries of the state.
+            state: The optimizer's state.
+            quiet: Whether to leave it to a later call to raise.
+
+        Raises:
+            StructPrecondError: If a change cannot be followed; nothing is changed.
+        """
+        with self.follower.refusing(quiet):
+            # conversions and the like keep the identity of parameters
+            converted = not global_step and not self.team.can_follow({p: p for p in self.names})
+            change = self.follower.find(self._model, groups, converted)
+            if change is None:
+                return
+            if self.team.can_follow(change.new):
+                self.follower.follow(change, entries, state)
+                self.team.regroup(change.groups)
+                return
+            self._check_unused(change.describe(self.names), global_step)
+            team = find_team(self._model, self._mesh, list(change.new.values()))
+            made = self._make(change.named(self.names), team)
+            # nothing below can fail
+            entries.renew(change.new, state)
+            self.use(made, entries, state)
+            self.follower.note(change)
+
+    def described(self) -> Facts:
+        """Return what has to be the same on all ranks before the first step."""
+        placed = {name: describe_placed(p) for p, name in self.names.items()}
+        return {"the parameters": placed}
+
+
+def show(
+    buckets: Sequence[Bucket], frozen: Iterable[RoutedUnit], entries: Entries, state: State
+) -> None:
+    """Show the state of stacks, and that frozen units have none."""
+    entries.show(buckets, state)
+    for routed in frozen:
+        entries.show_unit(routed.unit, state, {})
