@@ -17,6 +17,8 @@ from structprecond.core.ranks import Ranks, device_for
 from structprecond.errors import DistributedError, LostRankError
 
 _T = TypeVar("_T")
+# torch 2.13 has renamed it
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 Facts = Mapping[str, Any]
 """What has to be the same on all ranks, by name."""
 
@@ -82,7 +84,7 @@ class Agreement:
     def _gather(self, numbers: Sequence[int], what: str) -> list[list[int]]:
         own = torch.tensor(numbers, dtype=torch.int64, device=self._device)
         all_ = own.new_empty(self.ranks.size * len(own))
-        work = dist.all_gather_into_tensor(all_, own, group=self.ranks.group, async_op=True)
+        work = _all_gather(all_, own, group=self.ranks.group, async_op=True)
         wait_for(work, f"the decision about the {what}", self.ranks)
         rows: list[list[int]] = all_.view(self.ranks.size, -1).tolist()
         return rows

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +44,6 @@ class Made:
     units: list[RoutedUnit]
     buckets: list[Bucket]
 
-    def units_of(self, group: Group) -> list[RoutedUnit]:
-        """Return the units of one group."""
-        return [routed for routed in self.units if routed.group is group]
-
 
 class Assembly:
     """The team, units and stacks of all param groups.
@@ -61,6 +58,7 @@ class Assembly:
         buckets: The stacks.
         frozen: The units without state, as none of their parameters requires a gradient.
         names: The names of all parameters.
+        rules: The roles and patterns that have routed units to strategies.
         follower: What the optimizer uses of param groups and model.
     """
 
@@ -70,6 +68,9 @@ class Assembly:
         self.buckets: list[Bucket] = []
         self.frozen: list[RoutedUnit] = []
         self.names: dict[nn.Parameter, str] = {}
+        self.rules: set[str] = set()
+        # in the last step
+        self._thawed: tuple[list[RoutedUnit], list[Bucket]] = ([], [])
         self.follower = Follower(self.buckets, self.frozen, self.names)
 
     def make(self, groups: Sequence[Group], global_step: int) -> Made:
@@ -94,17 +95,25 @@ class Assembly:
                 raise self.follower.refusal
             self._check_unused(f"a new param group has {problem}", global_step)
             known = [(group, {p: self.names[p] for p in group["params"]}) for group in others]
-        team = find_team(self._model, self._mesh, [*self.names, *names])
-        return self._make([*known, (new, names)], team)
+        return self._make([*known, (new, names)])
 
-    def _make(self, groups: Iterable[tuple[Group, dict[nn.Parameter, str]]], team: Alone) -> Made:
-        """Make units and stacks of groups, given with the names of their parameters."""
+    def _make(
+        self, groups: Iterable[tuple[Group, dict[nn.Parameter, str]]], team: Alone | None = None
+    ) -> Made:
+        """Make units and stacks of groups, given with the names of their parameters.
+
+        Args:
+            groups: The groups with these names.
+            team: The team that trains them. Default: None, a new one.
+        """
         model = None if self._model is None else unwrap(self._model)
         names: dict[nn.Parameter, str] = {}
         units = []
         for group, own in groups:
             units += route_units(model, group, as_routing(group["strategy"]), own)
             names |= own
+        if team is None:
+            team = find_team(self.team, self._model, self._mesh, list(names))
         awake = [routed for routed in units if not routed.frozen]
         return Made(team, names, units, team.make_buckets(awake, self._rounding))
 
@@ -132,6 +141,7 @@ class Assembly:
             for old in (self.buckets, self.frozen, self.names):
                 old.clear()
         self.names |= made.names
+        self.rules |= {routed.route.rule for routed in made.units}
         frozen = [routed for routed in made.units if routed.frozen]
         self.frozen += frozen
         self._add(made.buckets)
@@ -154,10 +164,31 @@ class Assembly:
             return
         buckets = self.team.make_buckets(awake, self._rounding)
         self.frozen[:] = [routed for routed in self.frozen if routed not in awake]
+        self._thawed = awake, buckets
         for bucket in buckets:
             bucket.counters.overdue[:] = True  # they missed all refreshes so far
         self._add(buckets)
         show(buckets, [], entries, state)
+
+    @contextmanager
+    def thawing(self, entries: Entries, state: State) -> Iterator[None]:
+        """Freeze again what is thawed in a block that raises: other ranks have not thawed it.
+
+        Args:
+            entries: The entries of the state.
+            state: The optimizer's state.
+        """
+        self._thawed = [], []
+        try:
+            yield
+        except BaseException:
+            units, buckets = self._thawed
+            if units:
+                self.buckets[:] = [bucket for bucket in self.buckets if bucket not in buckets]
+                self.frozen += units
+                self.team.give_up()
+                show([], units, entries, state)
+            raise
 
     def follow(
         self,
@@ -192,17 +223,26 @@ class Assembly:
                 self.team.regroup(change.groups)
                 return
             self._check_unused(change.describe(self.names), global_step)
-            team = find_team(self._model, self._mesh, list(change.new.values()))
-            made = self._make(change.named(self.names), team)
+            made = self._make(change.named(self.names))
             # nothing below can fail
             entries.renew(change.new, state)
             self.use(made, entries, state)
             self.follower.note(change)
 
-    def described(self) -> Facts:
-        """Return what has to be the same on all ranks before the first step."""
-        placed = {name: describe_placed(p) for p, name in self.names.items()}
-        return {"the parameters": placed}
+    def meet(self, follow: Callable[..., None]) -> None:
+        """Check before the first step that all ranks train the same parameters.
+
+        Args:
+            follow: Calls `follow`, given `quiet`.
+        """
+
+        def parameters() -> Facts:
+            follow()
+            placed = {name: describe_placed(p) for p, name in self.names.items()}
+            return {"the parameters": placed}
+
+        follow(quiet=True)  # after this, the team is that of all ranks
+        self.team.meet(parameters)
 
 
 def show(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+import torch.distributed as dist
 from torch import Tensor
 
 from structprecond.errors import StructPrecondError
@@ -85,6 +86,23 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local().detach() if is_dtensor(tensor) else tensor.detach()
 
 
+def norm_over_ranks(norm: Tensor, order: float, p: Tensor) -> Tensor:
+    """Return the norm of a tensor on all ranks, given that of this rank's part.
+
+    Args:
+        norm: The norm of the part, 0-d.
+        order: 2 or infinity.
+        p: A tensor that is placed alike; unless it is a DTensor, its part is the whole.
+    """
+    if not is_dtensor(p):
+        return norm
+    total = norm if order == math.inf else norm.square()
+    for dim in sharded_dims(p):
+        op = dist.ReduceOp.MAX if order == math.inf else dist.ReduceOp.SUM
+        dist.all_reduce(total, op, group=p.device_mesh.get_group(dim))
+    return total if order == math.inf else total.sqrt()
+
+
 def box_of(p: Tensor, coordinate: Sequence[int]) -> Box:
     """Return the box of a parameter that a rank holds.
 
@@ -124,17 +142,17 @@ def describe_placed(p: Tensor) -> str:
     return f"{tuple(p.shape)}, {p.dtype}, {placements}"
 
 
-def sharded_dims(p: Tensor) -> set[int]:
+def sharded_dims(p: Tensor) -> list[int]:
     """Return the dimensions of its mesh along which a parameter is sharded.
 
     Raises:
         StructPrecondError: If it is a sum over ranks that has not been computed yet.
     """
     if not is_dtensor(p):
-        return set()
+        return []
     if any(placement.is_partial() for placement in p.placements):
         raise StructPrecondError(
             f"A parameter has the placements {p.placements}. Expected Shard and Replicate; "
             "redistribute it first."
         )
-    return {dim for dim, placement in enumerate(p.placements) if not placement.is_replicate()}
+    return [dim for dim, placement in enumerate(p.placements) if not placement.is_replicate()]

@@ -44,7 +44,7 @@ class Change:
         """The parameters that stay, and for each the one that is updated from now on."""
         return {p: q for m in self.matches for p, q in zip(m.known, m.now, strict=True)}
 
-    @property
+    @cached_property
     def groups(self) -> dict[int, dict[str, Any]]:
         """By the identity of a group that was used, the one that is used from now on."""
         return {id(match.followed.group): match.group for match in self.matches}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from structprecond.core.boxes import is_dtensor, local, norm_over_ranks
 from structprecond.core.naming import enumerate_names
 from structprecond.core.step import Plan
 from structprecond.errors import GradientError
@@ -120,12 +122,21 @@ def with_nonfinite_gradient(params: Sequence[nn.Parameter]) -> list[nn.Parameter
     return suspects and _without_finite_norm(suspects, torch.inf)
 
 
+def are_nonfinite_on_a_rank(params: Sequence[nn.Parameter]) -> bool:
+    """Return whether gradients hold an infinity or NaN, also in the parts that other ranks hold."""
+    found = bool(with_nonfinite_gradient(params))
+    placed = {(p.device_mesh, p.placements): p for p in params if is_dtensor(p)}
+    flag = torch.tensor(float(found))
+    flags = [norm_over_ranks(flag.to(p.device), math.inf, p) for p in placed.values()]
+    return found or any(map(bool, flags))
+
+
 def _without_finite_norm(params: Sequence[nn.Parameter], order: float) -> list[nn.Parameter]:
     found = []
     kinds = [(p.device, p.dtype) for p in params]
     for kind in set(kinds):
         members = [p for p, other in zip(params, kinds, strict=True) if other == kind]
-        norms = torch._foreach_norm([p.grad for p in members if p.grad is not None], order)
+        norms = torch._foreach_norm([local(p.grad) for p in members if p.grad is not None], order)
         finite = torch.stack(norms).isfinite().tolist()
         found += [p for p, fine in zip(members, finite, strict=True) if not fine]
     return found

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from structprecond.core import checkpoint, options, param_groups
-from structprecond.core.agreement import Facts, facts_of
+from structprecond.core.agreement import facts_of
 from structprecond.core.assembly import Assembly, show
 from structprecond.core.batch_size import GetBatchSize, Samples
 from structprecond.core.bucket import Bucket
@@ -133,7 +133,7 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
         leave_to_python(StructuredOptimizer, "_step")
         super().__init__(given, defaults)
         made = self._assembly
-        param_groups.check_rules(self.defaults, made.buckets, made.frozen, made.names)
+        param_groups.check_rules(self.defaults, made.rules, made.names)
         warn_once(self._warned, "expensive", too_high(self.buckets))
         if batch_size is not None:
             self.batch_size = batch_size
@@ -159,7 +159,7 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
             new.drop_unread()
             check_values(new.group)
             made = self._assembly.make(self.param_groups, self.global_step)
-            new.check(made.units_of(new.group), made.names.values())
+            new.check(made.units, made.names)
             self._assembly.follower.add(self.model, new.group)
         except BaseException:
             self.param_groups.pop()
@@ -167,7 +167,7 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
         self._assembly.use(made, self._entries, self.state)
         warn_once(self._warned, "keys", new.misspelt)
         if model is None:
-            warn_once(self._warned, "roles", new.roles_in_doubt(made.buckets))
+            warn_once(self._warned, "roles", new.roles_in_doubt(made.units))
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -252,8 +252,7 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
     @step_precision()
     def _step(self) -> None:
         if self.global_step == 0:
-            self._follow(quiet=True)
-            self.team.meet(self._parameters)
+            self._assembly.meet(self._follow)
         with self.team.step(self.buckets):
             plans = self.plan()
             idle = self._assembly.follower.idle([plan.live for plan in plans])
@@ -270,7 +269,8 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
     def plan(self) -> list[Plan]:
         """Check all inputs of a step, or raise; return its plan for each bucket."""
         facts = partial(facts_of, self.param_groups, self._global_step)
-        return self.team.agree(self._plan, facts, self._samples, self._schedule)
+        with self._assembly.thawing(self._entries, self.state):
+            return self.team.agree(self._plan, facts, self._samples, self._schedule)
 
     def _plan(self) -> list[Plan]:
         """Check this rank's inputs; return its plan."""
@@ -288,19 +288,14 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
             for bucket, alive, every in zip(self.buckets, live, intervals, strict=True)
         ]
 
-    def _parameters(self) -> Facts:
-        """Return the parameters, which have to be the same on all ranks."""
-        self._follow()
-        return self._assembly.described()
-
     def _thaw(self, thawed: Callable[[RoutedUnit], bool]) -> None:
         """Give state to frozen units that need it."""
         self._assembly.thaw(thawed, self._entries, self.state)
 
     def _follow(self, quiet: bool = False) -> None:
         """Follow changes of `param_groups` and of the model; refuse others, or wait if `quiet`."""
-        step, entries = self.global_step, self._entries
-        self._assembly.follow(self.param_groups, step, entries, self.state, quiet)
+        shown = (self._entries, self.state)
+        self._assembly.follow(self.param_groups, self.global_step, *shown, quiet)
 
     def count_step(self) -> None:
         """Count a step after its plans were applied."""

@@ -47,8 +47,9 @@ class CommonOptions(TypedDict, total=False):
             changed, or "ignore", without a check. Default: "skip".
         rounding: How bfloat16 and float16 parameters are rounded after an update in float32:
             "nearest" loses updates below the last digit; "stochastic" rounds up or down at random,
-            so that they count on average; "kahan" keeps the rounding error in the state, in the
-            parameter's dtype, and adds it to the next update. Default: "nearest".
+            so that they count on average, and a resumed run repeats the bits; "kahan" keeps the
+            rounding error in the state, in the parameter's dtype, and adds it to the next update.
+            Default: "nearest".
         maximize: Whether to maximize. Default: False.
         verbose_init: Whether to print how each parameter is treated. Default: False.
         mesh: The ranks that own rows: a `DeviceMesh` or a `ProcessGroup`. Each row's state and

@@ -19,7 +19,7 @@ from structprecond.core.build import RoutedUnit
 from structprecond.core.exchange import Exchange
 from structprecond.core.inspection import check_values
 from structprecond.core.layout import are_live
-from structprecond.core.ownership import Loads, Share, assign, items_of, state_of_row
+from structprecond.core.ownership import Loads, Share, assign, bytes_of_row, items_of
 from structprecond.core.ranks import Ranks
 from structprecond.core.refresh import RefreshSchedule, Stack
 from structprecond.core.rounding import Rounding
@@ -49,6 +49,7 @@ class Owners(Replicas):
         self.ranks, self.exchanges = ranks, list[Exchange]()
         self.loads = self._made_loads = Loads.none(ranks.size)
         self._made: list[Exchange] = []
+        self._before = 0, self.loads
         self._exchange_of: dict[Bucket, int] = {}
         self._step = _Step()
 
@@ -75,8 +76,8 @@ class Owners(Replicas):
             alike.setdefault(key, []).append(routed)
         items = []
         for (_, _, key), stack in alike.items():
-            state = state_of_row(stack[0], key)
-            items += [items_of(routed, key, state) for routed in stack]
+            row_bytes = bytes_of_row(stack[0], key, rounding)
+            items += [items_of(routed, key, row_bytes) for routed in stack]
         self._made, self._made_loads = [], deepcopy(self.loads)
         owners = iter(assign([item for some in items for item in some], self._made_loads))
         counts = iter(map(len, items))
@@ -107,10 +108,16 @@ class Owners(Replicas):
 
     def adopt(self) -> None:
         """Use the last buckets that were made, since nothing has failed after that."""
+        self._before = len(self.exchanges), self.loads
         self.exchanges += self._made
         self.loads = self._made_loads
         self._step.add(self._made)
         self._made = []
+
+    def give_up(self) -> None:
+        """Undo the last `adopt`."""
+        number, self.loads = self._before
+        del self.exchanges[number:]
 
     @property
     def units(self) -> list[RoutedUnit]:

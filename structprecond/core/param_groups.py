@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Set
 from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor, nn
 
-from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit
 from structprecond.core.decay import as_rules, check_patterns
 from structprecond.core.naming import plain_name, unwrap
@@ -91,34 +90,34 @@ class NewGroup:
         for name in self._defaults.keys() - self._kept - set(CONFIGURATION):
             del self.group[name]
 
-    def check(self, units: Sequence[RoutedUnit], names: Iterable[str]) -> None:
+    def check(self, all_units: Iterable[RoutedUnit], names: Mapping[nn.Parameter, str]) -> None:
         """Check that what the group was given has an effect.
 
         Args:
-            units: Its units.
-            names: The names of its parameters.
+            all_units: Its units, and those of other groups.
+            names: The names of its parameters, and of others.
 
         Raises:
             StructPrecondError: If a hyperparameter, a route or a `no_decay` has none.
         """
+        units = [routed for routed in all_units if routed.group is self.group]
         self._routing.check_read(self._given, [routed.route.strategy for routed in units])
         if "strategy" in self._own:
             self._routing.check_used({routed.route.rule for routed in units})
         if "no_decay" in self._own:
-            check_patterns(self.group["no_decay"], names)
+            check_patterns(self.group["no_decay"], [names[p] for p in self.group["params"]])
 
-    def roles_in_doubt(self, buckets: Iterable[Bucket]) -> str | None:
+    def roles_in_doubt(self, all_units: Iterable[RoutedUnit]) -> str | None:
         """Return a warning if the roles of parameters without a model or names matter.
 
         Args:
-            buckets: The buckets made of the group.
+            all_units: Its units, and those of other groups.
         """
-        by_role = (
-            unit
-            for bucket in buckets
-            for unit, rule in zip(bucket.units, bucket.rules, strict=True)
-            if rule in ROLES
-        )
+        by_role = [
+            routed.unit
+            for routed in all_units
+            if routed.group is self.group and routed.route.rule in ROLES and not routed.frozen
+        ]
         uniform = self._routing.is_uniform
         matrices = 0 if uniform else sum(p.ndim > 1 for unit in by_role for p in unit.params)
         if self.group.get("param_names"):
@@ -207,22 +206,15 @@ def complete(group: dict[str, Any], routing: Routing, defaults: Mapping[str, Any
     return given
 
 
-def check_rules(
-    defaults: Mapping[str, Any],
-    buckets: Iterable[Bucket],
-    frozen: Iterable[RoutedUnit],
-    names: Mapping[Any, str],
-) -> None:
+def check_rules(defaults: Mapping[str, Any], used: set[str], names: Mapping[Any, str]) -> None:
     """Raise `GroupError` if a route or a `no_decay` of the optimizer matches nothing.
 
     Args:
         defaults: The defaults of all groups.
-        buckets: The buckets of all groups.
-        frozen: The frozen units of all groups.
+        used: The roles and patterns that routed a unit.
         names: The names of all parameters.
     """
-    used = {rule for bucket in buckets for rule in bucket.rules}
-    as_routing(defaults["strategy"]).check_used(used | {routed.route.rule for routed in frozen})
+    as_routing(defaults["strategy"]).check_used(used)
     check_patterns(defaults["no_decay"], names.values())
 
 

@@ -25,10 +25,12 @@ class Recorded:
     Args:
         t: The number of the update of each row, `(b,)`, float64.
         lr: The learning rate, 0-d.
+        seeds: The seed of each row, `(b,)`, int64.
     """
 
     t: Tensor
     lr: Tensor
+    seeds: Tensor
 
 
 @dataclass
@@ -128,7 +130,8 @@ class Plan:
             self._note_failures(rows, ctx)
             if self.recorded is None:
                 self.count(live)
-            write = prepare_move(bucket, direction, rows, bucket.layout.live_units(live), hp)
+            units = bucket.layout.live_units(live)
+            write = prepare_move(bucket, direction, rows, units, hp, ctx)
 
         def finish() -> list[str]:
             if write is not None:
@@ -158,13 +161,14 @@ class Plan:
         steps = counters.step[rows]
         first, last = map(int, steps.aminmax())
         t: int | Tensor = first + 1
+        seeds = counters.seed
         if self.recorded is not None:
-            t = self.recorded.t[on_device_of(rows, self.recorded.t)]
+            t, seeds = self.recorded.t[on_device_of(rows, self.recorded.t)], self.recorded.seeds
         elif first != last:
             t = (steps + 1).double()
         return StepContext(
             t,
-            seeds=counters.seed[rows],
+            seeds=seeds[on_device_of(rows, seeds)],
             due=due,
             failed=torch.zeros_like(steps, dtype=torch.bool),
             global_step=self.global_step,

@@ -68,6 +68,9 @@ class Alone:
     def adopt(self) -> None:
         """Use the last buckets that were made, since nothing has failed after that."""
 
+    def give_up(self) -> None:
+        """Undo the last `adopt`."""
+
     def check(
         self,
         param_groups: Sequence[Mapping[str, Any]],

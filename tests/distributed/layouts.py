@@ -50,11 +50,8 @@ def tensor_parallel(model: nn.Module) -> nn.Module:
         "cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor")
     )
     styles = (ColwiseParallel, RowwiseParallel)
-    plan = {
-        name: styles[i % 2]()
-        for i, (name, m) in enumerate(model.named_children())
-        if isinstance(m, nn.Linear)
-    }
+    linear = [name for name, m in model.named_children() if isinstance(m, nn.Linear)]
+    plan = {name: styles[i % 2]() for i, name in enumerate(linear)}
     # the last linear layers stay whole
     parallelize_module(model, mesh["tensor"], dict(list(plan.items())[: len(plan) // 2 * 2]))
     for module in model.children():
