@@ -49,11 +49,14 @@ def _is_bad(step: int) -> bool:
     return step % 15 == 0
 
 
-@pytest.fixture(autouse=True)
-def _nothing_older() -> None:
+@pytest.fixture
+def only_new_objects() -> None:
     """Let the garbage collector, and `_living_tensors`, look only at what the test makes."""
     gc.collect()
     gc.freeze()
+
+
+counts_objects = pytest.mark.usefixtures("only_new_objects")
 
 
 def _living_tensors() -> int:
@@ -90,6 +93,7 @@ def _size(root: Any) -> tuple[int, int]:
     return numbers, entries
 
 
+@counts_objects
 @pytest.mark.filterwarnings("ignore:The gradients of")
 @every_strategy
 @long
@@ -151,6 +155,7 @@ def test_description_predicts_the_bytes_of_the_state(make: Make, dtype: torch.dt
     assert _bytes_of_state(loaded) == predicted
 
 
+@counts_objects
 def test_counting_batch_sizes_leaves_nothing_behind() -> None:
     model = mlp()
     optimizer = SIRFShampoo(model, **SETTINGS)
@@ -170,6 +175,7 @@ def test_counting_batch_sizes_leaves_nothing_behind() -> None:
     assert len(model._forward_hooks) == hooks == 1
 
 
+@counts_objects
 def test_optimizers_that_are_gone_leave_nothing_behind() -> None:
     model = mlp(torch.float32)
 
@@ -215,6 +221,7 @@ def test_process_does_not_grow(make: Make) -> None:
     assert go_on(40) - before < limit
 
 
+@counts_objects
 def test_the_measures_notice_what_grows() -> None:
     """Each measure notices one more tensor."""
     model = mlp()
