@@ -25,6 +25,14 @@ class CheckpointError(StructPrecondError):
     """A checkpoint that does not fit the optimizer; nothing was loaded."""
 
 
+class DistributedError(StructPrecondError):
+    """Ranks that cannot make a step together: one failed, stopped, or differs from the others."""
+
+
+class LostRankError(DistributedError):
+    """A rank that did not answer within the time limit of its process group, or has gone."""
+
+
 class DecompositionError(StructPrecondError):
     """A matrix decomposition that failed in float32 and in float64.
 

@@ -34,6 +34,19 @@ def start(function: Callable[..., None], *args: Any) -> tuple[BaseProcess, Conne
     return process, receiver
 
 
+def start_both_ways(function: Callable[..., None]) -> tuple[BaseProcess, Connection]:
+    """Start a daemon process; return it, and the pipe end to talk to it.
+
+    Args:
+        function: The function to run. Its argument is the other pipe end.
+    """
+    mine, theirs = _CONTEXT.Pipe()
+    process: BaseProcess = _CONTEXT.Process(target=function, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return process, mine
+
+
 def result_of(function: Callable[..., Any], *args: Any) -> Any:
     """Run a function in a separate process; return its result or raise its error."""
     process, receiver = start(_send_result, function, args)

@@ -29,6 +29,16 @@ class Samples:
         self.model = model
         self.shown = torch.zeros((), dtype=torch.int64, device="cpu")
         self._counter: BatchSizeCounter | None = None
+        self._total: int | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether the number is counted, and not a fixed one."""
+        return self._counter is not None
+
+    def add_ranks(self, total: int) -> None:
+        """Note the number of samples behind the gradients of this step on all ranks."""
+        self._total = total
 
     @property
     def count(self) -> int | None:
@@ -71,7 +81,8 @@ class Samples:
 
     def use(self) -> None:
         """Store the number in `shown` after a step; the next gradient starts a new count."""
-        self.shown.fill_(self.count or 0)
+        self.shown.fill_((self.count if self._total is None else self._total) or 0)
+        self._total = None
         if self._counter is not None:
             self._counter.use()
 

@@ -36,13 +36,25 @@ class BucketKey:
     decays: bool = True
     """Whether the units have weight decay; False for those that `no_decay` leaves out."""
 
+    def refresh_cost(self) -> int:
+        """Return the number of operations to refresh one row, up to a constant factor."""
+        axes = zip(self.structures, self.shape, strict=True)
+        return sum(s.refresh_cost(dim) for s, dim in axes if s is not None)
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of stacks and states: float32, or float64 for float64 parameters."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _runs_other_code(strategy: Strategy[Any], structures: Sequence[Structure]) -> bool:
+def interval_in(group: Mapping[str, Any], strategy: Strategy[Any], prefix: str) -> Any:
+    """Return a strategy's refresh interval in a param group; False if it has no refreshes."""
+    name = interval_of(strategy)
+    return False if name is None else group[f"{prefix}{name}"]
+
+
+def runs_other_code(strategy: Strategy[Any], structures: Sequence[Structure]) -> bool:
+    """Return whether a step calls code from outside the library."""
     classes = [type(strategy), *(s for s in structures if s is not None)]
     bases = {base for cls in classes for base in cls.__mro__}
     ours = {base.__module__.partition(".")[0] for base in bases} <= _TRUSTED
@@ -97,7 +109,7 @@ class Bucket:
             self.compensation = torch.zeros(self.shape, dtype=key.param_dtype, device=key.device)
         self.refresh_decomposes: bool | None = None
         self.staggered_over: int | None = None
-        self.runs_other_code = _runs_other_code(strategy, key.structures)
+        self.runs_other_code = runs_other_code(strategy, key.structures)
         self._check_names()
 
     def _check_names(self) -> None:
@@ -154,8 +166,7 @@ class Bucket:
     @property
     def interval(self) -> Any:
         """The current refresh interval; False if the strategy has no refreshes."""
-        name = interval_of(self.strategy)
-        return False if name is None else self.group[f"{self.prefix}{name}"]
+        return interval_in(self.group, self.strategy, self.prefix)
 
     def empty(self) -> Tensor:
         """Return an uninitialized stack `(b, *dims)`."""
@@ -181,11 +192,6 @@ class Bucket:
         """The index of each unit's rows: an integer for a single row."""
         units = zip(self.units, self.spans, strict=True)
         return [span if unit.rule.stacked else span.start for unit, span in units]
-
-    def refresh_cost(self) -> int:
-        """Return the number of operations to refresh one row, up to a constant factor."""
-        axes = zip(self.key.structures, self.key.shape, strict=True)
-        return sum(s.refresh_cost(dim) for s, dim in axes if s is not None)
 
     def twin(self) -> Bucket:
         """Return a copy with its own state and parameters, for a trial step."""

@@ -131,19 +131,21 @@ def make_buckets(units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket
 
 
 def thaw(
-    units: list[RoutedUnit], thawed: Callable[[RoutedUnit], bool], rounding: Rounding
+    units: list[RoutedUnit],
+    thawed: Callable[[RoutedUnit], bool],
+    make: Callable[[list[RoutedUnit]], list[Bucket]],
 ) -> list[Bucket]:
     """Remove some units from a list of frozen ones, and stack them.
 
     Args:
         units: The frozen units.
         thawed: Whether a unit needs state.
-        rounding: How low-precision parameters are rounded.
+        make: Stacks units, as `make_buckets`.
     """
     awake = [routed for routed in units if thawed(routed)]
     if not awake:
         return []
-    buckets = make_buckets(awake, rounding)
+    buckets = make(awake)
     units[:] = [routed for routed in units if routed not in awake]
     for bucket in buckets:
         bucket.counters.overdue[:] = True  # they missed all refreshes so far

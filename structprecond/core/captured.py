@@ -134,12 +134,15 @@ class CapturedStep:
                 Recorded(
                     torch.empty(p.bucket.rows, dtype=torch.float64, device=p.bucket.device),
                     torch.empty((), dtype=p.bucket.dtype, device=p.bucket.device),
+                    torch.empty(p.bucket.rows, dtype=torch.int64, device=p.bucket.device),
                 )
                 for p in plans
             ]
         for plan, recorded in zip(plans, self._inputs, strict=True):
             plan.recorded = recorded
             lr, t = plan.bucket.hyperparameters["lr"], plan.bucket.counters.step + 1
+            if plan.bucket.rounding == "stochastic":
+                recorded.seeds.copy_(plan.bucket.counters.seed)
             # numbers are kernel arguments; copies from the host would sync
             if isinstance(lr, torch.Tensor):
                 recorded.lr.copy_(lr)

@@ -11,7 +11,7 @@ import torch
 
 from structprecond.core.bucket import Bucket, BucketKey
 from structprecond.core.naming import describe_shape, enumerate_names, names_of_structures
-from structprecond.core.strategy import interval_of
+from structprecond.core.strategy import Strategy, interval_of
 from structprecond.core.units import Unit
 from structprecond.structures import StructuredMatrix
 
@@ -55,13 +55,13 @@ def step_operations(key: BucketKey) -> int:
     return round(size * (_ENTRYWISE_OPERATIONS + _STEP_OPERATIONS * per_entry))
 
 
-def refresh_operations(bucket: Bucket) -> int:
+def refresh_operations(strategy: Strategy[Any], key: BucketKey) -> int:
     """Return about how many operations a refresh of one row takes."""
-    name = interval_of(bucket.strategy)
+    name = interval_of(strategy)
     if name is None:
         return 0
-    each = bucket.strategy.hyperparameters[name].refresh_operations
-    return round((each or 0.0) * bucket.refresh_cost())
+    each = strategy.hyperparameters[name].refresh_operations
+    return round((each or 0.0) * key.refresh_cost())
 
 
 def too_high(buckets: Sequence[Bucket]) -> str | None:
@@ -92,7 +92,7 @@ def _costs(bucket: Bucket) -> str:
     ratio = state / bucket.rows / per_row
     if largest > _LARGE_BYTES and ratio > _LARGE_RATIO:
         parts.append(f"{largest / 2**20:,.0f} MiB of state, {ratio:,.0f} times the parameter")
-    refresh = refresh_operations(bucket)
+    refresh = refresh_operations(bucket.strategy, bucket.key)
     steps = refresh / step_operations(bucket.key)
     if interval_of(bucket.strategy) and refresh > _SLOW_OPERATIONS and steps > _SLOW_STEPS:
         parts.append(f"a refresh takes as long as {steps:,.0f} steps")

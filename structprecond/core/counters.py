@@ -43,10 +43,20 @@ class Counters(State):
     seed: Tensor
 
     @classmethod
-    def of(cls, units: Sequence[Unit]) -> Self:
-        """Return the initial counters of the rows of some units."""
+    def of(cls, units: Sequence[Unit], seed: int | None = None) -> Self:
+        """Return the initial counters of the rows of some units.
+
+        Args:
+            units: The units.
+            seed: What all random numbers depend on. Default: None, torch's seed.
+        """
+        seed = torch.initial_seed() if seed is None else seed
         # by name, so that random numbers do not depend on the order of the rows
-        seeds = [_seed(unit.label, row) for unit in units for row in range(unit.rows)]
+        seeds = [
+            _seed(seed, unit.label, row)
+            for unit in units
+            for row in unit.row_numbers or range(unit.rows)
+        ]
 
         def zeros(dtype: torch.dtype) -> Tensor:
             return torch.zeros(len(seeds), dtype=dtype, device="cpu")
@@ -62,7 +72,7 @@ class Counters(State):
         )
 
 
-def _seed(label: str, row: int) -> int:
-    """Return a seed that depends on torch's seed, the unit and the row number."""
-    text = f"{torch.initial_seed()}/{label}/{row}"
+def _seed(seed: int, label: str, row: int) -> int:
+    """Return a seed that depends on another one, the unit and the row number."""
+    text = f"{seed}/{label}/{row}"
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from structprecond.core.boxes import is_dtensor, local, norm_over_ranks
 from structprecond.core.naming import enumerate_names
 from structprecond.core.step import Plan
 from structprecond.errors import GradientError
@@ -16,14 +18,11 @@ from structprecond.errors import GradientError
 _FITS_ALL = torch.finfo(torch.float16).max
 
 
-def exclude_unusable(
-    plans: Sequence[Plan], names: Mapping[nn.Parameter, str], refuse: bool
-) -> str | None:
+def exclude_unusable(plans: Sequence[Plan], refuse: bool) -> str | None:
     """Exclude the units that the step would leave with infinities or NaN.
 
     Args:
         plans: The plans of all buckets; excluded units leave them.
-        names: The names of the parameters, for messages.
         refuse: Whether to raise instead.
 
     Returns:
@@ -35,9 +34,9 @@ def exclude_unusable(
     large = with_large_gradient(plans)
     if not large:
         return None
-    first = _exclude(plans, with_nonfinite_gradient(large), "not finite", names, refuse)
+    first = _exclude(plans, with_nonfinite_gradient(large), "not finite", refuse)
     unstable = [p for plan in plans for p in _unstable(plan, large)]
-    second = _exclude(plans, unstable, "too large to compute with", names, refuse)
+    second = _exclude(plans, unstable, "too large to compute with", refuse)
     return first or second
 
 
@@ -45,15 +44,17 @@ def _exclude(
     plans: Sequence[Plan],
     params: Sequence[nn.Parameter],
     problem: str,
-    names: Mapping[nn.Parameter, str],
     refuse: bool,
 ) -> str | None:
     """Exclude the units of some parameters, or raise; return the message."""
     if not params:
         return None
     bad = {id(p) for p in params}
-    live = (p for plan in plans for p in plan.bucket.layout.live_params(plan.live))
-    labels = enumerate_names([names[p] for p in live if id(p) in bad])
+    live = (
+        unit for plan in plans for unit, on in zip(plan.bucket.units, plan.live, strict=True) if on
+    )
+    named = (pair for unit in live for pair in zip(unit.tensors, unit.names, strict=True))
+    labels = enumerate_names([name for t, name in named if id(t) in bad])
     message = f"The gradients of {labels} are {problem} at step {plans[0].global_step}"
     if refuse:
         raise GradientError(f"{message}; nothing was changed.")
@@ -68,7 +69,7 @@ def _exclude(
 def _live_with_any(plan: Plan, params: set[int]) -> list[bool]:
     """Return which live units have a parameter among the given ids."""
     return [
-        on and any(id(p) in params for p in unit.params)
+        on and any(id(t) in params for t in unit.tensors)
         for unit, on in zip(plan.bucket.units, plan.live, strict=True)
     ]
 
@@ -97,7 +98,7 @@ def with_large_gradient(plans: Sequence[Plan]) -> list[nn.Parameter]:
             continue
         for unit, span, on in zip(bucket.units, bucket.spans, plan.live, strict=True):
             if on and not all(size <= limit for size in sizes[span]):
-                found += unit.params
+                found += unit.tensors
     return found
 
 
@@ -121,12 +122,21 @@ def with_nonfinite_gradient(params: Sequence[nn.Parameter]) -> list[nn.Parameter
     return suspects and _without_finite_norm(suspects, torch.inf)
 
 
+def are_nonfinite_on_a_rank(params: Sequence[nn.Parameter]) -> bool:
+    """Return whether gradients hold an infinity or NaN, also in the parts that other ranks hold."""
+    found = bool(with_nonfinite_gradient(params))
+    placed = {(p.device_mesh, p.placements): p for p in params if is_dtensor(p)}
+    flag = torch.tensor(float(found))
+    flags = [norm_over_ranks(flag.to(p.device), math.inf, p) for p in placed.values()]
+    return found or any(map(bool, flags))
+
+
 def _without_finite_norm(params: Sequence[nn.Parameter], order: float) -> list[nn.Parameter]:
     found = []
     kinds = [(p.device, p.dtype) for p in params]
     for kind in set(kinds):
         members = [p for p, other in zip(params, kinds, strict=True) if other == kind]
-        norms = torch._foreach_norm([p.grad for p in members if p.grad is not None], order)
+        norms = torch._foreach_norm([local(p.grad) for p in members if p.grad is not None], order)
         finite = torch.stack(norms).isfinite().tolist()
         found += [p for p, fine in zip(members, finite, strict=True) if not fine]
     return found
@@ -149,8 +159,8 @@ def _unstable(plan: Plan, large: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     finite = {id(original): bool(p.isfinite().all()) for original, p in pairs}
     units = zip(plan.bucket.units, plan.bucket.spans, suspects, strict=True)
     return [
-        p
+        t
         for unit, span, suspected in units
-        if suspected and not (bool(rows[span].all()) and all(finite[id(p)] for p in unit.params))
-        for p in unit.params
+        if suspected and not (bool(rows[span].all()) and all(finite[id(t)] for t in unit.tensors))
+        for t in unit.tensors
     ]

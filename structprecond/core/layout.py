@@ -20,7 +20,7 @@ class Layout:
 
     Attributes:
         units: The units; unit i owns the rows `spans[i]`.
-        params: All their parameters.
+        params: What is updated: all their parameters, or copies.
         shapes: Their shapes at construction.
         spans: The rows of each unit.
         rows: The number of rows of the stack.
@@ -28,7 +28,7 @@ class Layout:
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self.units = list(units)
-        self.params: list[nn.Parameter] = [p for unit in units for p in unit.params]
+        self.params: list[nn.Parameter] = [t for unit in units for t in unit.tensors]
         self.shapes: list[Size] = [p.shape for p in self.params]
         self.spans: list[slice] = []
         self._windows: list[Window] | None = []
@@ -61,15 +61,11 @@ class Layout:
 
     def live(self) -> list[bool]:
         """Return whether each unit takes part: its parameters require and have gradients."""
-        if all(p.grad is not None and p.requires_grad for p in self.params):
-            return [True] * len(self.units)
-        return [
-            all(p.requires_grad and p.grad is not None for p in unit.params) for unit in self.units
-        ]
+        return are_live(self.units)
 
     def per_param(self, live: Sequence[bool]) -> list[bool]:
         """Return whether the unit of each parameter is live."""
-        return [on for on, unit in zip(live, self.units, strict=True) for _ in unit.params]
+        return [on for on, unit in zip(live, self.units, strict=True) for _ in unit.tensors]
 
     def live_params(self, live: Sequence[bool]) -> list[nn.Parameter]:
         """Return the parameters of the live units."""
@@ -110,8 +106,8 @@ class Layout:
             rest = iter(tensors)
             for unit, span, on in zip(self.units, self.spans, live, strict=True):
                 if on:
-                    members = [next(rest) for _ in unit.params]
-                    into[span].view(_grouped_shape(unit)).copy_(unit.rule.group(members))
+                    members = [next(rest) for _ in unit.tensors]
+                    into[span].view(_grouped_shape(unit)).copy_(unit.join(members))
 
     def scatter(self, stack: Tensor, live: Sequence[bool]) -> list[Tensor]:
         """Split a contiguous stack of all rows into one tensor per live parameter."""
@@ -121,7 +117,7 @@ class Layout:
         for unit, span, on in zip(self.units, self.spans, live, strict=True):
             if on:
                 grouped = stack[span].view(_grouped_shape(unit))
-                tensors += unit.rule.ungroup(grouped, unit.shapes)
+                tensors += unit.split(grouped)
         return tensors
 
     def _views(self, stack: Tensor, live: Sequence[bool]) -> list[Tensor]:
@@ -136,6 +132,13 @@ class Layout:
             for window, on in zip(self._windows, self.per_param(live), strict=True)
             if on
         ]
+
+
+def are_live(units: Sequence[Unit]) -> list[bool]:
+    """Return whether each unit takes part: its parameters require and have gradients."""
+    if all(p.grad is not None and p.requires_grad for unit in units for p in unit.params):
+        return [True] * len(units)
+    return [all(p.requires_grad and p.grad is not None for p in unit.params) for unit in units]
 
 
 def _alike(tensors: Sequence[Tensor], into: Tensor) -> bool:

@@ -11,12 +11,18 @@ from torch import Tensor
 
 from structprecond.core.bucket import Bucket
 from structprecond.core.results import usable
-from structprecond.core.rounding import is_low_precision, round_stochastically
+from structprecond.core.rounding import is_low_precision, round_stochastically, row_keys
 from structprecond.core.state import Rows, on_device_of
+from structprecond.core.strategy import StepContext
 
 
 def prepare_move(
-    bucket: Bucket, direction: Tensor, rows: Rows, live: Sequence[bool], hp: Mapping[str, Any]
+    bucket: Bucket,
+    direction: Tensor,
+    rows: Rows,
+    live: Sequence[bool],
+    hp: Mapping[str, Any],
+    ctx: StepContext,
 ) -> Callable[[], None]:
     """Return a function that subtracts lr times the directions, decays and constrains.
 
@@ -28,6 +34,7 @@ def prepare_move(
         rows: These rows.
         live: Whether each unit takes part.
         hp: The strategy's hyperparameters.
+        ctx: The context of the update.
     """
     factors = bucket.strategy.decay_factors(hp)
     constraint = bucket.strategy.constraint()
@@ -40,7 +47,7 @@ def prepare_move(
         if constraint is not None:
             name = f"The function from {type(bucket.strategy).__name__}.constraint"
             values = usable(constraint(values), values, name)
-        return partial(_write, bucket, values, rows, live, dtypes)
+        return partial(_write, bucket, values, rows, live, dtypes, ctx)
     updates = bucket.scatter(direction, rows, live)
     if not low:
         return partial(_move, params, updates, hp["lr"], factors)
@@ -62,14 +69,21 @@ def _moved_stack(
 
 
 def _write(
-    bucket: Bucket, values: Tensor, rows: Rows, live: Sequence[bool], dtypes: set[torch.dtype]
+    bucket: Bucket,
+    values: Tensor,
+    rows: Rows,
+    live: Sequence[bool],
+    dtypes: set[torch.dtype],
+    ctx: StepContext,
 ) -> None:
     """Round moved parameters once, and write them."""
     kept, rounded = bucket.compensation, values
     if len(dtypes) == 1:
         (dtype,) = dtypes
-        stochastic = bucket.rounding == "stochastic" and is_low_precision(dtype)
-        rounded = round_stochastically(values, dtype) if stochastic else values.to(dtype)
+        if bucket.rounding == "stochastic" and is_low_precision(dtype):
+            rounded = round_stochastically(values, dtype, row_keys(ctx.seeds, ctx.t))
+        else:
+            rounded = values.to(dtype)
     if kept is not None:
         kept[on_device_of(rows, kept)] = (values - rounded).to(kept.dtype)
     bucket.write_params(rounded, rows, live)

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from typing_extensions import Self
 
 from structprecond.core import checkpoint, options, param_groups
+from structprecond.core.agreement import facts_of
 from structprecond.core.batch_size import GetBatchSize, Samples
 from structprecond.core.bucket import Bucket
-from structprecond.core.build import RoutedUnit, make_buckets, route_units, thaw
+from structprecond.core.build import RoutedUnit, route_units, thaw
 from structprecond.core.compiler import leave_to_python
 from structprecond.core.costs import too_high
 from structprecond.core.decay import as_rules
 from structprecond.core.entry import Entries
-from structprecond.core.finite import exclude_unusable
 from structprecond.core.follow import Follower
-from structprecond.core.inspection import check_batch_size, check_step, check_values
+from structprecond.core.inspection import check_batch_size, check_values
 from structprecond.core.naming import unwrap
 from structprecond.core.options import Nonfinite, Refresh
+from structprecond.core.ranks import Mesh
 from structprecond.core.refresh import RefreshSchedule, warning_of_failures
 from structprecond.core.report import describe
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routes, UserRoutes, as_routing, settle, with_defaults
-from structprecond.core.step import Plan, all_or_nothing
+from structprecond.core.step import Plan
+from structprecond.core.team import Alone
+from structprecond.core.teams import find_team
+from structprecond.core.updates import all_or_nothing
 from structprecond.core.warn import warn_once
 from structprecond.groups import PreconditionerGroup
 from structprecond.linalg.precision import step_precision
@@ -37,11 +41,11 @@ from structprecond.structures.spec import PerAxis, StructureSpec
 # the attributes that copies and pickles keep: no views, nothing that other code adds
 _COPIED = (
     "defaults param_groups model refresh nonfinite maximize rounding buckets frozen_units "
-    "_names _global_step _samples _warned _follower"
+    "_names _global_step _samples _warned _follower _mesh team"
 ).split()
 
 
-class StructuredOptimizer(Optimizer):
+class StructuredOptimizer(options.SharedKeywords, Optimizer):
     """An optimizer that runs a strategy over stacks of a model's parameters.
 
     Named optimizers such as `SIRFShampoo` are facades of this class. `param_groups` stay as given.
@@ -87,16 +91,6 @@ class StructuredOptimizer(Optimizer):
     # what checkpoints hold beside `state`
     STATE_ATTRIBUTES: tuple[str, ...] = ("global_step", "batch_size")
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Add the shared keywords to the signature and the docstring of a facade."""
-        super().__init_subclass__(**kwargs)
-        options.show_options(cls, cls.__mro__[1])
-
-    def __new__(cls, *args: Any, **keywords: Any) -> Self:
-        """Refuse unknown keywords; copies are made without keywords."""
-        options.check_keywords(cls, keywords)
-        return super().__new__(cls)
-
     def __init__(
         self,
         model: nn.Module | Iterable[Any],
@@ -115,6 +109,7 @@ class StructuredOptimizer(Optimizer):
         rounding: Rounding = "nearest",
         maximize: bool = False,
         verbose_init: bool = False,
+        mesh: Mesh | None = None,
     ) -> None:
         options.check_values(nonfinite, refresh, rounding, maximize, verbose_init)
         given = param_groups.parameters_of(model, params, type(self).__name__)
@@ -127,6 +122,7 @@ class StructuredOptimizer(Optimizer):
         self._global_step = torch.zeros((), dtype=torch.int64, device="cpu")
         self._samples = Samples(self.model)
         self._warned: set[str] = set()
+        self._mesh, self.team = mesh, Alone()
         self._follower = Follower(self.buckets, self.frozen_units, self._names)
         self._start_anew()
         settled = settle(strategy, routes)
@@ -175,7 +171,9 @@ class StructuredOptimizer(Optimizer):
             units = route_units(model, group, routing, names)
             routing.check_read(given, [routed.route.strategy for routed in units])
             param_groups.check_own_rules(group, own, routing, units, names.values())
-            buckets = make_buckets((u for u in units if not u.frozen), self.rounding)
+            self.team = find_team(self.team, self.model, self._mesh, group["params"])
+            awake = [routed for routed in units if not routed.frozen]
+            buckets = self.team.make_buckets(awake, self.rounding)
             self._follower.add(self.model, group)
         except BaseException:
             self.param_groups.pop()
@@ -191,6 +189,7 @@ class StructuredOptimizer(Optimizer):
         """Add what is new, and show the state of buckets, and that frozen units have none."""
         self.frozen_units += [routed for routed in frozen if routed not in self.frozen_units]
         self.buckets += [bucket for bucket in buckets if bucket not in self.buckets]
+        self.team.adopt()
         self._entries.show(buckets, self.state)
         for routed in frozen:
             self._entries.show_unit(routed.unit, self.state, {})
@@ -262,31 +261,43 @@ class StructuredOptimizer(Optimizer):
 
     @step_precision()
     def _step(self) -> None:
-        plans = self.plan()
-        warn_once(self._warned, "idle", self._follower.idle([plan.live for plan in plans]))
-        with all_or_nothing(plans) as apply:
-            if self.nonfinite != "ignore":
-                problem = exclude_unusable(plans, self._names, refuse=self.nonfinite == "raise")
-                warn_once(self._warned, "skipped", problem)
-            failed = apply()
+        with self.team.step(self.buckets):
+            plans = self.plan()
+            warn_once(self._warned, "idle", self._follower.idle([plan.live for plan in plans]))
+            self.team.arrive(self.buckets)
+            with all_or_nothing(plans) as updates:
+                warn = partial(warn_once, self._warned, "skipped")
+                prepare = partial(updates.prepare, self.nonfinite, warn)
+                self.team.confirm(prepare, plans, self.nonfinite == "raise")
+                failed = updates.apply(self.team.moved)
         warn_once(self._warned, "failed", warning_of_failures(failed, self.global_step))
         self.count_step()
 
     def plan(self) -> list[Plan]:
         """Check all inputs of a step, or raise; return its plan for each bucket."""
+        facts = partial(facts_of, self.param_groups, self._global_step)
+        return self.team.agree(self._plan, facts, self._samples, self._schedule)
+
+    def _plan(self) -> list[Plan]:
+        """Check this rank's inputs; return its plan."""
         self._samples.watch(self)
         self._follow()
         self._follower.check_groups()
-        self._show(thaw(self.frozen_units, lambda routed: not routed.frozen, self.rounding))
-        live = check_step(self.param_groups, self.buckets, self._names)
+        self._thaw(lambda routed: not routed.frozen)
+        live = self.team.check(self.param_groups, self.buckets, self._names)
         self._entries.follow(self.buckets, self.state, self._names)
         step, batch_size = self.global_step, self.batch_size
         check_batch_size(batch_size, self.buckets, live)
-        intervals = self._schedule.intervals(self.buckets, step)
+        intervals = self.team.intervals(self._schedule, self.buckets, step)
         return [
             Plan(bucket, alive, every, step, batch_size, self.maximize)
             for bucket, alive, every in zip(self.buckets, live, intervals, strict=True)
         ]
+
+    def _thaw(self, thawed: Callable[[RoutedUnit], bool]) -> None:
+        """Give state to frozen units that need it."""
+        make = partial(self.team.make_buckets, rounding=self.rounding)
+        self._show(thaw(self.frozen_units, thawed, make))
 
     def _follow(self, quiet: bool = False) -> None:
         """Follow changes of `param_groups` and of the model; refuse others, or wait if `quiet`."""
@@ -325,10 +336,10 @@ class StructuredOptimizer(Optimizer):
         self._follow()
         used = self._follower.used_groups(check=True)
         saved = checkpoint.with_state(used, state_dict)
-        self._show(thaw(self.frozen_units, lambda u: u.unit.params[0] in saved, self.rounding))
+        self._thaw(lambda routed: routed.unit.params[0] in saved)
         with self._samples.loading():
             checkpoint.load(self.param_groups, used, self.state, self._names, state_dict)
-        self._schedule.adopt(self.buckets)
+        self._schedule.adopt(self.team.stacks(self.buckets))
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -343,6 +354,3 @@ class StructuredOptimizer(Optimizer):
         self._start_anew()
         self._show(self.buckets, self.frozen_units)
         self._samples.watch(self)
-
-
-options.document(StructuredOptimizer)

@@ -11,9 +11,10 @@ from difflib import get_close_matches
 from typing import Any, Literal, TypedDict, TypeVar, get_args, get_origin
 
 import torch
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from structprecond.checks import check_choice, check_flags
+from structprecond.core.ranks import Mesh
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import UserRoutes
 from structprecond.core.strategy import Strategy
@@ -46,10 +47,14 @@ class CommonOptions(TypedDict, total=False):
             changed, or "ignore", without a check. Default: "skip".
         rounding: How bfloat16 and float16 parameters are rounded after an update in float32:
             "nearest" loses updates below the last digit; "stochastic" rounds up or down at random,
-            so that they count on average; "kahan" keeps the rounding error in the state, in the
-            parameter's dtype, and adds it to the next update. Default: "nearest".
+            so that they count on average, and a resumed run repeats the bits; "kahan" keeps the
+            rounding error in the state, in the parameter's dtype, and adds it to the next update.
+            Default: "nearest".
         maximize: Whether to maximize. Default: False.
         verbose_init: Whether to print how each parameter is treated. Default: False.
+        mesh: The ranks that own rows: a `DeviceMesh` or a `ProcessGroup`. Each row's state and
+            updates are then on one rank only. Default: None; DTensors, as under `fully_shard`, are
+            owned by the ranks that hold them, and other parameters have all state on every rank.
     """
 
     routes: UserRoutes | None
@@ -59,6 +64,7 @@ class CommonOptions(TypedDict, total=False):
     rounding: Rounding
     maximize: bool
     verbose_init: bool
+    mesh: Mesh | None
 
 
 class FactorOptions(CommonOptions, total=False):
@@ -82,6 +88,24 @@ class FactorOptions(CommonOptions, total=False):
     structures: StructureSpec
     preconditioner_dtypes: PerAxis[torch.dtype | None]
     refresh: Refresh
+
+
+class SharedKeywords:
+    """Base of the optimizers, which takes the shared keywords; facades pass theirs to it."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Add the shared keywords to the signature and the docstring of a class."""
+        super().__init_subclass__(**kwargs)
+        base = cls.__mro__[1]
+        if base is SharedKeywords:
+            add_arguments(cls, arguments_of(FactorOptions, CommonOptions))
+        else:
+            show_options(cls, base)
+
+    def __new__(cls, *args: Any, **keywords: Any) -> Self:
+        """Refuse unknown keywords; copies are made without keywords."""
+        check_keywords(cls, keywords)
+        return super().__new__(cls)
 
 
 def check_values(
@@ -165,11 +189,6 @@ def add_arguments(cls: type, entries: Mapping[str, str]) -> None:
         lines = "\n".join((first | listed | {**entries, **listed}).values())
         raises = "" if "Raises:" in tail else f"{_RAISES}\n\n"
         cls.__doc__ = f"{head}\nArgs:\n{lines}\n\n{raises}{tail}".rstrip()
-
-
-def document(base: type) -> None:
-    """Add the shared keywords to the docstring of the class that takes them."""
-    add_arguments(base, arguments_of(FactorOptions, CommonOptions))
 
 
 def arguments_of(*documented: type) -> dict[str, str]:

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
+from structprecond.core.all_rows import AllRows
 from structprecond.core.bucket import Bucket
 from structprecond.core.counters import UNASSIGNED
 from structprecond.core.naming import enumerate_names
 from structprecond.core.state import Rows, rows_of, select
 from structprecond.core.strategy import StepContext
 from structprecond.errors import DecompositionError
+
+Stack: TypeAlias = Bucket | AllRows
+"""Rows over which refreshes are staggered."""
 
 
 def refresh_rows(
@@ -64,79 +68,85 @@ class RefreshSchedule:
     def __init__(self, staggered: bool) -> None:
         self.staggered = staggered
 
-    def intervals(self, buckets: Sequence[Bucket], global_step: int) -> list[int | bool]:
-        """Return each bucket's interval or, if it is a callable, whether to refresh all rows now.
+    def intervals(self, stacks: Sequence[Stack], global_step: int) -> list[int | bool]:
+        """Return each stack's interval or, if it is a callable, whether to refresh all rows now.
 
-        A callable that several buckets share is called once per step.
+        A callable that several stacks share is called once per step.
         """
         asked: dict[int, bool] = {}
         answers: list[int | bool] = []
-        for bucket in buckets:
-            every = bucket.interval
+        for stack in stacks:
+            every = stack.interval
             if callable(every):
                 if id(every) not in asked:
                     asked[id(every)] = bool(every(global_step))
                 every = asked[id(every)]
             answers.append(every)
-        if self.staggered:
-            moved = [
-                bucket
-                for bucket, every in zip(buckets, answers, strict=True)
-                if bucket.staggered_over != every and not isinstance(every, bool)
-            ]
-            if moved:
-                stagger(buckets, answers, moved)
         return answers
 
-    def adopt(self, buckets: Sequence[Bucket]) -> None:
+    def moved(self, stacks: Sequence[Stack], intervals: Sequence[int | bool]) -> list[Stack]:
+        """Return the stacks that are not staggered over their interval yet, but should be."""
+        return [
+            stack
+            for stack, every in zip(stacks, intervals, strict=True)
+            if self.staggered and stack.staggered_over != every and not isinstance(every, bool)
+        ]
+
+    def stagger(self, stacks: Sequence[Stack], intervals: Sequence[int | bool]) -> None:
+        """Assign phase offsets where rows are not staggered over their interval yet."""
+        moved = self.moved(stacks, intervals)
+        if moved:
+            assign_offsets(stacks, intervals, moved)
+
+    def adopt(self, stacks: Sequence[Stack]) -> None:
         """Keep the phase offsets from a checkpoint, whatever the interval was before."""
-        for bucket in buckets:
-            bucket.staggered_over = None
+        for stack in stacks:
+            stack.staggered_over = None
 
 
-def stagger(
-    buckets: Sequence[Bucket], intervals: Sequence[int | bool], moved: Sequence[Bucket]
+def assign_offsets(
+    stacks: Sequence[Stack], intervals: Sequence[int | bool], moved: Sequence[Stack]
 ) -> None:
     """Stagger the refreshes of rows over their interval, the costliest rows first.
 
     Rows that have a turn keep it. The others get the turns with the least work.
 
     Args:
-        buckets: The buckets; sets their `counters.phase_offset`.
-        intervals: The refresh interval of each bucket; a bool if it has none.
-        moved: The buckets that were not staggered over their interval yet. Where the interval is
-            not a new one but the bucket is, such as after a checkpoint was loaded, only rows
+        stacks: The stacks; sets their `counters.phase_offset`.
+        intervals: The refresh interval of each stack; a bool if it has none.
+        moved: The stacks that were not staggered over their interval yet. Where the interval is
+            not a new one but the stack is, such as after a checkpoint was loaded, only rows
             without a phase offset get one.
     """
     loads: dict[int, Counter[int]] = {}
-    waiting: dict[int, list[tuple[int, str, Bucket, int]]] = {}
+    waiting: dict[int, list[tuple[int, str, Stack, int]]] = {}
     rows = Counter[int]()
-    for bucket, every in zip(buckets, intervals, strict=True):
+    for stack, every in zip(stacks, intervals, strict=True):
         if isinstance(every, bool):
             continue
-        offsets, cost = bucket.counters.phase_offset, bucket.refresh_cost()
-        if any(bucket is other for other in moved):
-            if bucket.staggered_over is not None:
+        offsets, cost = stack.counters.phase_offset, stack.key.refresh_cost()
+        if any(stack is other for other in moved):
+            if stack.staggered_over is not None:
                 offsets.fill_(UNASSIGNED)
-            bucket.staggered_over = every
-        rows[every] += bucket.rows
+            stack.staggered_over = every
+        rows[every] += stack.rows
         # rows are at different updates, so offsets alone do not tell their turns
         assigned = (offsets >= 0).tolist()
-        turns = ((offsets + bucket.counters.step) % every).tolist()
+        turns = ((offsets + stack.counters.step) % every).tolist()
         taken, open_rows = loads.setdefault(every, Counter()), waiting.setdefault(every, [])
         # by name, so that offsets do not depend on the order of registration
-        for unit, span in zip(bucket.units, bucket.spans, strict=True):
+        for unit, span in zip(stack.units, stack.spans, strict=True):
             for row in range(span.start, span.stop):
                 if assigned[row]:
                     taken[turns[row]] += cost
                 else:
-                    open_rows.append((-cost, unit.label, bucket, row))
+                    open_rows.append((-cost, unit.label, stack, row))
     for every, open_rows in waiting.items():
         open_rows.sort(key=lambda entry: entry[:2])
         # (load, turn); no more turns than rows are needed
         heap = [(loads[every][turn], turn) for turn in range(min(every, rows[every]))]
         heapify(heap)
-        for cost, _, bucket, row in open_rows:
+        for cost, _, stack, row in open_rows:
             load, turn = heappop(heap)
-            bucket.counters.phase_offset[row] = (turn - int(bucket.counters.step[row])) % every
+            stack.counters.phase_offset[row] = (turn - int(stack.counters.step[row])) % every
             heappush(heap, (load - cost, turn))

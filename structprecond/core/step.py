@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from structprecond.core.bucket import Bucket
 from structprecond.core.costs import naming_units
 from structprecond.core.move import prepare_move
 from structprecond.core.results import usable
-from structprecond.core.state import Rows, State, on_device_of, rows_of, select
+from structprecond.core.state import Rows, on_device_of, rows_of, select
 from structprecond.core.strategy import StepContext
 
 
@@ -26,10 +25,12 @@ class Recorded:
     Args:
         t: The number of the update of each row, `(b,)`, float64.
         lr: The learning rate, 0-d.
+        seeds: The seed of each row, `(b,)`, int64.
     """
 
     t: Tensor
     lr: Tensor
+    seeds: Tensor
 
 
 @dataclass
@@ -129,7 +130,8 @@ class Plan:
             self._note_failures(rows, ctx)
             if self.recorded is None:
                 self.count(live)
-            write = prepare_move(bucket, direction, rows, bucket.layout.live_units(live), hp)
+            units = bucket.layout.live_units(live)
+            write = prepare_move(bucket, direction, rows, units, hp, ctx)
 
         def finish() -> list[str]:
             if write is not None:
@@ -159,13 +161,14 @@ class Plan:
         steps = counters.step[rows]
         first, last = map(int, steps.aminmax())
         t: int | Tensor = first + 1
+        seeds = counters.seed
         if self.recorded is not None:
-            t = self.recorded.t[on_device_of(rows, self.recorded.t)]
+            t, seeds = self.recorded.t[on_device_of(rows, self.recorded.t)], self.recorded.seeds
         elif first != last:
             t = (steps + 1).double()
         return StepContext(
             t,
-            seeds=counters.seed[rows],
+            seeds=seeds[on_device_of(rows, seeds)],
             due=due,
             failed=torch.zeros_like(steps, dtype=torch.bool),
             global_step=self.global_step,
@@ -190,44 +193,3 @@ class Plan:
         counters.initialized |= fresh
         counters.overdue &= ~fresh  # just initialized, so not overdue
         return fresh if waits else torch.zeros_like(fresh)
-
-
-@contextmanager
-def all_or_nothing(plans: Sequence[Plan]) -> Iterator[Callable[[], list[str]]]:
-    """Undo what a step has changed if code from outside the library makes it fail.
-
-    Such code is in strategies, hooks and structures of the user's own. Their buckets come first:
-    their states are copied and updated, one after the other, before any parameter is written. The
-    library's own buckets need no copy, and follow when nothing can fail any more.
-
-    Args:
-        plans: The plans of all buckets.
-
-    Yields:
-        A function that applies the plans, and returns the units with failed refreshes.
-    """
-    others = [plan for plan in plans if plan.bucket.runs_other_code]
-    kept: list[tuple[Tensor, Tensor]] = []
-
-    def keep(state: State) -> None:
-        kept.extend((t, t.clone()) for t in state.named_tensors().values())
-
-    def apply() -> list[str]:
-        writes = []
-        for plan in others:
-            keep(plan.bucket.state)
-            writes.append(plan.prepare())
-        kept.clear()
-        failed = [label for write in writes for label in write()]
-        own = [plan for plan in plans if not plan.bucket.runs_other_code]
-        return failed + [label for plan in own for label in plan.apply()]
-
-    if others:
-        for plan in plans:
-            keep(plan.bucket.counters)
-    try:
-        yield apply
-    except BaseException:
-        for tensor, old in kept:
-            tensor.copy_(old)
-        raise

@@ -108,7 +108,8 @@ class StepContext:
     Args:
         t: The number of each row's update, from 1: an int if all rows are at the same one, else
             `(b,)` in float64. `bias_correction` and `reached` handle both.
-        seeds: The seed of each row's random numbers, `(b,)`, int64 on the CPU.
+        seeds: The seed of each row's random numbers, `(b,)`, int64 on the CPU, or on the
+            device in a captured step.
         due: The rows to refresh in this step, None for no row.
         failed: The rows whose refresh failed, `(b,)`, bool on the CPU; set by `refresh_rows`.
         global_step: The number of steps that the optimizer has made before this one.

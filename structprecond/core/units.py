@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
-from torch import Size, nn
+from torch import Size, Tensor, nn
 
 from structprecond.core.naming import BareParameters
 from structprecond.errors import GroupError
@@ -27,6 +27,9 @@ class Unit:
         names: Their names.
         shape: The shape of one row `(*dims)`.
         rows: The number of independent rows, 1 unless the grouping is stacked.
+        copies: What is updated in place of the parameters if this rank holds only a part of them:
+            a copy of each, or of the rows `row_numbers`, as one tensor. Default: None.
+        row_numbers: Which rows of a stacked grouping these are. Default: None, all of them.
     """
 
     rule: PreconditionerGroup
@@ -34,6 +37,13 @@ class Unit:
     names: tuple[str, ...]
     shape: Size
     rows: int
+    copies: tuple[nn.Parameter, ...] | None = None
+    row_numbers: tuple[int, ...] | None = None
+
+    @property
+    def tensors(self) -> tuple[nn.Parameter, ...]:
+        """What is updated: the parameters, or copies of them."""
+        return self.params if self.copies is None else self.copies
 
     @property
     def label(self) -> str:
@@ -42,8 +52,18 @@ class Unit:
 
     @property
     def shapes(self) -> list[Size]:
-        """The shapes of the parameters."""
-        return [p.shape for p in self.params]
+        """The shapes of what is updated."""
+        return [t.shape for t in self.tensors]
+
+    def join(self, tensors: list[Tensor]) -> Tensor:
+        """Group tensors of these shapes."""
+        return self.rule.group(tensors) if self.row_numbers is None else tensors[0]
+
+    def split(self, grouped: Tensor) -> list[Tensor]:
+        """Undo `join`."""
+        if self.row_numbers is None:
+            return self.rule.ungroup(grouped, self.shapes)
+        return [grouped]
 
     def renewed(self, params: Mapping[nn.Parameter, nn.Parameter]) -> Unit:
         """Return the unit with other parameters of the same shapes."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -15,13 +13,6 @@ def problem_of(p: Tensor) -> str | None:
     """Return why a parameter cannot be updated and what to do, as a predicate; None if it can."""
     if is_lazy(p):
         return "has no shape yet. Run one forward pass before building the optimizer."
-    # it exists only where this module was imported, which takes long
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(p, distributed.DTensor):
-        return (
-            "is a DTensor, which is not supported yet: one process holds only a part of it. "
-            "Train whole parameters, as under DistributedDataParallel, or leave it out."
-        )
     if p.dtype not in _DTYPES or p.layout != torch.strided:
         return (
             f"has {p.dtype} and the layout {p.layout}, expected a dense real floating-point "

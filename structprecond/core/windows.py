@@ -39,7 +39,7 @@ def find_windows(unit: Unit) -> tuple[Window, ...] | None:
     rows = (unit.rows,) if unit.rule.stacked else ()
     # never written to, so the memory for this tensor is never touched
     grouped = torch.empty(*rows, *unit.shape, device="cpu")
-    views = unit.rule.ungroup(grouped, unit.shapes)
+    views = unit.split(grouped)
     start = grouped.untyped_storage().data_ptr()
     shared = all(v.untyped_storage().data_ptr() == start for v in views)
     if not shared or sum(v.numel() for v in views) != grouped.numel():

@@ -6,17 +6,28 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from structprecond.core.boxes import norm_over_ranks
 
 
 @dataclass
 class Part:
-    """Parameters of one group, dtype and device, and their gradients (low precision in float32)."""
+    """This rank's parts of parameters of one group, dtype and device, and of their gradients.
 
-    rho: float  # negative where the base maximizes
+    Args:
+        rho: The size of the neighbourhood, negative where the base maximizes.
+        adaptive: Whether it scales with the parameters.
+        params: The parameters.
+        grads: Their gradients, those of low precision in float32.
+        whole: The whole parameters, which are all placed alike.
+    """
+
+    rho: float
     adaptive: bool
     params: list[Tensor]
     grads: list[Tensor]
+    whole: list[nn.Parameter]
 
     def __post_init__(self) -> None:
         """Compute the directions."""
@@ -30,10 +41,15 @@ class Part:
             self.directions = [*torch._foreach_mul(self.params, grads)]
 
     def norm(self, order: float = 2.0) -> Tensor:
-        """Return the 2-norm of the directions, or the infinity norm of the gradients."""
-        tensors = self.directions if order == 2 else self.grads
-        norms: Tensor = torch.stack(torch._foreach_norm(tensors, order))
-        return torch.linalg.vector_norm(norms, order)  # type: ignore[no-any-return]
+        """Return the 2-norm of the directions on all ranks, or the infinity norm of the gradients.
+
+        It is the same on all ranks that hold parts of the same parameters.
+        """
+        tensors = [t for t in (self.directions if order == 2 else self.grads) if t.numel()]
+        norm = self.grads[0].new_zeros(())
+        if tensors:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, order)), order)
+        return norm_over_ranks(norm, order, self.whole[0])
 
     def perturb(self, norm: float) -> None:
         """Add e, given the norm of T g; overwrites the directions."""

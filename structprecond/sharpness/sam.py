@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from structprecond.core.finite import with_nonfinite_gradient
+from structprecond.core.boxes import is_dtensor, local
+from structprecond.core.finite import are_nonfinite_on_a_rank
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.warn import warn
 from structprecond.errors import GradientError, StructPrecondError
@@ -224,14 +225,14 @@ class SAM(Optimizer):
             self.skipped += 1
         else:
             try:
-                self._old = {p: p.clone() for part in parts for p in part.params}
+                self._old = {p: local(p).clone() for part in parts for p in part.whole}
                 for part in parts:
                     part.perturb(norm + _TINY / unit)
             except BaseException:
                 self.restore()
                 raise
         if zero_grad and self._failed:
-            torch._foreach_mul_(_grads(self._with_gradient()), math.nan)
+            torch._foreach_mul_(_local_grads(self._with_gradient()), math.nan)
         elif zero_grad:
             self.zero_grad()
 
@@ -257,7 +258,7 @@ class SAM(Optimizer):
 
     def _go_back(self) -> None:
         if self._old:
-            torch._foreach_copy_(list(self._old), list(self._old.values()))
+            torch._foreach_copy_([*map(local, self._old)], [*self._old.values()])
 
     def _both_passes(self, closure: Callable[[], float]) -> float:
         self.restore()
@@ -287,20 +288,20 @@ class SAM(Optimizer):
                 self._warn()
         else:
             self._unscale()
-            self._old |= {p: p.clone() for p in self._with_gradient() if p not in self._old}
+            new = set(self._with_gradient()) - self._old.keys()
+            self._old |= {p: local(p).clone() for p in new}
             self.base_optimizer.step()
         self._old = None
 
     def _base_would_not_notice(self) -> bool:
         """Return whether gradients are not finite and the base would not check them."""
-        params = self._with_gradient()
-        own_policy = isinstance(self.base_optimizer, StructuredOptimizer)
-        return not own_policy and bool(with_nonfinite_gradient(params))
+        checks = isinstance(self.base_optimizer, StructuredOptimizer)
+        return not checks and are_nonfinite_on_a_rank(self._with_gradient())
 
     def _unscale(self) -> None:
         """Divide the gradients by the scale, if `GradScaler` has set one."""
         scale = getattr(self, "grad_scale", None)
-        grads = _grads(self._with_gradient())
+        grads = _local_grads(self._with_gradient())
         if scale is None or not grads:
             return
         if any(g.dtype == torch.float16 for g in grads):
@@ -327,15 +328,15 @@ class SAM(Optimizer):
         for group in self.param_groups:
             settings = self._own_defaults | arguments.checked_settings(group)
             sign = -1 if group.get("maximize", base_maximizes) else 1
-            alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            alike: dict[Any, list[nn.Parameter]] = {}
             for p in self._with_gradient([group]):
                 if p.requires_grad:  # else its gradient is stale
-                    alike.setdefault((p.device, p.dtype), []).append(p)
-            for (_, dtype), params in alike.items():
-                grads = _grads(params)
-                if dtype.itemsize < 4:
-                    grads = [g.float() for g in grads]
-                parts.append(Part(sign * settings["rho"], settings["adaptive"], params, grads))
+                    placed = (p.device_mesh, p.placements) if is_dtensor(p) else None
+                    alike.setdefault((p.device, p.dtype, placed), []).append(p)
+            rho, adaptive = sign * settings["rho"], settings["adaptive"]
+            for params in alike.values():
+                grads = [g.float() if g.itemsize < 4 else g for g in _local_grads(params)]
+                parts.append(Part(rho, adaptive, [*map(local, params)], grads, params))
         return parts
 
     def _with_gradient(self, groups: Iterable[dict[str, Any]] | None = None) -> list[nn.Parameter]:
@@ -395,5 +396,5 @@ class SAM(Optimizer):
         return f"{type(self).__name__} around {self.base_optimizer!r}"
 
 
-def _grads(params: Iterable[Tensor]) -> list[Tensor]:
-    return [p.grad for p in params if p.grad is not None]
+def _local_grads(params: Iterable[Tensor]) -> list[Tensor]:
+    return [local(p.grad) for p in params if p.grad is not None]

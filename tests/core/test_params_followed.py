@@ -385,23 +385,3 @@ def mesh() -> Iterator[Any]:
             yield init_device_mesh("cpu", (1,))
         finally:
             dist.destroy_process_group()
-
-
-def test_distributed_tensors_are_refused(mesh: Any) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    model = mlp()
-    optimizer = AdamW(model)
-    set_grads(list(model.parameters()), 0)
-    optimizer.step()
-    fully_shard(model, mesh=mesh)
-    before = [p.to_local().clone() for p in model.parameters()]
-    with pytest.raises(GroupError, match=r"0\.weight was replaced.*DTensor.*not supported"):
-        optimizer.step()
-    assert same_bits([p.to_local() for p in model.parameters()], before)
-    for make in (lambda: AdamW(model), lambda: AdamW(model.parameters())):
-        with pytest.raises(GroupError, match="is a DTensor, which is not supported"):
-            make()
-    optimizer.param_groups[0]["params"] = list(model.parameters())
-    with pytest.raises(GroupError, match="DTensor"):
-        optimizer.step()

@@ -35,6 +35,7 @@ COMMON = {
     "rounding",
     "maximize",
     "verbose_init",
+    "mesh",
 }
 FACTORS = {"structures", "preconditioner_dtypes", "refresh"}
 # keywords that are neither a field nor a hyperparameter of the same name

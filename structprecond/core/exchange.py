@@ -1,0 +1,374 @@
+"""Moves gradients and parameters between the ranks that hold them and those that own the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from structprecond.core.agreement import wait_for
+from structprecond.core.all_rows import AllRows
+from structprecond.core.boxes import Box, is_dtensor, local
+from structprecond.core.bucket import BucketKey, runs_other_code
+from structprecond.core.naming import enumerate_names
+from structprecond.core.ownership import Share
+from structprecond.core.ranks import Ranks
+from structprecond.errors import GradientError, StructPrecondError
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Entries that one rank sends to another.
+
+    Args:
+        source: The rank that sends them.
+        target: The rank that receives them.
+        box: Their place in the tensor that they belong to.
+        tensor: Which tensor that is.
+    """
+
+    source: int
+    target: int
+    box: Box
+    tensor: int
+
+    @property
+    def crosses(self) -> bool:
+        """Whether they go to another rank."""
+        return self.source != self.target
+
+
+class Transfer:
+    """The pieces that are sent in one all-to-all.
+
+    Args:
+        ranks: The ranks.
+        pieces: All pieces, in the same order on every rank.
+    """
+
+    def __init__(self, ranks: Ranks, pieces: Iterable[Piece]) -> None:
+        self._ranks, me = ranks, ranks.me
+        pieces = list(pieces)
+        # nobody calls the collective if nothing crosses
+        self._crosses = any(piece.crosses for piece in pieces)
+        self._own = [piece for piece in pieces if piece.source == piece.target == me]
+        sent = [piece for piece in pieces if piece.crosses and piece.source == me]
+        received = [piece for piece in pieces if piece.crosses and piece.target == me]
+        self._sent = sorted(sent, key=lambda piece: piece.target)
+        self._received = sorted(received, key=lambda piece: piece.source)
+        self._splits = [
+            [sum(p.box.numel for p in sent if p.target == rank) for rank in range(ranks.size)],
+            [sum(p.box.numel for p in received if p.source == rank) for rank in range(ranks.size)],
+        ]
+
+    @property
+    def sent_entries(self) -> int:
+        """The number of entries that this rank sends to others."""
+        return sum(self._splits[0])
+
+    def start(
+        self,
+        source: Callable[[Piece], Tensor | None],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Arrival:
+        """Start to send all pieces.
+
+        Args:
+            source: Returns what to send; None for zeros.
+            dtype: The dtype to send.
+            device: The device.
+        """
+        own = [(piece, source(piece)) for piece in self._own]
+        if not self._crosses:
+            return Arrival(own, [], None, self._ranks)
+        made: Any = {"dtype": dtype, "device": device}
+        buffer = torch.empty(sum(self._splits[0]), **made)
+        arrived = torch.empty(sum(self._splits[1]), **made)
+        _copy(zip(_views(buffer, self._sent), map(source, self._sent), strict=True))
+        work = dist.all_to_all_single(
+            arrived, buffer, self._splits[1], self._splits[0], self._ranks.group, async_op=True
+        )
+        views = list(zip(self._received, _views(arrived, self._received), strict=True))
+        return Arrival(own, views, work, self._ranks, buffer)
+
+
+@dataclass
+class Arrival:
+    """A transfer under way.
+
+    Args:
+        own: The pieces that stay on this rank, with their entries; None for zeros.
+        received: The pieces from other ranks, with their entries.
+        work: The collective; None if nothing crosses.
+        ranks: The ranks.
+        buffer: What is sent; kept until it has arrived.
+    """
+
+    own: list[tuple[Piece, Tensor | None]]
+    received: Sequence[tuple[Piece, Tensor]]
+    work: dist.Work | None
+    ranks: Ranks
+    buffer: Tensor | None = None
+
+    def wait(self, what: str) -> None:
+        """Wait until everything has arrived.
+
+        Raises:
+            DistributedError: If it does not; names the ranks and what was sent.
+        """
+        wait_for(self.work, what, self.ranks)
+        self.buffer = None
+
+    def write(self, target: Callable[[Piece], Tensor]) -> None:
+        """Write everything to its place."""
+        pairs = [*self.own, *self.received]
+        _copy((target(piece), entries) for piece, entries in pairs)
+
+
+def _views(buffer: Tensor, pieces: Sequence[Piece]) -> Iterator[Tensor]:
+    parts = buffer.split([piece.box.numel for piece in pieces]) if pieces else ()
+    return (part.view(piece.box.size) for part, piece in zip(parts, pieces, strict=True))
+
+
+def _copy(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+    """Copy sources into targets; None stands for zeros."""
+    targets, sources = [], []
+    for target, source in pairs:
+        if source is None:
+            target.zero_()
+        else:
+            targets.append(target)
+            sources.append(source)
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A parameter of a unit, where ranks hold it, and what this rank updates of it.
+
+    Args:
+        param: The parameter.
+        boxes: The box that each rank holds.
+        mine: The box that this rank holds.
+        parts: The owners, each with the box that it updates.
+        copied: Whether owners update copies, and not the parameter itself.
+        copy: The copy of what this rank updates; None for no copy.
+        rows: The numbers of the rows in the copy; None if it is a copy of the whole parameter.
+        row_length: How many indices along the first axis belong to one row.
+    """
+
+    param: nn.Parameter
+    boxes: Sequence[Box]
+    mine: Box
+    parts: Sequence[tuple[int, Box]]
+    copied: bool
+    copy: nn.Parameter | None
+    rows: tuple[int, ...] | None
+    row_length: int
+
+    @classmethod
+    def of(cls, share: Share, ranks: Ranks) -> Iterator[Held]:
+        """Yield the parameters of a unit."""
+        unit, mine = share.routed.unit, share.mine
+        copies = (None,) * len(unit.params) if mine is None else mine.copies
+        rows = None if mine is None else mine.row_numbers
+        for p, copy in zip(unit.params, copies or (None,) * len(unit.params), strict=True):
+            boxes, whole = ranks.boxes(p), Box.whole(p.shape)
+            length = p.shape[0] // len(share.owners) if share.by_rows else 0
+            row = Box(whole.offset, (length, *whole.size[1:]))
+            parts = [
+                (owner, row.moved(0, i * length) if share.by_rows else whole)
+                for i, owner in enumerate(share.owners)
+            ]
+            yield cls(p, boxes, boxes[ranks.me], parts, share.copied, copy, rows, length)
+
+    def in_param(self, box: Box, tensor: Tensor) -> Tensor:
+        """Return the view of a box in this rank's part of the parameter or of its gradient."""
+        return box.of(tensor, self.mine)
+
+    def in_copy(self, box: Box, tensor: Tensor) -> Tensor:
+        """Return the view of a box in the copy or in its gradient."""
+        if self.rows is None:
+            return box.of(tensor, Box.whole(self.param.shape))
+        row = box.offset[0] // self.row_length
+        place = box.moved(0, (self.rows.index(row) - row) * self.row_length)
+        shape = (len(self.rows) * self.row_length, *self.param.shape[1:])
+        return place.of(tensor.view(shape), Box.whole(shape))
+
+    def sources(self, part: Box, near: Sequence[int]) -> Iterator[tuple[int, Box]]:
+        """Yield the ranks that send a part, each with the box that it sends.
+
+        Args:
+            part: The part.
+            near: All ranks, those first that shall send if several hold the same box.
+        """
+        seen = set()
+        for rank in near:
+            box = part.cut(self.boxes[rank])
+            if box is not None and box not in seen:
+                seen.add(box)
+                yield rank, box
+
+
+class Exchange:
+    """The exchange for the units of one bucket: in before the update, and out after it.
+
+    Args:
+        ranks: The ranks.
+        shares: The units.
+        key: What they have in common.
+
+    Attributes:
+        all_rows: The rows of all ranks, over which refreshes are staggered.
+        runs_other_code: Whether a step calls code from outside the library.
+    """
+
+    def __init__(self, ranks: Ranks, shares: Sequence[Share], key: BucketKey) -> None:
+        self.ranks, self.shares = ranks, list(shares)
+        self.all_rows = AllRows(key, [share.routed for share in shares])
+        self.runs_other_code = runs_other_code(shares[0].routed.route.strategy, key.structures)
+        first = shares[0].routed.unit.params[0]
+        self._dtype, self._device = first.dtype, local(first).device
+        self._held = [held for share in shares for held in Held.of(share, ranks)]
+        self._copies = [held.copy for held in self._held if held.copy is not None]
+        near = [ranks.near(owner) for owner in range(ranks.size)]
+        # the gradient of a parameter is tensor 2i, the parameter itself 2i + 1
+        self._in = Transfer(
+            ranks,
+            (
+                Piece(source, owner, box, 2 * i + kind)
+                for i, held in enumerate(self._held)
+                for owner, part in held.parts
+                if held.copied
+                for source, box in held.sources(part, near[owner])
+                for kind in (0, 1)
+            ),
+        )
+        self._out = Transfer(
+            ranks,
+            (
+                Piece(owner, target, box, 2 * i + 1)
+                for i, held in enumerate(self._held)
+                for owner, part in held.parts
+                for target in range(ranks.size)
+                if held.copied or target != owner
+                if (box := part.cut(held.boxes[target])) is not None
+            ),
+        )
+        self._arrival: Arrival | None = None
+
+    @property
+    def name(self) -> str:
+        """The names of the units, for messages."""
+        return enumerate_names([share.routed.unit.label for share in self.shares])
+
+    @property
+    def sent_bytes(self) -> int:
+        """The number of bytes that this rank sends to others in a step."""
+        return (self._in.sent_entries + self._out.sent_entries) * self._dtype.itemsize
+
+    def check(self, names: Mapping[nn.Parameter, str]) -> None:
+        """Check that this rank's parts and their gradients are as they were at construction.
+
+        Raises:
+            StructPrecondError: If the shape, dtype or device of a part has changed.
+            GradientError: If a gradient is sparse, complex, or placed otherwise.
+        """
+        for held in self._held:
+            p, part = held.param, local(held.param)
+            if (part.dtype, part.device, part.shape) != (self._dtype, self._device, held.mine.size):
+                raise StructPrecondError(
+                    f"This rank's part of {names[p]} is {part.dtype} of shape {tuple(part.shape)} "
+                    f"on {part.device}, expected {self._dtype} of shape {held.mine.size} on "
+                    f"{self._device}. Build a new optimizer."
+                )
+            grad = p.grad
+            if grad is None:
+                continue
+            placed = not is_dtensor(p) or (is_dtensor(grad) and grad.placements == p.placements)
+            if not placed or grad.shape != p.shape:
+                raise GradientError(
+                    f"The gradient of {names[p]} is {type(grad).__name__} of shape "
+                    f"{tuple(grad.shape)} with placements {getattr(grad, 'placements', 'none')}, "
+                    f"expected those of the parameter, {tuple(p.shape)} with "
+                    f"{getattr(p, 'placements', 'none')}. Redistribute it."
+                )
+            if local(grad).layout != torch.strided or not grad.is_floating_point():
+                raise GradientError(
+                    f"The gradient of {names[p]} has {grad.dtype} and the layout {grad.layout}, "
+                    "expected real numbers in a dense layout."
+                )
+
+    def collect(self) -> None:
+        """Start to send gradients and parameters to the owners; missing gradients as zeros."""
+
+        def source(piece: Piece) -> Tensor | None:
+            held = self._held[piece.tensor // 2]
+            tensor = held.param if piece.tensor % 2 else held.param.grad
+            return None if tensor is None else held.in_param(piece.box, local(tensor))
+
+        self._arrival = self._in.start(source, self._dtype, self._device)
+
+    def arrive(self) -> None:
+        """Write what has arrived into the copies and their gradients."""
+        arrival = self._arrival
+        assert arrival is not None
+        self._arrival = None
+        arrival.wait(f"the gradients of {self.name}")
+        for copy in self._copies:
+            copy.untyped_storage().resize_(copy.numel() * copy.element_size())
+            copy.grad = torch.empty_like(copy)
+
+        def target(piece: Piece) -> Tensor:
+            held = self._held[piece.tensor // 2]
+            assert held.copy is not None
+            tensor = held.copy if piece.tensor % 2 else held.copy.grad
+            assert tensor is not None
+            return held.in_copy(piece.box, tensor.detach())
+
+        arrival.write(target)
+
+    def spread(self) -> None:
+        """Start to send updated parameters to the ranks that hold them."""
+
+        def source(piece: Piece) -> Tensor:
+            held = self._held[piece.tensor // 2]
+            if held.copy is None:
+                return held.in_param(piece.box, local(held.param))
+            return held.in_copy(piece.box, held.copy.detach())
+
+        self._arrival = self._out.start(source, self._dtype, self._device)
+
+    def finish(self) -> None:
+        """Write the updated parameters that have arrived, and free the copies."""
+        arrival = self._arrival
+        if arrival is None:
+            return
+        self._arrival = None
+        arrival.wait(f"the parameters of {self.name}")
+
+        def target(piece: Piece) -> Tensor:
+            held = self._held[piece.tensor // 2]
+            return held.in_param(piece.box, local(held.param))
+
+        arrival.write(target)
+        self.free()
+
+    def drop(self) -> None:
+        """Wait for what is under way without writing it, and free the copies."""
+        if self._arrival is not None:
+            arrival, self._arrival = self._arrival, None
+            arrival.wait(f"the gradients of {self.name}")
+        self.free()
+
+    def free(self) -> None:
+        """Free the copies and their gradients."""
+        for copy in self._copies:
+            copy.grad = None
+            copy.untyped_storage().resize_(0)

@@ -1,0 +1,253 @@
+"""A team that shares the work: each row has an owner, and every rank holds its part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from typing_extensions import Self
+
+from structprecond.core.agreement import Agreement, Facts
+from structprecond.core.all_rows import known_rows
+from structprecond.core.batch_size import Samples
+from structprecond.core.bucket import Bucket
+from structprecond.core.build import RoutedUnit
+from structprecond.core.exchange import Exchange
+from structprecond.core.inspection import check_values
+from structprecond.core.layout import are_live
+from structprecond.core.ownership import Loads, Share, assign, items_of, state_of_row
+from structprecond.core.ranks import Ranks
+from structprecond.core.refresh import RefreshSchedule, Stack
+from structprecond.core.rounding import Rounding
+from structprecond.core.step import Plan
+from structprecond.core.team import INTERVALS, WITHOUT, Replicas, T
+from structprecond.errors import LostRankError, StructPrecondError
+
+
+class Owners(Replicas):
+    """Ranks that hold parts of parameters, or all of them, and own some rows each.
+
+    Args:
+        agreement: The agreement of all ranks.
+        share: The number of different batches over the number of ranks.
+        ranks: The ranks that hold whole parameters together.
+
+    Attributes:
+        exchanges: The exchanges, in the order in which all ranks make them.
+        loads: The loads of the owners.
+    """
+
+    def __init__(self, agreement: Agreement, share: float, ranks: Ranks) -> None:
+        super().__init__(agreement, share)
+        self.ranks, self.exchanges = ranks, list[Exchange]()
+        self.loads = Loads.none(ranks.size)
+        self._made: list[Exchange] = []
+        self._exchange_of: dict[Bucket, int] = {}
+        self._step = _Step()
+
+    def make_buckets(self, units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:
+        """Assign owners, and stack what this rank owns."""
+        alike: dict[Any, list[RoutedUnit]] = {}
+        for routed in units:
+            key = (id(routed.group), routed.route.strategy, routed.key())
+            alike.setdefault(key, []).append(routed)
+        items = []
+        for (_, _, key), stack in alike.items():
+            state = state_of_row(stack[0], key)
+            items += [items_of(routed, key, state) for routed in stack]
+        owners = iter(assign([item for some in items for item in some], self.loads))
+        counts = iter(map(len, items))
+        self._made, made = [], []
+        for (_, _, key), stack in alike.items():
+            shares = [
+                Share.of(routed, [next(owners) for _ in range(next(counts))], self.ranks.me)
+                for routed in stack
+            ]
+            mine = [replace(s.routed, unit=s.mine) for s in shares if s.mine is not None]
+            buckets = super().make_buckets(mine, rounding)
+            number = len(self.exchanges) + len(self._made)
+            self._exchange_of |= dict.fromkeys(buckets, number)
+            self._made.append(Exchange(self.ranks, shares, key))
+            made += buckets
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Raise `StructPrecondError`: other ranks have the rest of the state."""
+        raise StructPrecondError(
+            "An optimizer whose rows have owners cannot be copied or pickled, since other ranks "
+            "hold the rest of its state. Save what state_dict() returns on all ranks."
+        )
+
+    def __reduce__(self) -> Any:
+        """Raise `StructPrecondError`, as for copies."""
+        self.__deepcopy__({})
+
+    def adopt(self) -> None:
+        """Use the last buckets that were made, since nothing has failed after that."""
+        self.exchanges += self._made
+        self._step.add(self._made)
+        self._made = []
+
+    @property
+    def units(self) -> list[RoutedUnit]:
+        """All units that have owners."""
+        return [share.routed for exchange in self.exchanges for share in exchange.shares]
+
+    def check(
+        self,
+        param_groups: Sequence[Mapping[str, Any]],
+        buckets: Sequence[Bucket],
+        names: Mapping[nn.Parameter, str],
+    ) -> list[list[bool]]:
+        """Check hyperparameters and this rank's parts; return the live units of each bucket."""
+        for group in param_groups:
+            check_values(group)
+        for exchange in self.exchanges:
+            exchange.check(names)
+        return [are_live(bucket.units) for bucket in buckets]
+
+    def stacks(self, buckets: Sequence[Bucket]) -> Sequence[Stack]:
+        """Return the stacks over whose rows refreshes are staggered: those of all ranks."""
+        return [exchange.all_rows for exchange in self.exchanges]
+
+    def intervals(
+        self, schedule: RefreshSchedule, buckets: Sequence[Bucket], global_step: int
+    ) -> list[int | bool]:
+        """Return the refresh interval of each bucket, or whether to refresh it now."""
+        self._intervals = schedule.intervals(self.stacks(buckets), global_step)
+        return [self._intervals[self._exchange_of[bucket]] for bucket in buckets]
+
+    def _facts(self, plans: Sequence[Plan]) -> Facts:
+        """Return what else has to be the same on all ranks."""
+        units = [routed.unit for routed in self.units]
+        dead = [unit.label for unit, on in zip(units, are_live(units), strict=True) if not on]
+        return {WITHOUT: dead, INTERVALS: self._intervals}
+
+    def _stagger(self, plans: Sequence[Plan], schedule: RefreshSchedule) -> None:
+        stacks = self.stacks([])
+        if not schedule.moved(stacks, self._intervals):
+            return
+        own = [known_rows(plan.bucket) for plan in plans]
+        for known in self.agreement.share(own, "the phase offsets"):
+            for rows in known:
+                for exchange in self.exchanges:
+                    exchange.all_rows.learn(rows)
+        schedule.stagger(stacks, self._intervals)
+        for plan in plans:
+            all_rows = self.exchanges[self._exchange_of[plan.bucket]].all_rows
+            plan.bucket.counters.phase_offset.copy_(all_rows.offsets_of(plan.bucket.units))
+
+    def _runs_other_code(self, plans: Sequence[Plan]) -> bool:
+        return any(exchange.runs_other_code for exchange in self.exchanges)
+
+    @contextmanager
+    def step(self, buckets: Sequence[Bucket]) -> Iterator[None]:
+        """Bring gradients to the owners before a step, and parameters back to the others after."""
+        self._step = _Step()
+        self._step.add(self.exchanges)
+        self._step.collect()
+        try:
+            yield
+        except LostRankError:
+            self._step.abandon()
+            raise
+        except BaseException:
+            self._step.fail()
+            raise
+        self._step.finish()
+
+    def agree(
+        self,
+        plan: Callable[[], list[Plan]],
+        facts: Callable[[], Facts],
+        samples: Samples,
+        schedule: RefreshSchedule,
+    ) -> list[Plan]:
+        """Plan a step on all ranks, or on none; counted samples are those of all ranks."""
+        plans = super().agree(plan, facts, samples, schedule)
+        self._step.agreed = True
+        return plans
+
+    def arrive(self, buckets: Sequence[Bucket]) -> None:
+        """Wait for the gradients."""
+        for bucket in buckets:
+            self._step.waiting[self._exchange_of[bucket]].add(bucket)
+        self._step.arrive()
+
+    def confirm(self, make: Callable[[], T], plans: Sequence[Plan], may_fail: bool) -> T:
+        """Do something on all ranks, or on none."""
+        self._step.agreed = not (may_fail or self._runs_other_code(plans))
+        result = super().confirm(make, plans, may_fail)
+        self._step.agreed = True
+        return result
+
+    def moved(self, bucket: Bucket) -> None:
+        """Note that the parameters of a bucket have been updated; send them if all are."""
+        self._step.waiting[self._exchange_of[bucket]].discard(bucket)
+        self._step.spread()
+
+
+class _Step:
+    """The exchanges of one step.
+
+    Attributes:
+        waiting: For each exchange, the buckets that this rank still has to update.
+        agreed: Whether all ranks make the step, so that the others wait for this one.
+    """
+
+    def __init__(self) -> None:
+        self._exchanges: list[Exchange] = []
+        self.waiting: list[set[Bucket]] = []
+        self.agreed = False
+        self._arrived = False
+        self._collected = self._spread = 0
+
+    def add(self, exchanges: Sequence[Exchange]) -> None:
+        """Add exchanges, also of units that were thawed after `collect`."""
+        self._exchanges += exchanges
+        self.waiting += [set() for _ in exchanges]
+
+    def collect(self) -> None:
+        """Start to bring gradients to the owners."""
+        for exchange in self._exchanges[self._collected :]:
+            exchange.collect()
+        self._collected = len(self._exchanges)
+
+    def arrive(self) -> None:
+        """Wait for the gradients."""
+        self._arrived = True
+        self.collect()
+        for exchange in self._exchanges:
+            exchange.arrive()
+
+    def spread(self, everything: bool = False) -> None:
+        """Start to send what is complete, in the same order on all ranks."""
+        while self._spread < len(self._exchanges):
+            if self.waiting[self._spread] and not everything:
+                return
+            self._exchanges[self._spread].spread()
+            self._spread += 1
+
+    def finish(self) -> None:
+        """Send the rest, and wait for everything."""
+        self.spread(everything=True)
+        for exchange in self._exchanges:
+            exchange.finish()
+
+    def fail(self) -> None:
+        """Go on as the other ranks do: they stop as well, or wait for the parameters."""
+        if not self.agreed:
+            for exchange in self._exchanges:
+                exchange.drop()
+            return
+        if not self._arrived:
+            self.arrive()
+        self.finish()
+
+    def abandon(self) -> None:
+        """Free what was under way; nothing more will arrive."""
+        for exchange in self._exchanges:
+            exchange.free()

@@ -1,0 +1,209 @@
+"""The ranks that share a model: who holds what, and who makes decisions together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from structprecond.core.boxes import Box, box_of, is_dtensor, sharded_dims
+from structprecond.errors import StructPrecondError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Mesh: TypeAlias = "DeviceMesh | dist.ProcessGroup"
+"""Ranks: a mesh or a process group."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """Ranks in the order of a process group.
+
+    Args:
+        group: The process group.
+        numbers: The global number of each rank.
+        root: The mesh that all DTensors are placed on, or on a part of; None without DTensors.
+    """
+
+    group: dist.ProcessGroup
+    numbers: tuple[int, ...]
+    root: DeviceMesh | None = None
+
+    @classmethod
+    def of_group(cls, group: dist.ProcessGroup, root: DeviceMesh | None = None) -> Ranks:
+        """Return the ranks of a process group."""
+        return cls(group, tuple(dist.get_process_group_ranks(group)), root)
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return len(self.numbers)
+
+    @property
+    def me(self) -> int:
+        """The place of this process among the ranks."""
+        return self.numbers.index(dist.get_rank())
+
+    def boxes(self, p: Tensor) -> list[Box]:
+        """Return the box of a parameter that each rank holds."""
+        if not is_dtensor(p):
+            return [Box.whole(p.shape)] * self.size
+        return [box_of(p, self._coordinate(p.device_mesh, rank)) for rank in self.numbers]
+
+    def near(self, rank: int) -> list[int]:
+        """Return the ranks, those first that share most coordinates of the mesh with one of them.
+
+        Ranks that differ in later dimensions are closer: these stay within nodes.
+        """
+        if self.root is None:
+            return sorted(range(self.size), key=lambda r: (r != rank, r))
+        places = [_place(self.root, number) for number in self.numbers]
+
+        def distance(other: int) -> tuple[Any, ...]:
+            return tuple(a != b for a, b in zip(places[other], places[rank], strict=True)), other
+
+        return sorted(range(self.size), key=distance)
+
+    def _coordinate(self, mesh: DeviceMesh, rank: int) -> tuple[int, ...]:
+        """Return the place of a rank in a mesh, or in the corresponding part of the root mesh."""
+        if self.root is None or mesh is self.root or mesh == self.root:
+            return _place(mesh, rank)
+        place, names = _place(self.root, rank), self.root.mesh_dim_names
+        assert names is not None  # `_root_of` checks
+        assert mesh.mesh_dim_names is not None
+        return tuple(place[names.index(name)] for name in mesh.mesh_dim_names)
+
+
+def _place(mesh: DeviceMesh, rank: int) -> tuple[int, ...]:
+    """Return the coordinate of a global rank in a mesh."""
+    return tuple(int(i) for i in (mesh.mesh == rank).nonzero()[0])
+
+
+def holders_of(params: Sequence[Tensor], mesh: Mesh | None) -> tuple[Ranks, dist.ProcessGroup]:
+    """Return the ranks that hold whole parameters together, and the group of all ranks.
+
+    Args:
+        params: The parameters, on this rank.
+        mesh: The ranks that the user names; None for those of the DTensors: the dimensions of their
+            mesh along which any of them is sharded.
+
+    Raises:
+        StructPrecondError: If the meshes of the parameters do not fit together, or if the named
+            ranks do not hold them whole.
+    """
+    root = _root_of(params)
+    everyone = None if root is None else _group(root.mesh.flatten().tolist(), root)
+    if mesh is not None:
+        named = _group_of(mesh)
+        ranks = Ranks.of_group(named, root)
+        for p in params:
+            if sum(box.numel for box in set(ranks.boxes(p))) != p.numel():
+                raise StructPrecondError(
+                    f"The {ranks.size} ranks of mesh= hold only a part of a parameter of shape "
+                    f"{tuple(p.shape)}, which is on {p.device_mesh}. Leave mesh= out, or name "  # type: ignore[attr-defined]
+                    "ranks that hold all of it."
+                )
+        return ranks, everyone or named
+    assert root is not None
+    assert everyone is not None
+    dims = {
+        root.mesh_dim_names.index(p.device_mesh.mesh_dim_names[dim])  # type: ignore[union-attr,index]
+        if p.device_mesh != root
+        else dim
+        for p in params
+        if is_dtensor(p)
+        for dim in sharded_dims(p)
+    }
+    mine = root.get_coordinate()
+    if mine is None:
+        raise StructPrecondError("This rank is not in the mesh of the parameters.")
+    index = tuple(slice(None) if dim in dims else mine[dim] for dim in range(root.ndim))
+    numbers = root.mesh[index].flatten().tolist()
+    if len(dims) == 1:
+        return Ranks.of_group(root.get_group(dims.pop()), root), everyone
+    return Ranks.of_group(_group(numbers, root), root), everyone
+
+
+def _root_of(params: Sequence[Tensor]) -> DeviceMesh | None:
+    """Return the mesh that all DTensors are placed on, or on a part of; None without DTensors."""
+    meshes = list(dict.fromkeys(p.device_mesh for p in params if is_dtensor(p)))
+    if len(meshes) < 2:
+        return meshes[0] if meshes else None
+    root = max(meshes, key=lambda mesh: mesh.ndim)
+    names = set(root.mesh_dim_names or ())
+    parts = [mesh for mesh in meshes if mesh != root]
+    if not names or not all(set(m.mesh_dim_names or (None,)) <= names for m in parts):
+        raise StructPrecondError(
+            f"The parameters are on the meshes {', '.join(map(str, meshes))}, which are no parts "
+            "of one. Make one mesh with named dimensions, and shard along these."
+        )
+    return root
+
+
+def _group_of(mesh: Mesh) -> dist.ProcessGroup:
+    """Return the process group of a mesh.
+
+    Raises:
+        StructPrecondError: If it is no mesh.
+    """
+    if isinstance(mesh, dist.ProcessGroup):
+        return mesh
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(mesh, DeviceMesh):
+        raise StructPrecondError(
+            f"mesh takes a DeviceMesh or a ProcessGroup, got {mesh!r}. Make one, as in "
+            'init_device_mesh("cpu", (4,)).'
+        )
+    return mesh.get_group() if mesh.ndim == 1 else _group(mesh.mesh.flatten().tolist(), mesh)
+
+
+def _group(numbers: list[int], mesh: DeviceMesh) -> dist.ProcessGroup:
+    """Return a process group of some ranks of a mesh; all of them have to ask for it."""
+    if sorted(numbers) == list(range(dist.get_world_size())):
+        world: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
+        return world
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    group: dist.ProcessGroup = dist.new_group(numbers, use_local_synchronization=True)
+    return group
+
+
+def replicas_of(model: object) -> dist.ProcessGroup | None:
+    """Return the process group of a model under DistributedDataParallel; None for another one."""
+    while isinstance(model, nn.Module):
+        if isinstance(model, DistributedDataParallel):
+            group: dist.ProcessGroup = model.process_group
+            return group
+        model = model._modules.get("_orig_mod")
+    return None
+
+
+def share_of_data(model: nn.Module | None, everyone: dist.ProcessGroup) -> float:
+    """Return the number of different batches of a step over the number of ranks.
+
+    Ranks of tensor parallelism see the same batch. FSDP knows the ranks that see different ones.
+
+    Args:
+        model: The model; None if only parameters are known.
+        everyone: All ranks.
+    """
+    for module in () if model is None else model.modules():
+        state = getattr(module, "_get_fsdp_state", None)
+        # private, but pinned by a test
+        group = None if state is None else state()._fsdp_param_group
+        if group is not None:
+            return float(group.mesh_info.mesh.size() / everyone.size())
+    return 1.0
+
+
+def device_for(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+    """Return the CPU if a group can send from there, else the given device."""
+    backends = str(dist.get_backend_config(group))
+    return torch.device("cpu") if "cpu:gloo" in backends or "mpi" in backends else device

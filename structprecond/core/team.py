@@ -1,0 +1,174 @@
+"""Teams: how the processes that train one model make a step together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from structprecond.core.agreement import Agreement, Facts
+from structprecond.core.batch_size import Samples
+from structprecond.core.bucket import Bucket
+from structprecond.core.build import RoutedUnit, make_buckets
+from structprecond.core.counters import Counters
+from structprecond.core.inspection import check_step
+from structprecond.core.refresh import RefreshSchedule, Stack
+from structprecond.core.rounding import Rounding
+from structprecond.core.step import Plan
+
+T = TypeVar("T")
+WITHOUT, INTERVALS = "the units without a gradient", "the refresh intervals"
+"""Names of facts."""
+
+
+class Alone:
+    """One process, which holds everything and decides alone."""
+
+    def make_buckets(self, units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:
+        """Stack the units that this rank owns, which allocates their state."""
+        return make_buckets(units, rounding)
+
+    def adopt(self) -> None:
+        """Use the last buckets that were made, since nothing has failed after that."""
+
+    def check(
+        self,
+        param_groups: Sequence[Mapping[str, Any]],
+        buckets: Sequence[Bucket],
+        names: Mapping[nn.Parameter, str],
+    ) -> list[list[bool]]:
+        """Check the inputs of a step; return the live units of each bucket."""
+        return check_step(param_groups, buckets, names)
+
+    def stacks(self, buckets: Sequence[Bucket]) -> Sequence[Stack]:
+        """Return the stacks over whose rows refreshes are staggered."""
+        return buckets
+
+    def intervals(
+        self, schedule: RefreshSchedule, buckets: Sequence[Bucket], global_step: int
+    ) -> list[int | bool]:
+        """Return the refresh interval of each bucket, or whether to refresh it now."""
+        return schedule.intervals(buckets, global_step)
+
+    @contextmanager
+    def step(self, buckets: Sequence[Bucket]) -> Iterator[None]:
+        """Bring gradients to the owners before a step, and parameters back to the others after."""
+        yield
+
+    def agree(
+        self,
+        plan: Callable[[], list[Plan]],
+        facts: Callable[[], Facts],
+        samples: Samples,
+        schedule: RefreshSchedule,
+    ) -> list[Plan]:
+        """Plan a step on all ranks, or on none.
+
+        Args:
+            plan: Plans it on this rank.
+            facts: Returns what has to be the same on all ranks, besides what the team knows.
+            samples: The number of samples behind the gradients.
+            schedule: Assigns phase offsets.
+        """
+        plans = plan()
+        schedule.stagger([one.bucket for one in plans], [one.every for one in plans])
+        return plans
+
+    def arrive(self, buckets: Sequence[Bucket]) -> None:
+        """Wait for the gradients."""
+
+    def confirm(self, make: Callable[[], T], plans: Sequence[Plan], may_fail: bool) -> T:
+        """Do something on all ranks, or on none.
+
+        Args:
+            make: Does it.
+            plans: The plans.
+            may_fail: Whether it may fail on single ranks, even without code of the user's own.
+        """
+        return make()
+
+    def moved(self, bucket: Bucket) -> None:
+        """Note that the parameters of a bucket have been updated."""
+
+
+class Replicas(Alone):
+    """Ranks with the same parameters, gradients and state, as under DistributedDataParallel.
+
+    Args:
+        agreement: The agreement of all ranks.
+        share: The number of different batches over the number of ranks.
+    """
+
+    def __init__(self, agreement: Agreement, share: float) -> None:
+        self.agreement, self._share = agreement, share
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return itself: copies of the optimizer on these ranks decide together as well."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Return one process: another process that loads a pickle has no such ranks."""
+        return Alone, ()
+
+    @cached_property
+    def seed(self) -> int:
+        """The seed of all random numbers: torch's on the first rank."""
+        return self.agreement.share(torch.initial_seed(), "the seed")[0]
+
+    def make_buckets(self, units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:
+        """Stack the units that this rank owns, with the same seeds on all ranks."""
+        buckets = super().make_buckets(units, rounding)
+        for bucket in buckets:
+            bucket.counters.seed = Counters.of(bucket.units, self.seed).seed
+        return buckets
+
+    def agree(
+        self,
+        plan: Callable[[], list[Plan]],
+        facts: Callable[[], Facts],
+        samples: Samples,
+        schedule: RefreshSchedule,
+    ) -> list[Plan]:
+        """Plan a step on all ranks, or on none; counted samples are those of all ranks."""
+
+        def make() -> tuple[list[Plan], Facts, int]:
+            plans = plan()
+            fixed = None if samples.counts else samples.count
+            known = {**facts(), "the fixed batch size": fixed, **self._facts(plans)}
+            return plans, known, samples.count or 0
+
+        plans, total = self.agreement.reach(make)
+        if samples.counts and total:
+            total = round(total * self._share)
+            samples.add_ranks(total)
+            for one in plans:
+                one.batch_size = total
+        self._stagger(plans, schedule)
+        return plans
+
+    def _facts(self, plans: Sequence[Plan]) -> Facts:
+        """Return what else has to be the same on all ranks."""
+        units = [
+            unit.label
+            for one in plans
+            for unit, on in zip(one.bucket.units, one.live, strict=True)
+            if not on
+        ]
+        return {WITHOUT: units, INTERVALS: [one.every for one in plans]}
+
+    def _stagger(self, plans: Sequence[Plan], schedule: RefreshSchedule) -> None:
+        schedule.stagger([one.bucket for one in plans], [one.every for one in plans])
+
+    def confirm(self, make: Callable[[], T], plans: Sequence[Plan], may_fail: bool) -> T:
+        """Do something on all ranks, or on none."""
+        if not (may_fail or self._runs_other_code(plans)):
+            return make()
+        return self.agreement.reach(lambda: (make(), {}, 0))[0]
+
+    def _runs_other_code(self, plans: Sequence[Plan]) -> bool:
+        return any(one.bucket.runs_other_code for one in plans)
