@@ -144,12 +144,20 @@ class Assembly:
         self.rules |= {routed.route.rule for routed in made.units}
         frozen = [routed for routed in made.units if routed.frozen]
         self.frozen += frozen
-        self._add(made.buckets)
-        show(made.buckets, frozen, entries, state)
+        self._add(made.buckets, frozen, entries, state)
 
-    def _add(self, buckets: Sequence[Bucket]) -> None:
+    def _add(
+        self,
+        buckets: Sequence[Bucket],
+        frozen: Iterable[RoutedUnit],
+        entries: Entries,
+        state: State,
+    ) -> None:
+        """Add stacks, and show the state of their units and of others."""
         self.buckets += buckets
-        self.team.adopt()
+        entries.show(buckets, state)
+        for unit, shown in [*self.team.adopt(), *((routed.unit, {}) for routed in frozen)]:
+            entries.show_unit(unit, state, shown)
 
     def thaw(self, thawed: Callable[[RoutedUnit], bool], entries: Entries, state: State) -> None:
         """Give state to frozen units that need it.
@@ -167,8 +175,18 @@ class Assembly:
         self._thawed = awake, buckets
         for bucket in buckets:
             bucket.counters.overdue[:] = True  # they missed all refreshes so far
-        self._add(buckets)
-        show(buckets, [], entries, state)
+        self._add(buckets, [], entries, state)
+
+    def show(self, entries: Entries, state: State) -> None:
+        """Show the state of everything in another optimizer's entries, as for copies.
+
+        Args:
+            entries: The entries of the state.
+            state: The optimizer's state.
+        """
+        entries.show(self.buckets, state)
+        for routed in self.frozen:
+            entries.show_unit(routed.unit, state, {})
 
     @contextmanager
     def thawing(self, entries: Entries, state: State) -> Iterator[None]:
@@ -187,7 +205,8 @@ class Assembly:
                 self.buckets[:] = [bucket for bucket in self.buckets if bucket not in buckets]
                 self.frozen += units
                 self.team.give_up()
-                show([], units, entries, state)
+                for routed in units:
+                    entries.show_unit(routed.unit, state, {})
             raise
 
     def follow(
@@ -243,12 +262,3 @@ class Assembly:
 
         follow(quiet=True)  # after this, the team is that of all ranks
         self.team.meet(parameters)
-
-
-def show(
-    buckets: Sequence[Bucket], frozen: Iterable[RoutedUnit], entries: Entries, state: State
-) -> None:
-    """Show the state of stacks, and that frozen units have none."""
-    entries.show(buckets, state)
-    for routed in frozen:
-        entries.show_unit(routed.unit, state, {})

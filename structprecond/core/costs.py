@@ -43,16 +43,17 @@ def count_entries(structure: type[StructuredMatrix], dim: int) -> int:
     return sum(t.numel() for t in made.named_tensors().values())
 
 
-def step_operations(key: BucketKey) -> int:
+def step_operations(strategy: Strategy[Any], key: BucketKey) -> int:
     r"""Return about how many operations an ordinary step of one row takes.
 
     For a row of D numbers and factors that store \(e_k\) numbers each, \(20 D + \sum_k 6 D e_k /
-    d_k\); dense factors have \(e_k = d_k^2\).
+    d_k\), besides the strategy's own products; dense factors have \(e_k = d_k^2\).
     """
     size = key.shape.numel()
     axes = zip(key.structures, key.shape, strict=True)
     per_entry = sum(count_entries(s, dim) / dim for s, dim in axes if s is not None and dim)
-    return round(size * (_ENTRYWISE_OPERATIONS + _STEP_OPERATIONS * per_entry))
+    usual = round(size * (_ENTRYWISE_OPERATIONS + _STEP_OPERATIONS * per_entry))
+    return usual + strategy.step_operations(key.shape)
 
 
 def refresh_operations(strategy: Strategy[Any], key: BucketKey) -> int:
@@ -93,7 +94,7 @@ def _costs(bucket: Bucket) -> str:
     if largest > _LARGE_BYTES and ratio > _LARGE_RATIO:
         parts.append(f"{largest / 2**20:,.0f} MiB of state, {ratio:,.0f} times the parameter")
     refresh = refresh_operations(bucket.strategy, bucket.key)
-    steps = refresh / step_operations(bucket.key)
+    steps = refresh / step_operations(bucket.strategy, bucket.key)
     if interval_of(bucket.strategy) and refresh > _SLOW_OPERATIONS and steps > _SLOW_STEPS:
         parts.append(f"a refresh takes as long as {steps:,.0f} steps")
     return "; ".join(parts)

@@ -8,7 +8,7 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from structprecond.core.agreement import Agreement, Facts
@@ -23,8 +23,11 @@ from structprecond.core.ownership import Loads, Share, assign, bytes_of_row, ite
 from structprecond.core.ranks import Ranks
 from structprecond.core.refresh import RefreshSchedule, Stack
 from structprecond.core.rounding import Rounding
+from structprecond.core.sharded_state import ShardedState, StateTensor
+from structprecond.core.state import ByParameter
 from structprecond.core.step import Plan
 from structprecond.core.team import INTERVALS, WITHOUT, Replicas, T
+from structprecond.core.units import Unit
 from structprecond.errors import LostRankError, StructPrecondError
 
 OWNED = "what has owners: were other parameters thawed, or added"
@@ -51,6 +54,7 @@ class Owners(Replicas):
         self._made: list[Exchange] = []
         self._before = 0, self.loads
         self._exchange_of: dict[Bucket, int] = {}
+        self._rounding: Rounding = "nearest"
         self._step = _Step()
 
     def problem_with(self, params: Iterable[nn.Parameter]) -> str | None:
@@ -81,7 +85,7 @@ class Owners(Replicas):
         self._made, self._made_loads = [], deepcopy(self.loads)
         owners = iter(assign([item for some in items for item in some], self._made_loads))
         counts = iter(map(len, items))
-        made = []
+        made, self._rounding = [], rounding
         for (_, _, key), stack in alike.items():
             shares = [
                 Share.of(routed, [next(owners) for _ in range(next(counts))], self.ranks.me)
@@ -106,13 +110,17 @@ class Owners(Replicas):
         """Raise `StructPrecondError`, as for copies."""
         self.__deepcopy__({})
 
-    def adopt(self) -> None:
+    def adopt(self) -> list[tuple[Unit, dict[str, Tensor]]]:
         """Use the last buckets that were made, since nothing has failed after that."""
         self._before = len(self.exchanges), self.loads
-        self.exchanges += self._made
-        self.loads = self._made_loads
-        self._step.add(self._made)
-        self._made = []
+        new, self._made, self.loads = self._made, [], self._made_loads
+        self.exchanges += new
+        self._step.add(new)
+        elsewhere: dict[Unit, dict[str, Tensor]] = {}
+        for one in self._tensors_of(new):
+            if one.share.mine is None:
+                elsewhere.setdefault(one.share.routed.unit, {})[one.name] = one.empty(0)
+        return list(elsewhere.items())
 
     def give_up(self) -> None:
         """Undo the last `adopt`."""
@@ -217,6 +225,25 @@ class Owners(Replicas):
         """Note that the parameters of a bucket have been updated; send them if all are."""
         self._step.waiting[self._exchange_of[bucket]].discard(bucket)
         self._step.spread()
+
+    def decide(self, make: Callable[[], tuple[T, Facts]], verb: str) -> T:
+        """Prepare to save or to load a checkpoint on all ranks, or on none."""
+        return self.agreement.reach(lambda: (*make(), 0), "checkpoint", verb)[0]
+
+    def gather(self, state: ByParameter) -> ByParameter:
+        """Return the state of all ranks, for a checkpoint."""
+        return self._sharded().gather(state)
+
+    def scatter(self, whole: ByParameter, state: ByParameter) -> None:
+        """Write the state of all ranks, which `gather` returned, into this rank's."""
+        self._sharded().scatter(whole, state)
+
+    def _sharded(self) -> ShardedState:
+        return ShardedState(self.agreement, self.ranks, self._tensors_of(self.exchanges))
+
+    def _tensors_of(self, exchanges: Sequence[Exchange]) -> Iterator[StateTensor]:
+        for exchange in exchanges:
+            yield from StateTensor.of(exchange, self._rounding)
 
 
 class _Step:

@@ -80,7 +80,7 @@ def _work(routed: RoutedUnit, key: BucketKey) -> float:
     strategy = routed.route.strategy
     every: Any = routed.group.get(f"{routed.prefix}{interval_of(strategy)}")
     refresh = refresh_operations(strategy, key)
-    return step_operations(key) + refresh / (every if isinstance(every, int) else 1)
+    return step_operations(strategy, key) + refresh / (every if isinstance(every, int) else 1)
 
 
 def bytes_of_row(routed: RoutedUnit, key: BucketKey, rounding: Rounding) -> int:

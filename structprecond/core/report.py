@@ -23,7 +23,7 @@ from structprecond.core.strategy import Strategy
 from structprecond.core.units import Unit
 from structprecond.errors import StructPrecondError
 from structprecond.roles import ROLES, Role
-from structprecond.tables import lay_out
+from structprecond.tables import human, lay_out
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Description:
                     describe_shape(row.shape),
                     str(row.rows),
                     " ".join(_compress(row.structures, row.dtypes)),
-                    _human(row.state_bytes),
+                    human(row.state_bytes),
                 )
             )
         lines = lay_out(table)
@@ -119,8 +119,8 @@ class Description:
             f" = {self.state_bytes / self.parameter_bytes:.2f} x" if self.parameter_bytes else ""
         )
         total = (
-            f"{', '.join(strategies)}: state {_human(self.state_bytes)}{ratio} parameters "
-            f"({_human(self.parameter_bytes)})"
+            f"{', '.join(strategies)}: state {human(self.state_bytes)}{ratio} parameters "
+            f"({human(self.parameter_bytes)})"
         )
         left_out = [
             f"axis {axis} of {_first_of(row)} ({describe_shape(row.shape)})"
@@ -271,11 +271,3 @@ def _first_of(row: Row) -> str:
 
 def _shorten(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def _human(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

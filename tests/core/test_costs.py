@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from structprecond import (
     KLSOAP,
@@ -22,14 +21,17 @@ from structprecond import (
     DiagonalMatrix,
     KLShampoo,
     Muon,
+    MuonStrategy,
+    ScionStrategy,
     Shampoo,
     SIRFShampoo,
     StackExperts,
     StructuredOptimizer,
 )
-from structprecond.core.costs import count_entries
+from structprecond.core.bucket import BucketKey
+from structprecond.core.costs import count_entries, step_operations
 from structprecond.structures import structure_class
-from tests.helpers import set_grads
+from tests.helpers import Allocations, set_grads
 
 
 def sirf(model: nn.Module, **given: Any) -> SIRFShampoo:
@@ -52,30 +54,6 @@ def messages(make: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
         make(*args, **kwargs)
     assert all(warning.filename == __file__ for warning in caught)
     return [str(warning.message) for warning in caught]
-
-
-class Allocations(TorchDispatchMode):
-    """Records the largest tensor with memory that an operation returns.
-
-    But for `torch.empty`: what is never written to takes no memory.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        # kept, so that their addresses are not used again
-        self.untouched: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor) and not t.is_meta:
-                storage = t.untyped_storage()
-                if "empty" in str(func):
-                    self.untouched[storage.data_ptr()] = storage
-                if storage.data_ptr() not in self.untouched:
-                    self.largest = max(self.largest, storage.nbytes())
-        return result
 
 
 # --- counting ------------------------------------------------------------------------------------
@@ -276,3 +254,24 @@ def test_other_errors_stay_as_they_are() -> None:
     with pytest.raises(RuntimeError) as caught:
         StructuredOptimizer(nn.Linear(3, 2), strategy=failing(error, "init"))
     assert caught.value is error
+
+
+# --- steps ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", [MuonStrategy(num_ns_steps=4), ScionStrategy(num_ns_steps=4)])
+@pytest.mark.parametrize("dims", [(12, 8), (8, 12), (8, 3, 2, 2)])
+def test_operations_of_a_step_include_the_products_of_an_orthogonalization(
+    strategy: MuonStrategy | ScionStrategy, dims: tuple[int, ...]
+) -> None:
+    with FlopCounterMode(display=False) as counted:
+        strategy.scaled_orthogonalize_fn(torch.randn(1, *dims, dtype=torch.float64).flatten(2))
+    assert strategy.step_operations(dims) == counted.get_total_flops() > 0
+    order = len(dims)
+    key = BucketKey(None, torch.Size(dims), (None,) * order, (), torch.float32, torch.device("cpu"))
+    entrywise = step_operations(AdamWStrategy(), key)
+    assert step_operations(strategy, key) == entrywise + strategy.step_operations(dims)
+
+
+def test_steps_of_other_norms_have_no_products() -> None:
+    assert ScionStrategy(norm="row").step_operations((12, 8)) == 0
