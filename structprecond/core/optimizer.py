@@ -9,9 +9,8 @@ from typing import Any, overload
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
-from structprecond.core import checkpoint, options, param_groups
+from structprecond.core import options, param_groups
 from structprecond.core.agreement import facts_of
 from structprecond.core.batch_size import GetBatchSize, Samples
 from structprecond.core.bucket import Bucket
@@ -27,6 +26,7 @@ from structprecond.core.options import Nonfinite, Refresh
 from structprecond.core.ranks import Mesh
 from structprecond.core.refresh import RefreshSchedule, warning_of_failures
 from structprecond.core.report import describe
+from structprecond.core.resumable import Resumable
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routes, UserRoutes, as_routing, settle, with_defaults
 from structprecond.core.step import Plan
@@ -45,7 +45,7 @@ _COPIED = (
 ).split()
 
 
-class StructuredOptimizer(options.SharedKeywords, Optimizer):
+class StructuredOptimizer(options.SharedKeywords, Resumable):
     """An optimizer that runs a strategy over stacks of a model's parameters.
 
     Named optimizers such as `SIRFShampoo` are facades of this class. `param_groups` stay as given.
@@ -53,7 +53,8 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
     `combine_params` besides its hyperparameters.
 
     `optimizer.state[p]` shows the state of the unit whose first parameter is `p`, as views under
-    stable names. It exists from construction on.
+    stable names. It exists from construction on. Where rows have owners, it shows the rows that
+    this rank owns, which may be none; `state_dict` returns those of all ranks.
 
     An optimizer with parameters on the CPU makes glibc keep freed memory, in the whole process and
     permanently. The environment variable `STRUCTPRECOND_KEEP_FREED_MEMORY=0` prevents that.
@@ -189,10 +190,9 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
         """Add what is new, and show the state of buckets, and that frozen units have none."""
         self.frozen_units += [routed for routed in frozen if routed not in self.frozen_units]
         self.buckets += [bucket for bucket in buckets if bucket not in self.buckets]
-        self.team.adopt()
         self._entries.show(buckets, self.state)
-        for routed in frozen:
-            self._entries.show_unit(routed.unit, self.state, {})
+        for unit, shown in [*self.team.adopt(), *((routed.unit, {}) for routed in frozen)]:
+            self._entries.show_unit(unit, self.state, shown)
 
     def name_of(self, param: nn.Parameter) -> str:
         """Return the name of a parameter in the model, or else its place in `param_groups`."""
@@ -308,40 +308,7 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
         self._samples.use()
         self._global_step += 1
 
-    # --- checkpoints and copies ------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state in torch's layout: only copied tensors and plain values.
-
-        The state of a unit is under its first parameter. Callables, strategies, groupings and
-        structures are described, not saved.
-        """
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
-        self._follow()
-        saved = checkpoint.save(self._follower.used_groups(), self.state)
-        return checkpoint.hooked(self, "state_dict_post", saved)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state dict as a whole or not at all.
-
-        The state keeps its live dtypes and devices. Parameters are matched by name if both sides
-        have names, else by order.
-
-        Raises:
-            CheckpointError: If it does not fit; the message lists the differences.
-        """
-        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
-        state_dict = checkpoint.hooked(self, "load_state_dict_pre", state_dict)
-        self._follow()
-        used = self._follower.used_groups(check=True)
-        saved = checkpoint.with_state(used, state_dict)
-        self._thaw(lambda routed: routed.unit.params[0] in saved)
-        with self._samples.loading():
-            checkpoint.load(self.param_groups, used, self.state, self._names, state_dict)
-        self._schedule.adopt(self.team.stacks(self.buckets))
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+    # --- copies ----------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the stacks themselves for copies and pickles, not hundreds of views."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from structprecond.core.agreement import Agreement, Facts
@@ -22,8 +22,11 @@ from structprecond.core.ownership import Loads, Share, assign, bytes_of_row, ite
 from structprecond.core.ranks import Ranks
 from structprecond.core.refresh import RefreshSchedule, Stack
 from structprecond.core.rounding import Rounding
+from structprecond.core.sharded_state import ShardedState, StateTensor
+from structprecond.core.state import ByParameter
 from structprecond.core.step import Plan
 from structprecond.core.team import INTERVALS, WITHOUT, Replicas, T
+from structprecond.core.units import Unit
 from structprecond.errors import LostRankError, StructPrecondError
 
 
@@ -46,6 +49,7 @@ class Owners(Replicas):
         self.loads = Loads.none(ranks.size)
         self._made: list[Exchange] = []
         self._exchange_of: dict[Bucket, int] = {}
+        self._rounding: Rounding = "nearest"
         self._step = _Step()
 
     def make_buckets(self, units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:
@@ -60,7 +64,7 @@ class Owners(Replicas):
             items += [items_of(routed, key, row_bytes) for routed in stack]
         owners = iter(assign([item for some in items for item in some], self.loads))
         counts = iter(map(len, items))
-        self._made, made = [], []
+        self._made, made, self._rounding = [], [], rounding
         for (_, _, key), stack in alike.items():
             shares = [
                 Share.of(routed, [next(owners) for _ in range(next(counts))], self.ranks.me)
@@ -85,11 +89,16 @@ class Owners(Replicas):
         """Raise `StructPrecondError`, as for copies."""
         self.__deepcopy__({})
 
-    def adopt(self) -> None:
+    def adopt(self) -> list[tuple[Unit, dict[str, Tensor]]]:
         """Use the last buckets that were made, since nothing has failed after that."""
-        self.exchanges += self._made
-        self._step.add(self._made)
-        self._made = []
+        new, self._made = self._made, []
+        self.exchanges += new
+        self._step.add(new)
+        elsewhere: dict[Unit, dict[str, Tensor]] = {}
+        for one in self._tensors_of(new):
+            if one.share.mine is None:
+                elsewhere.setdefault(one.share.routed.unit, {})[one.name] = one.empty(0)
+        return list(elsewhere.items())
 
     @property
     def units(self) -> list[RoutedUnit]:
@@ -188,6 +197,25 @@ class Owners(Replicas):
         """Note that the parameters of a bucket have been updated; send them if all are."""
         self._step.waiting[self._exchange_of[bucket]].discard(bucket)
         self._step.spread()
+
+    def decide(self, make: Callable[[], tuple[T, Facts]], verb: str) -> T:
+        """Prepare to save or to load a checkpoint on all ranks, or on none."""
+        return self.agreement.reach(lambda: (*make(), 0), "checkpoint", verb)[0]
+
+    def gather(self, state: ByParameter) -> ByParameter:
+        """Return the state of all ranks, for a checkpoint."""
+        return self._sharded().gather(state)
+
+    def scatter(self, whole: ByParameter, state: ByParameter) -> None:
+        """Write the state of all ranks, which `gather` returned, into this rank's."""
+        self._sharded().scatter(whole, state)
+
+    def _sharded(self) -> ShardedState:
+        return ShardedState(self.agreement, self.ranks, self._tensors_of(self.exchanges))
+
+    def _tensors_of(self, exchanges: Sequence[Exchange]) -> Iterator[StateTensor]:
+        for exchange in exchanges:
+            yield from StateTensor.of(exchange, self._rounding)
 
 
 class _Step:

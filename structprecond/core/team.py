@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from structprecond.core.agreement import Agreement, Facts
@@ -19,7 +19,9 @@ from structprecond.core.counters import Counters
 from structprecond.core.inspection import check_step
 from structprecond.core.refresh import RefreshSchedule, Stack
 from structprecond.core.rounding import Rounding
+from structprecond.core.state import ByParameter
 from structprecond.core.step import Plan
+from structprecond.core.units import Unit
 
 T = TypeVar("T")
 WITHOUT, INTERVALS = "the units without a gradient", "the refresh intervals"
@@ -33,8 +35,13 @@ class Alone:
         """Stack the units that this rank owns, which allocates their state."""
         return make_buckets(units, rounding)
 
-    def adopt(self) -> None:
-        """Use the last buckets that were made, since nothing has failed after that."""
+    def adopt(self) -> list[tuple[Unit, dict[str, Tensor]]]:
+        """Use the last buckets that were made, since nothing has failed after that.
+
+        Returns:
+            Units that are in no bucket, with what this rank shows of their state.
+        """
+        return []
 
     def check(
         self,
@@ -94,6 +101,22 @@ class Alone:
 
     def moved(self, bucket: Bucket) -> None:
         """Note that the parameters of a bucket have been updated."""
+
+    def decide(self, make: Callable[[], tuple[T, Facts]], verb: str) -> T:
+        """Prepare to save or to load a checkpoint on all ranks, or on none.
+
+        Args:
+            make: Returns the preparations, and what has to be the same on all ranks.
+            verb: What is about to happen to the checkpoint, for messages.
+        """
+        return make()[0]
+
+    def gather(self, state: ByParameter) -> ByParameter:
+        """Return the state of all ranks, for a checkpoint."""
+        return state
+
+    def scatter(self, whole: ByParameter, state: ByParameter) -> None:
+        """Write the state of all ranks, which `gather` returned, into this rank's."""
 
 
 class Replicas(Alone):
