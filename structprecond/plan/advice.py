@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import ceil
 
 from structprecond.core.bucket import compute_dtype
+from structprecond.core.costs import quote
 from structprecond.core.naming import describe_shape
 from structprecond.core.ownership import Item, Loads, assign
 from structprecond.plan.mesh import SHARD, MeshSpec
@@ -34,7 +35,7 @@ def advise(items: Sequence[Item], spec: MeshSpec) -> tuple[str, ...]:
         f"The largest state is {uneven:.1f} times the ideal: {len(items):,} units and rows are too "
         f"few, or too different, for {spec.owners:,} ranks. The largest is {largest.unit.label} "
         f"({size}), the ideal {human(ideal)}.",
-        _make_smaller(largest, ideal),
+        _make_smaller(largest, ideal, {len(item.unit.shape) for item in items}),
         _own_in_groups(items, spec),
     )
 
@@ -46,15 +47,15 @@ def unevenness(items: Sequence[Item], ranks: int) -> float:
     return max(loads.state_bytes) * ranks / sum(loads.state_bytes)
 
 
-def _make_smaller(item: Item, ideal: float) -> str:
-    """Return how to make the largest unit smaller."""
+def _make_smaller(item: Item, ideal: float, orders: set[int]) -> str:
+    """Return how to make the largest unit smaller, among units of some numbers of axes."""
     unit = item.unit
     numbers = item.state_bytes / compute_dtype(unit.params[0].dtype).itemsize
     if numbers > _LARGE_FACTORS * unit.shape.numel():
+        spec = dict.fromkeys(sorted(orders), "auto") | {len(unit.shape): "block1024diagonal"}
         return (
-            "Most of its state is Kronecker factors. Smaller ones spread further: block structures "
-            f'such as structures={{{len(unit.shape)}: "block1024diagonal"}}, "none" for a long '
-            "axis, or SplitHeads, whose rows have an owner each."
+            "Most of its state is Kronecker factors. Smaller ones take less memory and time, such "
+            f"as structures={quote(spec)}. SplitHeads makes rows that have an owner each."
         )
     least, rows = ceil(item.state_bytes / ideal), unit.shape[0]
     parts = next((n for n in range(least, rows + 1) if rows % n == 0), 1)
