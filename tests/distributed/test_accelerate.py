@@ -62,8 +62,8 @@ def accelerated(rank: int, optimizer: Any, sharded: bool) -> tuple[float, bool]:
         GradientState._reset_state()
         os.environ.clear()
         os.environ |= before
-    alone: Any = made(optimizer)
-    train(*alone, Tensor.backward, slice(None))
+    alone = made(optimizer)
+    train(*alone, backward=Tensor.backward, part=slice(None))
     distances = [
         float((p - q).norm() / q.norm())
         for p, q in zip(layouts.full_params(model), layouts.full_params(alone[0]), strict=True)
