@@ -136,6 +136,12 @@ def _shard(
     return Box(tuple(offset), tuple(size))
 
 
+def describe_placed(p: Tensor) -> str:
+    """Return shape, dtype and placements of a parameter."""
+    placements = p.placements if is_dtensor(p) else "whole"
+    return f"{tuple(p.shape)}, {p.dtype}, {placements}"
+
+
 def copy_into(target: Tensor, source: Tensor) -> None:
     """Copy a whole tensor, or a DTensor in any layout, into another one of the same shape.
 

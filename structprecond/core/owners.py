@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,9 @@ from structprecond.core.team import INTERVALS, WITHOUT, Replicas, T
 from structprecond.core.units import Unit
 from structprecond.errors import LostRankError, StructPrecondError
 
+OWNED = "what has owners: were other parameters thawed, or added"
+"""Name of a fact."""
+
 
 class Owners(Replicas):
     """Ranks that hold parts of parameters, or all of them, and own some rows each.
@@ -46,11 +50,27 @@ class Owners(Replicas):
     def __init__(self, agreement: Agreement, share: float, ranks: Ranks) -> None:
         super().__init__(agreement, share)
         self.ranks, self.exchanges = ranks, list[Exchange]()
-        self.loads = Loads.none(ranks.size)
+        self.loads = self._made_loads = Loads.none(ranks.size)
         self._made: list[Exchange] = []
+        self._before = 0, self.loads
         self._exchange_of: dict[Bucket, int] = {}
         self._rounding: Rounding = "nearest"
         self._step = _Step()
+
+    def problem_with(self, params: Iterable[nn.Parameter]) -> str | None:
+        """Return why the team cannot train some parameters, as an object; None if it can."""
+        return self.ranks.problem_with(params)
+
+    def can_follow(self, new: Mapping[nn.Parameter, nn.Parameter]) -> bool:
+        """Return whether the state can stay where it is: exchanges are made for parameters."""
+        owned = [p for routed in self.units for p in routed.unit.params]
+        same = all(new.get(p) is p for p in owned) and super().can_follow(new)
+        return same and all(exchange.fits for exchange in self.exchanges)
+
+    def regroup(self, groups: Mapping[int, dict[str, Any]]) -> None:
+        """Use other param groups from now on."""
+        for exchange in self.exchanges:
+            exchange.regroup(groups)
 
     def make_buckets(self, units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:
         """Assign owners, and stack what this rank owns."""
@@ -62,9 +82,10 @@ class Owners(Replicas):
         for (_, _, key), stack in alike.items():
             row_bytes = bytes_of_row(stack[0], key, rounding)
             items += [items_of(routed, key, row_bytes) for routed in stack]
-        owners = iter(assign([item for some in items for item in some], self.loads))
+        self._made, self._made_loads = [], deepcopy(self.loads)
+        owners = iter(assign([item for some in items for item in some], self._made_loads))
         counts = iter(map(len, items))
-        self._made, made, self._rounding = [], [], rounding
+        made, self._rounding = [], rounding
         for (_, _, key), stack in alike.items():
             shares = [
                 Share.of(routed, [next(owners) for _ in range(next(counts))], self.ranks.me)
@@ -91,7 +112,8 @@ class Owners(Replicas):
 
     def adopt(self) -> list[tuple[Unit, dict[str, Tensor]]]:
         """Use the last buckets that were made, since nothing has failed after that."""
-        new, self._made = self._made, []
+        self._before = len(self.exchanges), self.loads
+        new, self._made, self.loads = self._made, [], self._made_loads
         self.exchanges += new
         self._step.add(new)
         elsewhere: dict[Unit, dict[str, Tensor]] = {}
@@ -99,6 +121,11 @@ class Owners(Replicas):
             if one.share.mine is None:
                 elsewhere.setdefault(one.share.routed.unit, {})[one.name] = one.empty(0)
         return list(elsewhere.items())
+
+    def give_up(self) -> None:
+        """Undo the last `adopt`."""
+        number, self.loads = self._before
+        del self.exchanges[number:]
 
     @property
     def units(self) -> list[RoutedUnit]:
@@ -133,7 +160,8 @@ class Owners(Replicas):
         """Return what else has to be the same on all ranks."""
         units = [routed.unit for routed in self.units]
         dead = [unit.label for unit, on in zip(units, are_live(units), strict=True) if not on]
-        return {WITHOUT: dead, INTERVALS: self._intervals}
+        owned = {"stacks": len(self.exchanges), "state in bytes": self.loads.state_bytes}
+        return {OWNED: owned, WITHOUT: dead, INTERVALS: self._intervals}
 
     def _stagger(self, plans: Sequence[Plan], schedule: RefreshSchedule) -> None:
         stacks = self.stacks([])

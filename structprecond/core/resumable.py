@@ -6,17 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from structprecond.core import checkpoint
 from structprecond.core.agreement import Facts
+from structprecond.core.assembly import Assembly
 from structprecond.core.batch_size import Samples
-from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit
-from structprecond.core.follow import Follower
 from structprecond.core.refresh import RefreshSchedule
-from structprecond.core.team import Alone
 
 _T = TypeVar("_T")
 
@@ -24,12 +22,8 @@ _T = TypeVar("_T")
 class Resumable(Optimizer):
     """The part of the optimizer that saves and loads checkpoints."""
 
-    team: Alone
-    buckets: list[Bucket]
-    frozen_units: list[RoutedUnit]
     _global_step: Tensor
-    _names: dict[nn.Parameter, str]
-    _follower: Follower
+    _assembly: Assembly
     _samples: Samples
     _schedule: RefreshSchedule
     _follow: Callable[[], None]
@@ -48,15 +42,17 @@ class Resumable(Optimizer):
         Raises:
             DistributedError: If another rank cannot do the same.
         """
-        groups = self.team.decide(self._prepare_to_save, "save")
-        saved = checkpoint.save(groups, self.team.gather(self.state))
+        groups = self._assembly.team.decide(self._prepare_to_save, "save")
+        saved = checkpoint.save(groups, self._assembly.team.gather(self.state))
         return _hooked(self, "state_dict_post", saved)
 
     def _prepare_to_save(self) -> tuple[Sequence[dict[str, Any]], Facts]:
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._follow()
-        return self._follower.used_groups(), {"the number of steps": int(self._global_step)}
+        return self._assembly.follower.used_groups(), {
+            "the number of steps": int(self._global_step)
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state dict as a whole or not at all.
@@ -72,11 +68,18 @@ class Resumable(Optimizer):
             DistributedError: If it does not fit on another rank.
         """
         prepare = partial(self._prepare_to_load, state_dict)
-        state_dict, used, saved = self.team.decide(prepare, "load")
+        state_dict, used, saved = self._assembly.team.decide(prepare, "load")
         self._thaw(lambda routed: routed.unit.params[0] in saved)
         with self._samples.loading():
-            checkpoint.load(self.team, self.param_groups, used, self.state, self._names, state_dict)
-        self._schedule.adopt(self.team.stacks(self.buckets))
+            checkpoint.load(
+                self._assembly.team,
+                self.param_groups,
+                used,
+                self.state,
+                self._assembly.names,
+                state_dict,
+            )
+        self._schedule.adopt(self._assembly.team.stacks(self._assembly.buckets))
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -85,9 +88,9 @@ class Resumable(Optimizer):
     ) -> tuple[tuple[Mapping[str, Any], list[dict[str, Any]], set[Tensor]], Facts]:
         state_dict = _hooked(self, "load_state_dict_pre", state_dict)
         self._follow()
-        used = self._follower.used_groups(check=True)
+        used = self._assembly.follower.used_groups(check=True)
         saved = checkpoint.with_state(used, state_dict)
-        thawed = [r.unit.label for r in self.frozen_units if r.unit.params[0] in saved]
+        thawed = [r.unit.label for r in self._assembly.frozen if r.unit.params[0] in saved]
         return (state_dict, used, saved), {"the frozen units with state": thawed}
 
 

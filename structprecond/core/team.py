@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from structprecond.core.agreement import Agreement, Facts
 from structprecond.core.batch_size import Samples
+from structprecond.core.boxes import is_dtensor
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit, make_buckets
 from structprecond.core.counters import Counters
@@ -31,6 +32,37 @@ WITHOUT, INTERVALS = "the units without a gradient", "the refresh intervals"
 class Alone:
     """One process, which holds everything and decides alone."""
 
+    def problem_with(self, params: Iterable[nn.Parameter]) -> str | None:
+        """Return why the team cannot train some parameters, as an object; None if it can."""
+        sharded = [p for p in params if is_dtensor(p)]
+        if not sharded:
+            return None
+        return (
+            f"a DTensor of shape {tuple(sharded[0].shape)}, but the others are whole on every rank"
+        )
+
+    def can_follow(self, new: Mapping[nn.Parameter, nn.Parameter]) -> bool:
+        """Return whether the state can stay where it is.
+
+        Args:
+            new: The parameters that stay, and for each the one that is updated from now on.
+        """
+        return self.problem_with(new.values()) is None
+
+    def regroup(self, groups: Mapping[int, dict[str, Any]]) -> None:
+        """Use other param groups from now on.
+
+        Args:
+            groups: By the identity of a group that was used, the one that replaces it.
+        """
+
+    def meet(self, parameters: Callable[[], Facts]) -> None:
+        """Check before the first step that all ranks train the same parameters.
+
+        Args:
+            parameters: Returns them.
+        """
+
     def make_buckets(self, units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:
         """Stack the units that this rank owns, which allocates their state."""
         return make_buckets(units, rounding)
@@ -42,6 +74,9 @@ class Alone:
             Units that are in no bucket, with what this rank shows of their state.
         """
         return []
+
+    def give_up(self) -> None:
+        """Undo the last `adopt`."""
 
     def check(
         self,
@@ -142,6 +177,10 @@ class Replicas(Alone):
     def seed(self) -> int:
         """The seed of all random numbers: torch's on the first rank."""
         return self.agreement.share(torch.initial_seed(), "the seed")[0]
+
+    def meet(self, parameters: Callable[[], Facts]) -> None:
+        """Check before the first step that all ranks train the same parameters."""
+        self.agreement.reach(lambda: (None, parameters(), 0))
 
     def make_buckets(self, units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:
         """Stack the units that this rank owns, with the same seeds on all ranks."""

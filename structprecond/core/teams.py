@@ -16,12 +16,12 @@ from structprecond.core.team import Alone, Replicas
 
 
 def find_team(
-    team: Alone, model: nn.Module | None, mesh: Mesh | None, params: Sequence[nn.Parameter]
+    before: Alone, model: nn.Module | None, mesh: Mesh | None, params: Sequence[nn.Parameter]
 ) -> Alone:
     """Return the team that trains some parameters.
 
     Args:
-        team: The team that trains others.
+        before: The team that it replaces, whose random numbers go on.
         model: The model as the user gave it; None if only parameters are known.
         mesh: The ranks that shall own rows, if the user names them.
         params: The parameters.
@@ -29,16 +29,18 @@ def find_team(
     Raises:
         StructPrecondError: If the parameters or the mesh cannot be used.
     """
-    shared = mesh is not None or any(map(is_dtensor, params))
-    if isinstance(team, Owners):
-        return team
     device = local(params[0]).device if params else torch.device("cpu")
     replicas = replicas_of(model)
-    if shared:
+    team: Replicas
+    if mesh is not None or any(map(is_dtensor, params)):
         ranks, everyone = holders_of(params, mesh)
         everyone = replicas or everyone
         agreement = Agreement(Ranks.of_group(everyone), device)
-        return Owners(agreement, share_of_data(model, everyone), ranks)
-    if replicas is None or dist.get_world_size(replicas) == 1:
-        return team
-    return Replicas(Agreement(Ranks.of_group(replicas), device), 1.0)
+        team = Owners(agreement, share_of_data(model, everyone), ranks)
+    elif replicas is None or dist.get_world_size(replicas) == 1:
+        return Alone()
+    else:
+        team = Replicas(Agreement(Ranks.of_group(replicas), device), 1.0)
+    if isinstance(before, Replicas):
+        team.seed = before.seed  # without asking other ranks, which may replace nothing
+    return team
