@@ -134,6 +134,7 @@ def _call(
         timeout=timedelta(seconds=group_s),
     )
     try:
+        dist.barrier()  # a rank that is done at once would leave while others still connect
         return function(rank, *args)
     finally:
         dist.destroy_process_group()
