@@ -116,8 +116,7 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
         self.model = model if isinstance(model, nn.Module) else None
         self.refresh, self.nonfinite, self.maximize = refresh, nonfinite, maximize
         self.rounding = rounding
-        self.buckets: list[Bucket] = []
-        self.frozen_units: list[RoutedUnit] = []
+        self.buckets, self.frozen_units = list[Bucket](), list[RoutedUnit]()
         self._names: dict[nn.Parameter, str] = {}
         self._global_step = torch.zeros((), dtype=torch.int64, device="cpu")
         self._samples = Samples(self.model)
@@ -137,7 +136,8 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
         }
         leave_to_python(StructuredOptimizer, "_step")
         super().__init__(given, defaults)
-        param_groups.check_rules(self.defaults, self.buckets, self.frozen_units, self._names)
+        rules = self.team.rules(self.buckets)
+        param_groups.check_rules(self.defaults, rules, self.frozen_units, self._names)
         warn_once(self._warned, "expensive", too_high(self.buckets))
         if batch_size is not None:
             self.batch_size = batch_size
@@ -182,7 +182,7 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
         self._show(buckets, [routed for routed in units if routed.frozen])
         warn_once(self._warned, "keys", misspelt)
         if model is None:
-            doubts = param_groups.roles_in_doubt(group, routing, buckets, type(self).__name__)
+            doubts = param_groups.roles_in_doubt(group, routing, awake, type(self).__name__)
             warn_once(self._warned, "roles", doubts)
 
     def _show(self, buckets: Sequence[Bucket], frozen: Sequence[RoutedUnit] = ()) -> None:
@@ -217,7 +217,7 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
 
     @property
     def batch_size(self) -> int | None:
-        """The number of samples behind the gradients; None if unknown.
+        """The number of samples behind the gradients, counted on this rank or given for all ranks.
 
         Assign an integer to fix it, or a callable on a forward's inputs to count it.
         """
@@ -267,7 +267,7 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
             self.team.arrive(self.buckets)
             with all_or_nothing(plans) as updates:
                 warn = partial(warn_once, self._warned, "skipped")
-                prepare = partial(updates.prepare, self.nonfinite, warn)
+                prepare = partial(updates.prepare, self.nonfinite, warn, self.team.exclude)
                 self.team.confirm(prepare, plans, self.nonfinite == "raise")
                 failed = updates.apply(self.team.moved)
         warn_once(self._warned, "failed", warning_of_failures(failed, self.global_step))
@@ -276,7 +276,7 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
     def plan(self) -> list[Plan]:
         """Check all inputs of a step, or raise; return its plan for each bucket."""
         facts = partial(facts_of, self.param_groups, self._global_step)
-        return self.team.agree(self._plan, facts, self._samples, self._schedule)
+        return self.team.agree(self._plan, facts, self._samples, self._schedule, self.nonfinite)
 
     def _plan(self) -> list[Plan]:
         """Check this rank's inputs; return its plan."""

@@ -16,8 +16,10 @@ from structprecond.core.batch_size import Samples
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit
 from structprecond.core.exchange import Exchange
+from structprecond.core.finite import exclude_unusable
 from structprecond.core.inspection import check_values
 from structprecond.core.layout import are_live
+from structprecond.core.options import Nonfinite
 from structprecond.core.ownership import Loads, Share, assign, bytes_of_row, items_of
 from structprecond.core.ranks import Ranks
 from structprecond.core.refresh import RefreshSchedule, Stack
@@ -96,17 +98,26 @@ class Owners(Replicas):
         """All units that have owners."""
         return [share.routed for exchange in self.exchanges for share in exchange.shares]
 
+    def rules(self, buckets: Sequence[Bucket]) -> set[str]:
+        """Return the rules that routed the units, those of other ranks as well."""
+        return {routed.route.rule for routed in self.units}
+
     def check(
         self,
         param_groups: Sequence[Mapping[str, Any]],
         buckets: Sequence[Bucket],
         names: Mapping[nn.Parameter, str],
     ) -> list[list[bool]]:
-        """Check hyperparameters and this rank's parts; return the live units of each bucket."""
+        """Check hyperparameters and this rank's parts; return the live units of each bucket.
+
+        Allocates the copies, so that a lack of memory lets all ranks raise.
+        """
         for group in param_groups:
             check_values(group)
         for exchange in self.exchanges:
             exchange.check(names)
+        for exchange in self.exchanges:
+            exchange.allocate()
         return [are_live(bucket.units) for bucket in buckets]
 
     def stacks(self, buckets: Sequence[Bucket]) -> Sequence[Stack]:
@@ -140,6 +151,14 @@ class Owners(Replicas):
             all_rows = self.exchanges[self._exchange_of[plan.bucket]].all_rows
             plan.bucket.counters.phase_offset.copy_(all_rows.offsets_of(plan.bucket.units))
 
+    def exclude(self, plans: Sequence[Plan], refuse: bool) -> str | None:
+        """Exclude unusable units of this rank; the others get what their owners decide."""
+        return exclude_unusable(plans, refuse)
+
+    def _suspects(self, plans: Sequence[Plan]) -> int:
+        """Return 0, since gradients have not arrived."""
+        return 0
+
     def _runs_other_code(self, plans: Sequence[Plan]) -> bool:
         return any(exchange.runs_other_code for exchange in self.exchanges)
 
@@ -165,9 +184,10 @@ class Owners(Replicas):
         facts: Callable[[], Facts],
         samples: Samples,
         schedule: RefreshSchedule,
+        nonfinite: Nonfinite,
     ) -> list[Plan]:
         """Plan a step on all ranks, or on none; counted samples are those of all ranks."""
-        plans = super().agree(plan, facts, samples, schedule)
+        plans = super().agree(plan, facts, samples, schedule, nonfinite)
         self._step.agreed = True
         return plans
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit
 from structprecond.core.decay import as_rules, check_patterns
 from structprecond.core.naming import plain_name, unwrap
@@ -134,7 +133,7 @@ def drop_unread(group: dict[str, Any], kept: Set[str], defaults: Mapping[str, An
 
 def check_rules(
     defaults: Mapping[str, Any],
-    buckets: Iterable[Bucket],
+    rules: Set[str],
     frozen: Iterable[RoutedUnit],
     names: Mapping[Any, str],
 ) -> None:
@@ -142,12 +141,11 @@ def check_rules(
 
     Args:
         defaults: The defaults of all groups.
-        buckets: The buckets of all groups.
+        rules: The rules that routed the units of all groups.
         frozen: The frozen units of all groups.
         names: The names of all parameters.
     """
-    used = {rule for bucket in buckets for rule in bucket.rules}
-    as_routing(defaults["strategy"]).check_used(used | {routed.route.rule for routed in frozen})
+    as_routing(defaults["strategy"]).check_used(rules | {routed.route.rule for routed in frozen})
     check_patterns(defaults["no_decay"], names.values())
 
 
@@ -233,22 +231,17 @@ def _words_of_strategies() -> set[str]:
 
 
 def roles_in_doubt(
-    group: Mapping[str, Any], routing: Routing, buckets: Iterable[Bucket], optimizer: str
+    group: Mapping[str, Any], routing: Routing, units: Iterable[RoutedUnit], optimizer: str
 ) -> str | None:
     """Return a warning if the roles of parameters without a model or names matter.
 
     Args:
         group: The group.
         routing: Its routing.
-        buckets: The buckets made of it.
+        units: Its units that are not frozen.
         optimizer: The name of the optimizer's class.
     """
-    by_role = (
-        unit
-        for bucket in buckets
-        for unit, rule in zip(bucket.units, bucket.rules, strict=True)
-        if rule in ROLES
-    )
+    by_role = (routed.unit for routed in units if routed.route.rule in ROLES)
     matrices = 0 if routing.is_uniform else sum(p.ndim > 1 for u in by_role for p in u.params)
     if group.get("param_names"):
         return None
