@@ -38,13 +38,17 @@ class Agreement:
         self._device = device_for(ranks.group, device)
 
     def reach(
-        self, make: Callable[[], tuple[_T, Facts, tuple[int, int]]], what: str = "step"
+        self,
+        make: Callable[[], tuple[_T, Facts, tuple[int, int]]],
+        what: str = "step",
+        verb: str = "make",
     ) -> tuple[_T, tuple[int, int]]:
         """Call a function on every rank; return its result if all succeed, and sums over ranks.
 
         Args:
             make: Returns the result, the facts, and two numbers to sum.
-            what: What is about to happen, for messages.
+            what: What it is about, for messages.
+            verb: What is about to happen to that.
 
         Raises:
             DistributedError: If it raised on another rank, or if facts differ.
@@ -62,14 +66,14 @@ class Agreement:
                 raise error
             failed = [(i, text) for i, text in enumerate(texts) if text is not None]
             raise DistributedError(
-                f"Rank {self.ranks.numbers[failed[0][0]]} cannot make the {what}, so no rank does: "
-                f"{failed[0][1]}"
+                f"Rank {self.ranks.numbers[failed[0][0]]} cannot {verb} the {what}, so no rank "
+                f"does: {failed[0][1]}"
             )
         if len({row[1] for row in rows}) > 1:
-            raise DistributedError(self._difference(facts, what))
+            raise DistributedError(self._difference(facts, what, verb))
         return result, (sum(row[2] for row in rows), sum(row[3] for row in rows))
 
-    def _difference(self, facts: Facts, what: str) -> str:
+    def _difference(self, facts: Facts, what: str, verb: str) -> str:
         """Return a message about facts that differ."""
         everywhere: list[Facts] = self.share(dict(facts), f"what differs in the {what}")
         for name in facts:
@@ -79,10 +83,10 @@ class Agreement:
                 numbers = self.ranks.numbers
                 one, two = _first_difference(everywhere[0].get(name), everywhere[other].get(name))
                 return (
-                    f"The ranks differ in {name}, so no rank makes the {what}: rank {numbers[0]} "
+                    f"The ranks differ in {name}, so no rank {verb}s the {what}: rank {numbers[0]} "
                     f"has {one}, rank {numbers[other]} has {two}."
                 )
-        return f"The ranks differ, so no rank makes the {what}."
+        return f"The ranks differ, so no rank {verb}s the {what}."
 
     def _gather(self, numbers: Sequence[int], what: str) -> list[list[int]]:
         own = torch.tensor(numbers, dtype=torch.int64, device=self._device)

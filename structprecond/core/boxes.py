@@ -136,6 +136,43 @@ def _shard(
     return Box(tuple(offset), tuple(size))
 
 
+def describe_placed(p: Tensor) -> str:
+    """Return shape, dtype and placements of a parameter."""
+    placements = p.placements if is_dtensor(p) else "whole"
+    return f"{tuple(p.shape)}, {p.dtype}, {placements}"
+
+
+def copy_into(target: Tensor, source: Tensor) -> None:
+    """Copy a whole tensor, or a DTensor in any layout, into another one of the same shape.
+
+    All ranks have to call it.
+    """
+    if is_dtensor(target) and is_dtensor(source):
+        same = source.device_mesh == target.device_mesh and source.placements == target.placements
+        if same:
+            target, source = local(target), local(source)
+    if is_dtensor(source):
+        source = source.full_tensor()
+    if is_dtensor(target):
+        box = box_of(target, target.device_mesh.get_coordinate() or ())
+        target, source = local(target), box.of(source, Box.whole(source.shape))
+    target.copy_(source)
+
+
+def lacks_ranks(tensor: Tensor) -> bool:
+    """Return whether a DTensor is from another job, so that this one has only a part of it."""
+    if not is_dtensor(tensor) or all(p.is_replicate() for p in tensor.placements):
+        return False
+    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    if not (dist.is_initialized() and coordinate):
+        return True
+    try:
+        sizes = tuple(dist.get_world_size(mesh.get_group(dim)) for dim in range(mesh.ndim))
+    except RuntimeError:
+        return True
+    return sizes != mesh.shape or int(mesh.mesh[tuple(coordinate)]) != dist.get_rank()
+
+
 def sharded_dims(p: Tensor) -> list[int]:
     """Return the dimensions of its mesh along which a parameter is sharded.
 

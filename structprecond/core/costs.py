@@ -108,7 +108,7 @@ def _remedies(expensive: Sequence[Bucket], orders: set[int]) -> str:
     spec: dict[int, Any] = dict.fromkeys(sorted(orders), "auto")
     for bucket in reversed(expensive):  # so that the first one of an order counts
         spec[len(bucket.key.shape)] = _cheaper(bucket.key)
-    ways.append(f"name structures by the number of axes, as in structures={_quote(spec)}")
+    ways.append(f"name structures by the number of axes, as in structures={quote(spec)}")
     if any(hasattr(bucket.strategy, "max_precond_dim") for bucket in expensive):
         shortest = min(bucket.key.shape[_longest(bucket.key)] for bucket in expensive)
         ways.append(f"set max_precond_dim below {shortest}")
@@ -134,7 +134,8 @@ def _cheaper(key: BucketKey) -> str | tuple[str, ...]:
     return names[0] if len(names) == 1 else tuple(names)
 
 
-def _quote(spec: Any) -> str:
+def quote(spec: Any) -> str:
+    """Return a value as users write it in Python, with double quotes."""
     return str(spec).replace("'", '"')
 
 
@@ -172,7 +173,7 @@ def _advice(key: BucketKey) -> str:
         return ""
     return (
         f" Leave out the factor of its longest axis, as in structures="
-        f"{_quote({len(key.shape): _cheaper(key)})}, or choose smaller structures."
+        f"{quote({len(key.shape): _cheaper(key)})}, or choose smaller structures."
     )
 
 

@@ -287,6 +287,20 @@ class Exchange:
         """The number of bytes of each entry that is sent."""
         return self._dtype.itemsize
 
+    def regroup(self, groups: Mapping[int, dict[str, Any]]) -> None:
+        """Use another param group, by the identity of the one before."""
+        self.shares = [share.regrouped(groups) for share in self.shares]
+        self.all_rows.first = self.shares[0].routed
+
+    @property
+    def fits(self) -> bool:
+        """Whether this rank's parts have the shape, dtype and device that this was made for."""
+        return all(self._has(held, local(held.param)) for held in self._held)
+
+    def _has(self, held: Held, part: Tensor) -> bool:
+        found = (part.dtype, part.device, part.shape)
+        return found == (self._dtype, self._device, held.mine.size)
+
     def check(self, names: Mapping[nn.Parameter, str]) -> None:
         """Check that this rank's parts and their gradients are as they were at construction.
 
@@ -296,7 +310,7 @@ class Exchange:
         """
         for held in self._held:
             p, part = held.param, local(held.param)
-            if (part.dtype, part.device, part.shape) != (self._dtype, self._device, held.mine.size):
+            if not self._has(held, part):
                 raise StructPrecondError(
                     f"This rank's part of {names[p]} is {part.dtype} of shape {tuple(part.shape)} "
                     f"on {part.device}, expected {self._dtype} of shape {held.mine.size} on "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,6 +169,11 @@ class Share:
         copy = _placeholder(unit.params[0], torch.Size([len(rows), *unit.shape]))
         mine = replace(unit, rows=len(rows), copies=(copy,), row_numbers=rows)
         return cls(routed, tuple(owners), mine)
+
+    def regrouped(self, groups: Mapping[int, dict[str, Any]]) -> Share:
+        """Return the share with another param group, by the identity of the one before."""
+        group = groups[id(self.routed.group)]
+        return replace(self, routed=replace(self.routed, group=group))
 
     @property
     def by_rows(self) -> bool:

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from structprecond.core.agreement import NOTHING, Agreement, Facts
 from structprecond.core.batch_size import Samples
+from structprecond.core.boxes import is_dtensor
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit, make_buckets
 from structprecond.core.counters import Counters
@@ -21,7 +21,9 @@ from structprecond.core.inspection import check_step
 from structprecond.core.options import Nonfinite
 from structprecond.core.refresh import RefreshSchedule, Stack
 from structprecond.core.rounding import Rounding
+from structprecond.core.state import ByParameter
 from structprecond.core.step import Plan
+from structprecond.core.units import Unit
 
 T = TypeVar("T")
 WITHOUT, INTERVALS = "the units without a gradient", "the refresh intervals"
@@ -31,16 +33,51 @@ WITHOUT, INTERVALS = "the units without a gradient", "the refresh intervals"
 class Alone:
     """One process, which holds everything and decides alone."""
 
+    def problem_with(self, params: Iterable[nn.Parameter]) -> str | None:
+        """Return why the team cannot train some parameters, as an object; None if it can."""
+        sharded = [p for p in params if is_dtensor(p)]
+        if not sharded:
+            return None
+        return (
+            f"a DTensor of shape {tuple(sharded[0].shape)}, but the others are whole on every rank"
+        )
+
+    def can_follow(self, new: Mapping[nn.Parameter, nn.Parameter]) -> bool:
+        """Return whether the state can stay where it is.
+
+        Args:
+            new: The parameters that stay, and for each the one that is updated from now on.
+        """
+        return self.problem_with(new.values()) is None
+
+    def regroup(self, groups: Mapping[int, dict[str, Any]]) -> None:
+        """Use other param groups from now on.
+
+        Args:
+            groups: By the identity of a group that was used, the one that replaces it.
+        """
+
+    def meet(self, parameters: Callable[[], Facts]) -> None:
+        """Check before the first step that all ranks train the same parameters.
+
+        Args:
+            parameters: Returns them.
+        """
+
     def make_buckets(self, units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:
         """Stack the units that this rank owns, which allocates their state."""
         return make_buckets(units, rounding)
 
-    def adopt(self) -> None:
-        """Use the last buckets that were made, since nothing has failed after that."""
+    def adopt(self) -> list[tuple[Unit, dict[str, Tensor]]]:
+        """Use the last buckets that were made, since nothing has failed after that.
 
-    def rules(self, buckets: Sequence[Bucket]) -> set[str]:
-        """Return the rules that routed the units, those of other ranks as well."""
-        return {rule for bucket in buckets for rule in bucket.rules}
+        Returns:
+            Units that are in no bucket, with what this rank shows of their state.
+        """
+        return []
+
+    def give_up(self) -> None:
+        """Undo the last `adopt`."""
 
     def check(
         self,
@@ -107,6 +144,22 @@ class Alone:
     def moved(self, bucket: Bucket) -> None:
         """Note that the parameters of a bucket have been updated."""
 
+    def decide(self, make: Callable[[], tuple[T, Facts]], verb: str) -> T:
+        """Prepare to save or to load a checkpoint on all ranks, or on none.
+
+        Args:
+            make: Returns the preparations, and what has to be the same on all ranks.
+            verb: What is about to happen to the checkpoint, for messages.
+        """
+        return make()[0]
+
+    def gather(self, state: ByParameter) -> ByParameter:
+        """Return the state of all ranks, for a checkpoint."""
+        return state
+
+    def scatter(self, whole: ByParameter, state: ByParameter) -> None:
+        """Write the state of all ranks, which `gather` returned, into this rank's."""
+
 
 class Replicas(Alone):
     """Ranks with the same parameters, gradients and state, as under DistributedDataParallel.
@@ -114,12 +167,11 @@ class Replicas(Alone):
     Args:
         agreement: The agreement of all ranks.
         share: The number of different batches over the number of ranks.
+        seed: The seed of all random numbers.
     """
 
-    def __init__(self, agreement: Agreement, share: float) -> None:
-        self.agreement, self._share = agreement, share
-        # torch's on the first rank; here, since ranks that own nothing never need it
-        self._seed = agreement.share(torch.initial_seed(), "the seed")[0]
+    def __init__(self, agreement: Agreement, share: float, seed: int) -> None:
+        self.agreement, self._share, self.seed = agreement, share, seed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return itself: copies of the optimizer on these ranks decide together as well."""
@@ -129,11 +181,15 @@ class Replicas(Alone):
         """Return one process: another process that loads a pickle has no such ranks."""
         return Alone, ()
 
+    def meet(self, parameters: Callable[[], Facts]) -> None:
+        """Check before the first step that all ranks train the same parameters."""
+        self.agreement.reach(lambda: (None, parameters(), NOTHING))
+
     def make_buckets(self, units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:
         """Stack the units that this rank owns, with the same seeds on all ranks."""
         buckets = super().make_buckets(units, rounding)
         for bucket in buckets:
-            bucket.counters.seed = Counters.of(bucket.units, self._seed).seed
+            bucket.counters.seed = Counters.of(bucket.units, self.seed).seed
         return buckets
 
     def agree(

@@ -141,7 +141,7 @@ def _forecast(optimizer: StructuredOptimizer, team: Owners, spec: MeshSpec) -> F
         units=units,
         parameter_bytes=sum(p.nbytes for group in optimizer.param_groups for p in group["params"]),
         collectives=sum(crossing) + 1 + may_fail,
-        advice=advise([part.item for part in parts], units, spec),
+        advice=advise([part.item for part in parts], spec),
     )
 
 

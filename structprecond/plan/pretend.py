@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,11 +34,13 @@ def pretend(world: int) -> Iterator[None]:
             f"{dist.get_world_size()} ranks. Make the plan in a process of its own, as "
             "`python -m structprecond.plan` does."
         )
+    hook = sys.excepthook  # torch's own names the rank, also after the group is destroyed
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         yield
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 def place(model: nn.Module, spec: MeshSpec) -> None:

@@ -110,7 +110,11 @@ def gradient_is_unusable(model: Any, optimizer: StructuredOptimizer) -> Undo:
 
 def another_step_was_made(model: Any, optimizer: StructuredOptimizer) -> Undo:
     optimizer._global_step += 1
-    return lambda: optimizer._global_step.sub_(1) and None
+
+    def undo() -> None:
+        optimizer._global_step -= 1
+
+    return undo
 
 
 def never(step: int) -> bool:
@@ -371,9 +375,10 @@ def count(rank: int, setup: str) -> tuple[set[int], bool]:
     sizes = [4, 4, 7, 7] if setup == "tensor_parallel" else [3, 6, 2, 9]
     total = 11 if setup == "tensor_parallel" else sum(sizes[: dist.get_world_size()])
     noted, ends = set(), []
-    for given in ({}, {"batch_size": total}):
+    makers: Any = SIRFShampoo, partial(SIRFShampoo, batch_size=total)
+    for make in makers:
         model, mesh = place(setup, layouts.mlp())
-        optimizer = SIRFShampoo(model, lr=0.01, mesh=mesh, **given)
+        optimizer = make(model, lr=0.01, mesh=mesh)
         for _ in range(3):
             optimizer.zero_grad()
             x = torch.ones(sizes[rank], layouts.DIMS[0], dtype=torch.float64)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from structprecond import (
     SOAP,
+    AdamW,
     KLShampoo,
     Muon,
     PerParameter,
@@ -205,9 +206,24 @@ def test_advice_names_the_group_size_and_the_largest_unit() -> None:
     assert plan(squares, SOAP, world=8).advice == ()
     advice = " ".join(plan(squares, SOAP, world=32).advice)
     assert "4.0 times the ideal: 8 units and rows" in advice
-    assert "0.weight (16x16" in advice
+    assert "The largest is 0.weight (16x16, " in advice
     assert "--mesh replicate=4,shard=8" in advice
-    assert "plan it with --world 8" in " ".join(plan(squares, SOAP, world=32, mesh="ddp").advice)
+    assert "planned by --world 8" in " ".join(plan(squares, SOAP, world=32, mesh="ddp").advice)
+
+
+def embedding_and_layer() -> nn.Module:
+    return nn.Sequential(nn.Embedding(36, 16), nn.Linear(16, 16, bias=False))
+
+
+def test_advice_for_units_of_factors_or_of_moments_works() -> None:
+    # 576 of 832 numbers are 2.8 times the ideal of 4 ranks
+    advice = " ".join(plan(embedding_and_layer, AdamW, world=4).advice)
+    assert "Most of its state is moments. SplitHeads('0.weight', heads=3) in" in advice
+    groupings = (SplitHeads("0.weight", heads=3), PerParameter())
+    assert plan(embedding_and_layer, partial(AdamW, combine_params=groupings), world=4).advice == ()
+    dense = partial(SOAP, structures="dense")
+    advice = " ".join(plan(partial(squares, 1), dense, world=4).advice)
+    assert 'such as structures={2: "block1024diagonal"}' in advice
 
 
 # --- the command ---------------------------------------------------------------------------------
