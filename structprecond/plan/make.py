@@ -147,13 +147,13 @@ def _forecast(optimizer: StructuredOptimizer, team: Owners, spec: MeshSpec) -> F
 
 def _parts(exchange: Exchange, every: int | bool, rounding: Rounding) -> Iterator[_Part]:
     """Yield what has owners in an exchange."""
-    all_rows = exchange.all_rows
+    all_rows, first = exchange.all_rows, exchange.shares[0].routed
+    key, strategy = all_rows.key, first.route.strategy
+    step, refresh = step_operations(strategy, key), refresh_operations(strategy, key)
+    row_bytes = bytes_of_row(first, key, rounding)
     offsets = all_rows.counters.phase_offset.clamp(min=0).tolist()  # 0 unless staggered
     for share, span in zip(exchange.shares, all_rows.spans, strict=True):
-        key, strategy = all_rows.key, share.routed.route.strategy
-        step, refresh = step_operations(strategy, key), refresh_operations(strategy, key)
-        size = bytes_of_row(share.routed, key, rounding)
-        items = items_of(share.routed, key, size)
+        items = items_of(share.routed, key, row_bytes)
         for item, owner in zip(items, share.owners, strict=True):
             rows = offsets[span] if item.row is None else [offsets[span.start + item.row]]
             refreshes = Counter[tuple[int, int]]()

@@ -52,17 +52,11 @@ STEPS, STOP = 9, 5
 """The number of steps of a whole run, and after which it is interrupted."""
 
 
-def build(layout: str, make: Make, owned: bool = True) -> tuple[nn.Module, StructuredOptimizer]:
-    """Return a model in a layout, and its optimizer.
-
-    Args:
-        layout: The layout.
-        make: Makes the optimizer.
-        owned: Whether rows have owners also where every rank holds everything.
-    """
-    model = layouts.LAYOUTS[layout](layouts.mlp())
-    asks = owned and layout == "replicated"
-    return model, make(model, **({"mesh": dist.group.WORLD} if asks else {}))
+def build(layout: str, make: Make) -> tuple[nn.Module, StructuredOptimizer]:
+    """Return a model in a layout, and its optimizer; in "alone", one process holds everything."""
+    place = layouts.replicated if layout == "alone" else layouts.LAYOUTS[layout]
+    model = place(layouts.mlp())
+    return model, make(model, **({"mesh": dist.group.WORLD} if layout == "replicated" else {}))
 
 
 def train(model: nn.Module, optimizer: StructuredOptimizer, first: int, last: int) -> None:
@@ -79,9 +73,9 @@ def set_params(model: nn.Module, values: list[Tensor]) -> None:
             p.copy_(layouts.like(p, value))
 
 
-def uninterrupted(layout: str, make: Make, owned: bool = True) -> list[Tensor]:
+def uninterrupted(layout: str, make: Make) -> list[Tensor]:
     """Return the parameters after all steps without a stop."""
-    model, optimizer = build(layout, make, owned)
+    model, optimizer = build(layout, make)
     train(model, optimizer, 0, STEPS)
     return layouts.full_params(model)
 
