@@ -198,12 +198,19 @@ class StructuredOptimizer(options.SharedKeywords, Resumable):
 
     @property
     def skipped(self) -> int:
-        """The number of times a unit was skipped for a non-finite or too large gradient."""
+        """The number of times a unit was skipped for a non-finite or too large gradient.
+
+        If rows have owners, only those of this rank count: reading an attribute does not wait for
+        other ranks. Sum over ranks for all.
+        """
         return sum(int(b.counters.skipped[span.start]) for b in self.buckets for span in b.spans)
 
     @property
     def failed(self) -> int:
-        """The number of times a row kept its last basis or root, as decompositions failed."""
+        """The number of times a row kept its last basis or root, as decompositions failed.
+
+        If rows have owners, only those of this rank count, as in `skipped`.
+        """
         return sum(int(bucket.counters.failed.sum()) for bucket in self.buckets)
 
     @property
