@@ -138,7 +138,7 @@ class StructuredOptimizer(options.SharedKeywords, Resumable):
         warn_once(self._warned, "expensive", too_high(self.buckets))
         if batch_size is not None:
             self.batch_size = batch_size
-        if verbose_init:
+        if verbose_init and self.team.speaks:
             print(describe(self))
 
     def _start_anew(self) -> None:

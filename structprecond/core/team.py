@@ -33,6 +33,11 @@ WITHOUT, INTERVALS = "the units without a gradient", "the refresh intervals"
 class Alone:
     """One process, which holds everything and decides alone."""
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this process prints what is the same on all ranks."""
+        return True
+
     def problem_with(self, params: Iterable[nn.Parameter]) -> str | None:
         """Return why the team cannot train some parameters, as an object; None if it can."""
         sharded = [p for p in params if is_dtensor(p)]
@@ -180,6 +185,11 @@ class Replicas(Alone):
     def __reduce__(self) -> Any:
         """Return one process: another process that loads a pickle has no such ranks."""
         return Alone, ()
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this is the first rank."""
+        return self.agreement.ranks.me == 0
 
     def meet(self, parameters: Callable[[], Facts]) -> None:
         """Check before the first step that all ranks train the same parameters."""
