@@ -187,12 +187,12 @@ class ShardedState:
             )
         arrivals = [
             Transfer(self._ranks, pieces).start(
-                lambda piece: source(self._sharded[piece.tensor], piece.box), *kind
+                lambda piece: source(self._sharded[piece.tensor], piece.box), *kind, WHAT
             )
             for kind, pieces in kinds.items()
         ]
         for arrival in arrivals:
-            arrival.wait(WHAT)
+            arrival.wait()
             arrival.write(lambda piece: target(self._sharded[piece.tensor], piece.box))
 
     def _gather_numbers(self, state: ByParameter, whole: dict[Any, dict[str, Tensor]]) -> None:
