@@ -138,7 +138,7 @@ class StructuredOptimizer(options.SharedKeywords, Resumable):
         warn_once(self._warned, "expensive", too_high(self.buckets))
         if batch_size is not None:
             self.batch_size = batch_size
-        if verbose_init:
+        if verbose_init and self.team.speaks:
             print(describe(self))
 
     def _start_anew(self) -> None:
@@ -198,17 +198,26 @@ class StructuredOptimizer(options.SharedKeywords, Resumable):
 
     @property
     def skipped(self) -> int:
-        """The number of times a unit was skipped for a non-finite or too large gradient."""
+        """The number of times a unit was skipped for a non-finite or too large gradient.
+
+        If rows have owners, only those of this rank count: reading an attribute does not wait for
+        other ranks. Sum over ranks for all.
+        """
         return sum(int(b.counters.skipped[span.start]) for b in self.buckets for span in b.spans)
 
     @property
     def failed(self) -> int:
-        """The number of times a row kept its last basis or root, as decompositions failed."""
+        """The number of times a row kept its last basis or root, as decompositions failed.
+
+        If rows have owners, only those of this rank count, as in `skipped`.
+        """
         return sum(int(bucket.counters.failed.sum()) for bucket in self.buckets)
 
     @property
     def batch_size(self) -> int | None:
-        """The number of samples behind the gradients; None if unknown.
+        """The number of samples behind the gradients, counted on this rank or given for all ranks.
+
+        None if it is unknown.
 
         Assign an integer to fix it, or a callable on a forward's inputs to count it.
         """
@@ -261,7 +270,7 @@ class StructuredOptimizer(options.SharedKeywords, Resumable):
             self.team.arrive(self.buckets)
             with all_or_nothing(plans) as updates:
                 warn = partial(warn_once, self._warned, "skipped")
-                prepare = partial(updates.prepare, self.nonfinite, warn)
+                prepare = partial(updates.prepare, self.nonfinite, warn, self.team.exclude)
                 self.team.confirm(prepare, plans, self.nonfinite == "raise")
                 failed = updates.apply(self.team.moved)
         warn_once(self._warned, "failed", warning_of_failures(failed, self.global_step))
@@ -271,7 +280,8 @@ class StructuredOptimizer(options.SharedKeywords, Resumable):
         """Check all inputs of a step, or raise; return its plan for each bucket."""
         facts = partial(facts_of, self.param_groups, self._global_step)
         with self._assembly.thawing(self._entries, self.state):
-            return self.team.agree(self._plan, facts, self._samples, self._schedule)
+            samples, schedule = self._samples, self._schedule
+            return self.team.agree(self._plan, facts, samples, schedule, self.nonfinite)
 
     def _plan(self) -> list[Plan]:
         """Check this rank's inputs; return its plan."""

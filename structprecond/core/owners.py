@@ -11,14 +11,16 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from structprecond.core.agreement import Agreement, Facts
+from structprecond.core.agreement import NOTHING, Agreement, Facts
 from structprecond.core.all_rows import known_rows
 from structprecond.core.batch_size import Samples
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit
 from structprecond.core.exchange import Exchange
+from structprecond.core.finite import exclude_unusable
 from structprecond.core.inspection import check_values
 from structprecond.core.layout import are_live
+from structprecond.core.options import Nonfinite
 from structprecond.core.ownership import Loads, Share, assign, bytes_of_row, items_of
 from structprecond.core.ranks import Ranks
 from structprecond.core.refresh import RefreshSchedule, Stack
@@ -40,6 +42,7 @@ class Owners(Replicas):
     Args:
         agreement: The agreement of all ranks.
         share: The number of different batches over the number of ranks.
+        seed: The seed of all random numbers.
         ranks: The ranks that hold whole parameters together.
 
     Attributes:
@@ -47,8 +50,8 @@ class Owners(Replicas):
         loads: The loads of the owners.
     """
 
-    def __init__(self, agreement: Agreement, share: float, ranks: Ranks) -> None:
-        super().__init__(agreement, share)
+    def __init__(self, agreement: Agreement, share: float, seed: int, ranks: Ranks) -> None:
+        super().__init__(agreement, share, seed)
         self.ranks, self.exchanges = ranks, list[Exchange]()
         self.loads = self._made_loads = Loads.none(ranks.size)
         self._made: list[Exchange] = []
@@ -138,11 +141,16 @@ class Owners(Replicas):
         buckets: Sequence[Bucket],
         names: Mapping[nn.Parameter, str],
     ) -> list[list[bool]]:
-        """Check hyperparameters and this rank's parts; return the live units of each bucket."""
+        """Check hyperparameters and this rank's parts; return the live units of each bucket.
+
+        Allocates the copies, so that a lack of memory lets all ranks raise.
+        """
         for group in param_groups:
             check_values(group)
         for exchange in self.exchanges:
             exchange.check(names)
+        for exchange in self.exchanges:
+            exchange.allocate()
         return [are_live(bucket.units) for bucket in buckets]
 
     def stacks(self, buckets: Sequence[Bucket]) -> Sequence[Stack]:
@@ -177,6 +185,14 @@ class Owners(Replicas):
             all_rows = self.exchanges[self._exchange_of[plan.bucket]].all_rows
             plan.bucket.counters.phase_offset.copy_(all_rows.offsets_of(plan.bucket.units))
 
+    def exclude(self, plans: Sequence[Plan], refuse: bool) -> str | None:
+        """Exclude unusable units of this rank; the others get what their owners decide."""
+        return exclude_unusable(plans, refuse)
+
+    def _suspects(self, plans: Sequence[Plan]) -> int:
+        """Return 0, since gradients have not arrived."""
+        return 0
+
     def _runs_other_code(self, plans: Sequence[Plan]) -> bool:
         return any(exchange.runs_other_code for exchange in self.exchanges)
 
@@ -202,9 +218,10 @@ class Owners(Replicas):
         facts: Callable[[], Facts],
         samples: Samples,
         schedule: RefreshSchedule,
+        nonfinite: Nonfinite,
     ) -> list[Plan]:
         """Plan a step on all ranks, or on none; counted samples are those of all ranks."""
-        plans = super().agree(plan, facts, samples, schedule)
+        plans = super().agree(plan, facts, samples, schedule, nonfinite)
         self._step.agreed = True
         return plans
 
@@ -228,7 +245,7 @@ class Owners(Replicas):
 
     def decide(self, make: Callable[[], tuple[T, Facts]], verb: str) -> T:
         """Prepare to save or to load a checkpoint on all ranks, or on none."""
-        return self.agreement.reach(lambda: (*make(), 0), "checkpoint", verb)[0]
+        return self.agreement.reach(lambda: (*make(), NOTHING), "checkpoint", verb)[0]
 
     def gather(self, state: ByParameter) -> ByParameter:
         """Return the state of all ranks, for a checkpoint."""

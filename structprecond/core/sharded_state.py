@@ -188,10 +188,11 @@ class ShardedState:
 
         source, target = (shard, owned) if to_owners else (owned, shard)
         arrivals = [
-            Transfer(self._ranks, pieces).start(source, *kind) for kind, pieces in kinds.items()
+            Transfer(self._ranks, pieces).start(source, *kind, _WHAT)
+            for kind, pieces in kinds.items()
         ]
         for arrival in arrivals:
-            arrival.wait(_WHAT)
+            arrival.wait()
             arrival.write(target)
 
     def _gather_numbers(self, state: ByParameter, whole: dict[Any, dict[str, Tensor]]) -> None:

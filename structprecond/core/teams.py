@@ -31,16 +31,24 @@ def find_team(
     """
     device = local(params[0]).device if params else torch.device("cpu")
     replicas = replicas_of(model)
-    team: Replicas
     if mesh is not None or any(map(is_dtensor, params)):
         ranks, everyone = holders_of(params, mesh)
         everyone = replicas or everyone
         agreement = Agreement(Ranks.of_group(everyone), device)
-        team = Owners(agreement, share_of_data(model, everyone), ranks)
-    elif replicas is None or dist.get_world_size(replicas) == 1:
+        share = share_of_data(model, everyone)
+        return Owners(agreement, share, _seed(before, agreement), ranks)
+    if replicas is None or dist.get_world_size(replicas) == 1:
         return Alone()
-    else:
-        team = Replicas(Agreement(Ranks.of_group(replicas), device), 1.0)
+    agreement = Agreement(Ranks.of_group(replicas), device)
+    return Replicas(agreement, 1.0, _seed(before, agreement))
+
+
+def _seed(before: Alone, agreement: Agreement) -> int:
+    """Return the seed of all random numbers: torch's on the first rank.
+
+    Every new team shares it at once, since ranks that own nothing never need it.
+    """
     if isinstance(before, Replicas):
-        team.seed = before.seed  # without asking other ranks, which may replace nothing
-    return team
+        return before.seed  # without asking other ranks, which may replace nothing
+    seed: int = agreement.share(torch.initial_seed(), "the seed")[0]
+    return seed

@@ -121,6 +121,22 @@ def test_a_model_sharded_before_the_first_step_trains_as_if_it_were_whole(
     assert pool.run(2, shard_afterwards, change, grouped, clear) == [(True,) * 5] * 2
 
 
+def shard_afterwards_as(rank: int, layout: str) -> bool:
+    results: list[list[Tensor]] = []
+    for name in (layout, "replicated"):
+        model = layouts.mlp()
+        optimizer = soap(model)
+        layouts.LAYOUTS[name](model)
+        steps(model, optimizer, 0, 5)
+        results.append(layouts.full_params(model))
+    return same_bits(*results)
+
+
+@pytest.mark.parametrize("layout", ["hsdp", "tensor_parallel"])
+def test_a_model_may_be_sharded_afterwards_in_two_dimensions(layout: str) -> None:
+    assert all(pool.run(4, shard_afterwards_as, layout))
+
+
 def shard_too_late(rank: int, change: Change) -> tuple[str, bool, int]:
     model = layouts.mlp()
     optimizer = soap(model)
