@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from structprecond.core.agreement import Agreement
 from structprecond.core.boxes import Box, local
 from structprecond.core.bucket import Bucket
-from structprecond.core.exchange import Exchange, Piece, Transfer
+from structprecond.core.exchange import Exchange
 from structprecond.core.ownership import Share
 from structprecond.core.ranks import Ranks
 from structprecond.core.rounding import Rounding
 from structprecond.core.state import ByParameter
+from structprecond.core.transfer import Piece, Transfer
 
 WHAT = "the state of the optimizer"
 
