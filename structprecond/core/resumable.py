@@ -42,17 +42,17 @@ class Resumable(Optimizer):
         Raises:
             DistributedError: If another rank cannot do the same.
         """
-        groups = self._assembly.team.decide(self._prepare_to_save, "save")
-        saved = checkpoint.save(groups, self._assembly.team.gather(self.state))
+        team = self._assembly.team
+        groups = team.decide(self._prepare_to_save, "save")
+        saved = checkpoint.save(groups, team.gather(self.state))
         return _hooked(self, "state_dict_post", saved)
 
     def _prepare_to_save(self) -> tuple[Sequence[dict[str, Any]], Facts]:
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._follow()
-        return self._assembly.follower.used_groups(), {
-            "the number of steps": int(self._global_step)
-        }
+        facts = {"the number of steps": int(self._global_step)}
+        return self._assembly.follower.used_groups(), facts
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state dict as a whole or not at all.
@@ -67,19 +67,13 @@ class Resumable(Optimizer):
             CheckpointError: If it does not fit; the message lists the differences.
             DistributedError: If it does not fit on another rank.
         """
+        team, names = self._assembly.team, self._assembly.names
         prepare = partial(self._prepare_to_load, state_dict)
-        state_dict, used, saved = self._assembly.team.decide(prepare, "load")
+        state_dict, used, saved = team.decide(prepare, "load")
         self._thaw(lambda routed: routed.unit.params[0] in saved)
         with self._samples.loading():
-            checkpoint.load(
-                self._assembly.team,
-                self.param_groups,
-                used,
-                self.state,
-                self._assembly.names,
-                state_dict,
-            )
-        self._schedule.adopt(self._assembly.team.stacks(self._assembly.buckets))
+            checkpoint.load(team, self.param_groups, used, self.state, names, state_dict)
+        self._schedule.adopt(team.stacks(self._assembly.buckets))
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

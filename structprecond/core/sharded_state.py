@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,10 @@ from structprecond.core.rounding import Rounding
 from structprecond.core.state import ByParameter
 from structprecond.core.transfer import Piece, Transfer
 
-WHAT = "the state of the optimizer"
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_WHAT = "the state of the optimizer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +68,7 @@ class StateTensor:
         """Where its owner keeps it."""
         return local(self.param).device if self.like.is_meta else self.like.device
 
-    @property
+    @cached_property
     def rows(self) -> tuple[int, ...] | None:
         """The rows that this rank owns; None if the tensor has one owner."""
         mine = self.share.mine
@@ -103,6 +107,7 @@ class ShardedState:
 
     def __init__(self, agreement: Agreement, ranks: Ranks, tensors: Iterable[StateTensor]) -> None:
         self._agreement, self._ranks, tensors = agreement, ranks, list(tensors)
+        self._meshes: dict[str, DeviceMesh] = {}
         self._sharded = [one for one in tensors if one.sharded]
         self._numbers = [one for one in tensors if not one.sharded]
 
@@ -118,21 +123,13 @@ class ShardedState:
         whole |= {p: dict(entry) for p, entry in state.items() if p not in whole}
         for one in self._sharded:
             whole[one.param][one.name] = self._shard_of(one)
-        self._move(
-            lambda one, box: one.in_owned(box, state[one.param][one.name]),
-            lambda one, box: self._in_shard(one, box, whole),
-            to_owners=False,
-        )
+        self._move(whole, state, to_owners=False)
         self._gather_numbers(state, whole)
         return whole
 
     def scatter(self, whole: ByParameter, state: ByParameter) -> None:
         """Write the whole state into this rank's rows; all ranks have to call it."""
-        self._move(
-            lambda one, box: self._in_shard(one, box, whole),
-            lambda one, box: one.in_owned(box, state[one.param][one.name]),
-            to_owners=True,
-        )
+        self._move(whole, state, to_owners=True)
         for one in self._numbers:
             if one.share.mine is not None:
                 source = whole[one.param][one.name]
@@ -144,7 +141,10 @@ class ShardedState:
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.tensor import DTensor, Shard
 
-        mesh = DeviceMesh.from_group(self._ranks.group, one.device.type)
+        kind = one.device.type
+        if kind not in self._meshes:
+            self._meshes[kind] = DeviceMesh.from_group(self._ranks.group, kind)
+        mesh = self._meshes[kind]
         start, end = self._range(one, self._ranks.me)
         shape = one.like.shape
         stride = torch.empty(shape, device="meta").stride()
@@ -158,11 +158,6 @@ class ShardedState:
         chunk = -(-length // self._ranks.size)
         return min(rank * chunk, length), min((rank + 1) * chunk, length)
 
-    def _in_shard(self, one: StateTensor, box: Box, whole: ByParameter) -> Tensor:
-        start, _ = self._range(one, self._ranks.me)
-        shard = local(whole[one.param][one.name])
-        return shard.narrow(0, box.offset[0] - start, box.size[0])
-
     def _pieces(self, one: StateTensor) -> Iterator[tuple[int, int, Box]]:
         """Yield each owner, the rank that has a part in its shard, and the part."""
         rest = tuple(one.like.shape[1:])
@@ -173,28 +168,33 @@ class ShardedState:
                 first, last = max(first, start), min(last, end)
                 yield owner, rank, Box((first, *[0] * len(rest)), (last - first, *rest))
 
-    def _move(
-        self,
-        source: Callable[[StateTensor, Box], Tensor],
-        target: Callable[[StateTensor, Box], Tensor],
-        to_owners: bool,
-    ) -> None:
+    def _move(self, whole: ByParameter, state: ByParameter, to_owners: bool) -> None:
         """Move what is sharded between owners and shards, in one collective for each dtype."""
+        shards = [local(whole[one.param][one.name]) for one in self._sharded]
+        starts = [self._range(one, self._ranks.me)[0] for one in self._sharded]
         kinds: dict[tuple[torch.dtype, torch.device], list[Piece]] = {}
         for i, one in enumerate(self._sharded):
             kinds.setdefault((one.like.dtype, one.device), []).extend(
                 Piece(*((rank, owner) if to_owners else (owner, rank)), box, i)
                 for owner, rank, box in self._pieces(one)
             )
+
+        def owned(piece: Piece) -> Tensor:
+            one = self._sharded[piece.tensor]
+            return one.in_owned(piece.box, state[one.param][one.name])
+
+        def shard(piece: Piece) -> Tensor:
+            start = piece.box.offset[0] - starts[piece.tensor]
+            return shards[piece.tensor].narrow(0, start, piece.box.size[0])
+
+        source, target = (shard, owned) if to_owners else (owned, shard)
         arrivals = [
-            Transfer(self._ranks, pieces).start(
-                lambda piece: source(self._sharded[piece.tensor], piece.box), *kind, WHAT
-            )
+            Transfer(self._ranks, pieces).start(source, *kind, _WHAT)
             for kind, pieces in kinds.items()
         ]
         for arrival in arrivals:
             arrival.wait()
-            arrival.write(lambda piece: target(self._sharded[piece.tensor], piece.box))
+            arrival.write(target)
 
     def _gather_numbers(self, state: ByParameter, whole: dict[Any, dict[str, Tensor]]) -> None:
         """Share the numbers of all rows, which are few."""
@@ -204,10 +204,12 @@ class ShardedState:
             if one.share.mine is not None
         ]
         for one in self._numbers:
+            # torch wants all tensors with axes on one device
+            device = local(one.param).device if one.like.ndim else one.device
             whole[one.param][one.name] = torch.empty(
-                one.like.shape, dtype=one.like.dtype, device=one.device
+                one.like.shape, dtype=one.like.dtype, device=device
             )
-        for known in self._agreement.share(own, WHAT):
+        for known in self._agreement.share(own, _WHAT):
             for i, rows, numbers in known:
                 one = self._numbers[i]
                 target = whole[one.param][one.name]

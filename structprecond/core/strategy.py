@@ -261,16 +261,6 @@ class Strategy(ABC, Generic[S]):
         """
         return decoupled_decay(hp), 1.0
 
-    def step_operations(self, dims: Sequence[int]) -> int:
-        """Return about how many operations a step of one row takes in products without factors.
-
-        It decides which rank owns a row. Default: 0.
-
-        Args:
-            dims: The shape of the row.
-        """
-        return 0
-
     def constraint(self) -> Callable[[Tensor], Tensor] | None:
         """Return a function that projects stacked parameters `(b, *dims)` after every update.
 

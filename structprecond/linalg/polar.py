@@ -230,17 +230,6 @@ def newton_schulz(
     return _iterate(X, polynomials, precision).to(matrix.dtype)
 
 
-def newton_schulz_operations(rows: int, columns: int, steps: int) -> int:
-    """Return how many operations the products of `newton_schulz` take, at most.
-
-    Example:
-        >>> newton_schulz_operations(rows=10, columns=2, steps=5)
-        880
-    """
-    short, long = sorted((rows, columns))
-    return 2 * steps * short**2 * (2 * long + short)
-
-
 def _normalized(matrix: Tensor) -> Tensor:
     """Divide by the Frobenius norm, also where its square overflows or underflows."""
     if matrix.device.type == "cpu":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +19,6 @@ from structprecond.linalg.polar import (
     MatmulPrecision,
     checked_coefficients,
     newton_schulz,
-    newton_schulz_operations,
 )
 from structprecond.strategies.auxiliary import AuxiliaryOptions, WithAdamW
 from structprecond.strategies.orthogonalized import (
@@ -83,10 +82,6 @@ class MuonStrategy(OrthogonalizedMomentumStrategy):
         return newton_schulz(
             update, self.num_ns_steps, self.coefficient_type, self.fp32_matmul_prec
         )
-
-    def step_operations(self, dims: Sequence[int]) -> int:
-        """Return about how many operations the iterations of one row take."""
-        return newton_schulz_operations(dims[0], math.prod(dims[1:]), self.num_ns_steps)
 
     def scale(self, rows: int, columns: int) -> float:
         """Return the scale s of a matrix of this shape."""

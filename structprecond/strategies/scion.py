@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,7 +20,6 @@ from structprecond.linalg.polar import (
     MatmulPrecision,
     checked_coefficients,
     newton_schulz,
-    newton_schulz_operations,
 )
 from structprecond.roles import NOT_MATRICES, RoleName
 from structprecond.strategies.orthogonalized import OrthogonalizedMomentumStrategy
@@ -104,12 +102,6 @@ class ScionStrategy(OrthogonalizedMomentumStrategy):
             update, self.num_ns_steps, self.coefficient_type, self.fp32_matmul_prec
         )
         return polar.mul_(self.radius * (rows / columns) ** 0.5)
-
-    def step_operations(self, dims: Sequence[int]) -> int:
-        """Return about how many operations the iterations of one row take."""
-        if self.norm != "spectral":
-            return 0
-        return newton_schulz_operations(dims[0], prod(dims[1:]), self.num_ns_steps)
 
 
 class Scion(StructuredOptimizer):
