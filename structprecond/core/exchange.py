@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,14 +14,14 @@ from structprecond.core.agreement import wait_for
 from structprecond.core.all_rows import AllRows
 from structprecond.core.boxes import Box, is_dtensor, local
 from structprecond.core.bucket import BucketKey, runs_other_code
+from structprecond.core.holders import Holders
 from structprecond.core.naming import enumerate_names
 from structprecond.core.ownership import Share
 from structprecond.core.ranks import Ranks
 from structprecond.errors import GradientError, StructPrecondError
 
 
-@dataclass(frozen=True, eq=False)
-class Piece:
+class Piece(NamedTuple):
     """Entries that one rank sends to another.
 
     Args:
@@ -36,11 +36,6 @@ class Piece:
     box: Box
     tensor: int
 
-    @property
-    def crosses(self) -> bool:
-        """Whether they go to another rank."""
-        return self.source != self.target
-
 
 class Transfer:
     """The pieces that are sent in one all-to-all.
@@ -48,27 +43,42 @@ class Transfer:
     Args:
         ranks: The ranks.
         pieces: All pieces, in the same order on every rank.
+
+    Attributes:
+        sent: The number of entries that each rank sends to others.
+        received: The number of entries that each rank receives from others.
     """
 
     def __init__(self, ranks: Ranks, pieces: Iterable[Piece]) -> None:
         self._ranks, me = ranks, ranks.me
-        pieces = list(pieces)
-        # nobody calls the collective if nothing crosses
-        self._crosses = any(piece.crosses for piece in pieces)
-        self._own = [piece for piece in pieces if piece.source == piece.target == me]
-        sent = [piece for piece in pieces if piece.crosses and piece.source == me]
-        received = [piece for piece in pieces if piece.crosses and piece.target == me]
-        self._sent = sorted(sent, key=lambda piece: piece.target)
-        self._received = sorted(received, key=lambda piece: piece.source)
-        self._splits = [
-            [sum(p.box.numel for p in sent if p.target == rank) for rank in range(ranks.size)],
-            [sum(p.box.numel for p in received if p.source == rank) for rank in range(ranks.size)],
-        ]
+        self.sent, self.received = [0] * ranks.size, [0] * ranks.size
+        self._own: list[Piece] = []
+        self._sent: list[Piece] = []
+        self._received: list[Piece] = []
+        for piece in pieces:
+            source, target, size = piece.source, piece.target, piece.box.numel
+            if source == target:
+                if source == me:
+                    self._own.append(piece)
+                continue
+            self.sent[source] += size
+            self.received[target] += size
+            if source == me:
+                self._sent.append(piece)
+            elif target == me:
+                self._received.append(piece)
+        self._sent.sort(key=lambda piece: piece.target)
+        self._received.sort(key=lambda piece: piece.source)
+        self._splits = [0] * ranks.size, [0] * ranks.size
+        for piece in self._sent:
+            self._splits[0][piece.target] += piece.box.numel
+        for piece in self._received:
+            self._splits[1][piece.source] += piece.box.numel
 
     @property
-    def sent_entries(self) -> int:
-        """The number of entries that this rank sends to others."""
-        return sum(self._splits[0])
+    def crosses(self) -> bool:
+        """Whether anything is sent to another rank; if not, no rank calls the collective."""
+        return any(self.sent)
 
     def start(
         self,
@@ -84,7 +94,7 @@ class Transfer:
             device: The device.
         """
         own = [(piece, source(piece)) for piece in self._own]
-        if not self._crosses:
+        if not self.crosses:
             return Arrival(own, [], None, self._ranks)
         made: Any = {"dtype": dtype, "device": device}
         buffer = torch.empty(sum(self._splits[0]), **made)
@@ -154,7 +164,7 @@ class Held:
 
     Args:
         param: The parameter.
-        boxes: The box that each rank holds.
+        holders: The ranks that hold each part.
         mine: The box that this rank holds.
         parts: The owners, each with the box that it updates.
         copied: Whether owners update copies, and not the parameter itself.
@@ -164,7 +174,7 @@ class Held:
     """
 
     param: nn.Parameter
-    boxes: Sequence[Box]
+    holders: Holders
     mine: Box
     parts: Sequence[tuple[int, Box]]
     copied: bool
@@ -179,14 +189,15 @@ class Held:
         copies = (None,) * len(unit.params) if mine is None else mine.copies
         rows = None if mine is None else mine.row_numbers
         for p, copy in zip(unit.params, copies or (None,) * len(unit.params), strict=True):
-            boxes, whole = ranks.boxes(p), Box.whole(p.shape)
+            holders, whole = ranks.holders(p), Box.whole(p.shape)
             length = p.shape[0] // len(share.owners) if share.by_rows else 0
             row = Box(whole.offset, (length, *whole.size[1:]))
             parts = [
                 (owner, row.moved(0, i * length) if share.by_rows else whole)
                 for i, owner in enumerate(share.owners)
             ]
-            yield cls(p, boxes, boxes[ranks.me], parts, share.copied, copy, rows, length)
+            mine_of_p = holders.boxes[ranks.me]
+            yield cls(p, holders, mine_of_p, parts, share.copied, copy, rows, length)
 
     def in_param(self, box: Box, tensor: Tensor) -> Tensor:
         """Return the view of a box in this rank's part of the parameter or of its gradient."""
@@ -201,19 +212,19 @@ class Held:
         shape = (len(self.rows) * self.row_length, *self.param.shape[1:])
         return place.of(tensor.view(shape), Box.whole(shape))
 
-    def sources(self, part: Box, near: Sequence[int]) -> Iterator[tuple[int, Box]]:
-        """Yield the ranks that send a part, each with the box that it sends.
+    def collected(self, ranks: Ranks) -> Iterator[tuple[int, int, Box]]:
+        """Yield what owners collect: the rank that sends it, the owner, and the box."""
+        for owner, part in self.parts if self.copied else ():
+            for box, holders in self.holders.of(part):
+                yield ranks.nearest(owner, holders), owner, box
 
-        Args:
-            part: The part.
-            near: All ranks, those first that shall send if several hold the same box.
-        """
-        seen = set()
-        for rank in near:
-            box = part.cut(self.boxes[rank])
-            if box is not None and box not in seen:
-                seen.add(box)
-                yield rank, box
+    def spread(self) -> Iterator[tuple[int, int, Box]]:
+        """Yield what owners spread: the owner, the rank that receives it, and the box."""
+        for owner, part in self.parts:
+            for box, holders in self.holders.of(part):
+                for target in holders:
+                    if self.copied or target != owner:
+                        yield owner, target, box
 
 
 class Exchange:
@@ -225,6 +236,8 @@ class Exchange:
         key: What they have in common.
 
     Attributes:
+        inward: Gradients and parameters that owners collect.
+        outward: Updated parameters that owners spread.
         all_rows: The rows of all ranks, over which refreshes are staggered.
         runs_other_code: Whether a step calls code from outside the library.
     """
@@ -237,28 +250,22 @@ class Exchange:
         self._dtype, self._device = first.dtype, local(first).device
         self._held = [held for share in shares for held in Held.of(share, ranks)]
         self._copies = [held.copy for held in self._held if held.copy is not None]
-        near = [ranks.near(owner) for owner in range(ranks.size)]
         # the gradient of a parameter is tensor 2i, the parameter itself 2i + 1
-        self._in = Transfer(
+        self.inward = Transfer(
             ranks,
             (
-                Piece(source, owner, box, 2 * i + kind)
+                Piece(*piece, 2 * i + kind)
                 for i, held in enumerate(self._held)
-                for owner, part in held.parts
-                if held.copied
-                for source, box in held.sources(part, near[owner])
+                for piece in held.collected(ranks)
                 for kind in (0, 1)
             ),
         )
-        self._out = Transfer(
+        self.outward = Transfer(
             ranks,
             (
-                Piece(owner, target, box, 2 * i + 1)
+                Piece(*piece, 2 * i + 1)
                 for i, held in enumerate(self._held)
-                for owner, part in held.parts
-                for target in range(ranks.size)
-                if held.copied or target != owner
-                if (box := part.cut(held.boxes[target])) is not None
+                for piece in held.spread()
             ),
         )
         self._arrival: Arrival | None = None
@@ -269,9 +276,9 @@ class Exchange:
         return enumerate_names([share.routed.unit.label for share in self.shares])
 
     @property
-    def sent_bytes(self) -> int:
-        """The number of bytes that this rank sends to others in a step."""
-        return (self._in.sent_entries + self._out.sent_entries) * self._dtype.itemsize
+    def entry_bytes(self) -> int:
+        """The number of bytes of each entry that is sent."""
+        return self._dtype.itemsize
 
     def check(self, names: Mapping[nn.Parameter, str]) -> None:
         """Check that this rank's parts and their gradients are as they were at construction.
@@ -313,7 +320,7 @@ class Exchange:
             tensor = held.param if piece.tensor % 2 else held.param.grad
             return None if tensor is None else held.in_param(piece.box, local(tensor))
 
-        self._arrival = self._in.start(source, self._dtype, self._device)
+        self._arrival = self.inward.start(source, self._dtype, self._device)
 
     def arrive(self) -> None:
         """Write what has arrived into the copies and their gradients."""
@@ -343,7 +350,7 @@ class Exchange:
                 return held.in_param(piece.box, local(held.param))
             return held.in_copy(piece.box, held.copy.detach())
 
-        self._arrival = self._out.start(source, self._dtype, self._device)
+        self._arrival = self.outward.start(source, self._dtype, self._device)
 
     def finish(self) -> None:
         """Write the updated parameters that have arrived, and free the copies."""

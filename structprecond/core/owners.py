@@ -18,7 +18,7 @@ from structprecond.core.build import RoutedUnit
 from structprecond.core.exchange import Exchange
 from structprecond.core.inspection import check_values
 from structprecond.core.layout import are_live
-from structprecond.core.ownership import Loads, Share, assign, items_of, state_of_row
+from structprecond.core.ownership import Loads, Share, assign, bytes_of_row, items_of
 from structprecond.core.ranks import Ranks
 from structprecond.core.refresh import RefreshSchedule, Stack
 from structprecond.core.rounding import Rounding
@@ -56,8 +56,8 @@ class Owners(Replicas):
             alike.setdefault(key, []).append(routed)
         items = []
         for (_, _, key), stack in alike.items():
-            state = state_of_row(stack[0], key)
-            items += [items_of(routed, key, state) for routed in stack]
+            row_bytes = bytes_of_row(stack[0], key, rounding)
+            items += [items_of(routed, key, row_bytes) for routed in stack]
         owners = iter(assign([item for some in items for item in some], self.loads))
         counts = iter(map(len, items))
         self._made, made = [], []

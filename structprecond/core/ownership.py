@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from structprecond.core.boxes import is_dtensor
-from structprecond.core.bucket import BucketKey, compute_dtype
+from structprecond.core.bucket import Bucket, BucketKey
 from structprecond.core.build import RoutedUnit
 from structprecond.core.costs import refresh_operations, step_operations
-from structprecond.core.state import State
+from structprecond.core.rounding import Rounding
 from structprecond.core.strategy import interval_of
 from structprecond.core.units import Unit
 from structprecond.core.windows import find_windows
@@ -53,20 +53,18 @@ class Loads:
         return cls([0.0] * ranks, [0] * ranks)
 
 
-def items_of(routed: RoutedUnit, key: BucketKey, state: State) -> list[Item]:
+def items_of(routed: RoutedUnit, key: BucketKey, row_bytes: int) -> list[Item]:
     """Return what can have an owner of its own: rows if they are ranges of the first axis.
 
     Args:
         routed: The unit.
         key: Its key.
-        state: The state of one row, which may be on the meta device.
+        row_bytes: The bytes of the state of one row.
     """
-    unit = routed.unit
-    work = _work(routed, key)
-    size = sum(t.numel() * t.element_size() for t in state.named_tensors().values())
+    unit, work = routed.unit, _work(routed, key)
     if not splits(unit):
-        return [Item(unit, None, unit.rows * work, unit.rows * size)]
-    return [Item(unit, row, work, size) for row in range(unit.rows)]
+        return [Item(unit, None, unit.rows * work, unit.rows * row_bytes)]
+    return [Item(unit, row, work, row_bytes) for row in range(unit.rows)]
 
 
 def splits(unit: Unit) -> bool:
@@ -85,11 +83,12 @@ def _work(routed: RoutedUnit, key: BucketKey) -> float:
     return step_operations(key) + refresh / (every if isinstance(every, int) else 1)
 
 
-def state_of_row(routed: RoutedUnit, key: BucketKey) -> State:
-    """Return the state of one row on the meta device."""
-    like = torch.empty((1, *key.shape), dtype=compute_dtype(key.param_dtype), device="meta")
-    state: State = routed.route.strategy.init(like, key.structures, key.dtypes)
-    return state
+def bytes_of_row(routed: RoutedUnit, key: BucketKey, rounding: Rounding) -> int:
+    """Return the bytes of the state of one row, the core's counters included; allocates nothing."""
+    key = replace(key, device=torch.device("meta"))
+    strategy, prefix = routed.route.strategy, routed.prefix
+    bucket = Bucket(routed.group, strategy, prefix, key, [routed.unit], [], rounding)
+    return sum(t.nbytes for t in bucket.named_tensors().values()) // bucket.rows
 
 
 def assign(items: Sequence[Item], loads: Loads) -> list[int]:
@@ -113,21 +112,24 @@ def assign(items: Sequence[Item], loads: Loads) -> list[int]:
     total = sum(loads.work) + sum(item.work for item in items) or 1.0
     total_bytes = sum(loads.state_bytes) + sum(item.state_bytes for item in items) or 1
 
-    def share(rank: int, item: Item) -> tuple[float, int]:
-        work = (loads.work[rank] + item.work) / total
-        return max(work, (loads.state_bytes[rank] + item.state_bytes) / total_bytes), rank
-
     def cost(i: int) -> tuple[Any, ...]:
         item = items[i]
         largest = max(item.work / total, item.state_bytes / total_bytes)
         return -largest, item.unit.label, item.row or 0
 
+    # vectors over ranks, since a thousand ranks may share ten thousand items
+    work = torch.tensor(loads.work, dtype=torch.float64, device="cpu")
+    state = torch.tensor(loads.state_bytes, dtype=torch.float64, device="cpu")
     owners = [0] * len(items)
     for i in sorted(range(len(items)), key=cost):
-        owner = min(range(len(loads.work)), key=lambda rank: share(rank, items[i]))
-        owners[i] = owner
-        loads.work[owner] += items[i].work
-        loads.state_bytes[owner] += items[i].state_bytes
+        item = items[i]
+        shares = (work + item.work) / total
+        torch.maximum(shares, (state + item.state_bytes) / total_bytes, out=shares)
+        owner = owners[i] = int(shares.argmin())
+        work[owner] += item.work
+        state[owner] += item.state_bytes
+    loads.work[:] = work.tolist()
+    loads.state_bytes[:] = map(int, state.tolist())
     return owners
 
 

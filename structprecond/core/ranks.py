@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -11,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from structprecond.core.boxes import Box, box_of, is_dtensor, sharded_dims
+from structprecond.core.boxes import box_of, is_dtensor, sharded_dims
+from structprecond.core.holders import Holders
 from structprecond.errors import StructPrecondError
 
 if TYPE_CHECKING:
@@ -50,39 +53,56 @@ class Ranks:
         """The place of this process among the ranks."""
         return self.numbers.index(dist.get_rank())
 
-    def boxes(self, p: Tensor) -> list[Box]:
-        """Return the box of a parameter that each rank holds."""
-        if not is_dtensor(p):
-            return [Box.whole(p.shape)] * self.size
-        return [box_of(p, self._coordinate(p.device_mesh, rank)) for rank in self.numbers]
+    def holders(self, p: Tensor) -> Holders:
+        """Return the ranks that hold each part of a parameter."""
+        key: tuple[Any, ...] = (tuple(p.shape),)
+        places: list[tuple[int, ...]] = [()] * self.size
+        if is_dtensor(p):
+            key, places = (*key, p.device_mesh, p.placements), self._places_in(p.device_mesh)
+        if key not in self._known:
+            self._known[key] = Holders([box_of(p, place) for place in places])
+        return self._known[key]
 
-    def near(self, rank: int) -> list[int]:
-        """Return the ranks, those first that share most coordinates of the mesh with one of them.
+    def nearest(self, rank: int, others: Sequence[int]) -> int:
+        """Return which of some ranks shares most coordinates of the mesh with another one.
 
         Ranks that differ in later dimensions are closer: these stay within nodes.
         """
-        if self.root is None:
-            return sorted(range(self.size), key=lambda r: (r != rank, r))
-        places = [_place(self.root, number) for number in self.numbers]
+        if len(others) == 1 or self.root is None:
+            return rank if rank in others else others[0]
+        places = self._root_places
 
         def distance(other: int) -> tuple[Any, ...]:
             return tuple(a != b for a, b in zip(places[other], places[rank], strict=True)), other
 
-        return sorted(range(self.size), key=distance)
+        return min(others, key=distance)
 
-    def _coordinate(self, mesh: DeviceMesh, rank: int) -> tuple[int, ...]:
-        """Return the place of a rank in a mesh, or in the corresponding part of the root mesh."""
+    @cached_property
+    def _known(self) -> dict[Any, Holders]:
+        """The holders of parameters of equal shape and placement."""
+        return {}
+
+    @cached_property
+    def _root_places(self) -> list[tuple[int, ...]]:
+        """The place of each rank in the root mesh."""
+        assert self.root is not None
+        return self._places_in(self.root)
+
+    def _places_in(self, mesh: DeviceMesh) -> list[tuple[int, ...]]:
+        """Return the place of each rank in a mesh: in the root mesh, or in a part of it."""
         if self.root is None or mesh is self.root or mesh == self.root:
-            return _place(mesh, rank)
-        place, names = _place(self.root, rank), self.root.mesh_dim_names
+            places = _places(mesh)
+            return [places[number] for number in self.numbers]
+        names = self.root.mesh_dim_names
         assert names is not None  # `_root_of` checks
         assert mesh.mesh_dim_names is not None
-        return tuple(place[names.index(name)] for name in mesh.mesh_dim_names)
+        dims = [names.index(name) for name in mesh.mesh_dim_names]
+        return [tuple(place[dim] for dim in dims) for place in self._places_in(self.root)]
 
 
-def _place(mesh: DeviceMesh, rank: int) -> tuple[int, ...]:
-    """Return the coordinate of a global rank in a mesh."""
-    return tuple(int(i) for i in (mesh.mesh == rank).nonzero()[0])
+def _places(mesh: DeviceMesh) -> dict[int, tuple[int, ...]]:
+    """Return the coordinate of each global rank in a mesh."""
+    return dict(zip(mesh.mesh.flatten().tolist(), product(*map(range, mesh.shape)), strict=True))
 
 
 def holders_of(params: Sequence[Tensor], mesh: Mesh | None) -> tuple[Ranks, dist.ProcessGroup]:
@@ -103,7 +123,7 @@ def holders_of(params: Sequence[Tensor], mesh: Mesh | None) -> tuple[Ranks, dist
         named = _group_of(mesh)
         ranks = Ranks.of_group(named, root)
         for p in params:
-            if sum(box.numel for box in set(ranks.boxes(p))) != p.numel():
+            if sum(box.numel for box in set(ranks.holders(p).boxes)) != p.numel():
                 raise StructPrecondError(
                     f"The {ranks.size} ranks of mesh= hold only a part of a parameter of shape "
                     f"{tuple(p.shape)}, which is on {p.device_mesh}. Leave mesh= out, or name "  # type: ignore[attr-defined]
