@@ -30,7 +30,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
@@ -87,7 +87,8 @@ def build(
     if layout == "ddp":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if layout == "fsdp2":
-        fully_shard(model)
+        for layer in model.children():
+            fully_shard(layer)
     return model, OPTIMIZERS[name](model, mesh=mesh)
 
 
@@ -101,7 +102,7 @@ def set_gradients(model: nn.Module, whole: nn.Module) -> None:
 
 def place(p: Tensor, whole: Tensor) -> Tensor:
     """Return a tensor placed like a parameter."""
-    if not hasattr(p, "placements"):
+    if not isinstance(p, DTensor):
         return whole.clone()
     return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
 
@@ -133,14 +134,17 @@ def work(rank: int, args: argparse.Namespace, name: str, layout: str, folder: st
     times: dict[str, list[float]] = {"together": [], "in_turn": [], "alone": []}
     for cycle in range(args.cycles + 1):
         times["together"].append(steps(optimizer, model, source, 30 * cycle))
-        with exchanges_in_turn(optimizer):
+        with exchanges_in_turn():
             times["in_turn"].append(steps(optimizer, model, source, 30 * cycle + 10))
         if rank == 0:
             times["alone"].append(steps(reference, alone, source, 30 * cycle + 20))
         dist.barrier()
     if rank == 0:
         assert isinstance(optimizer.team, Owners)
-        sent = sum(exchange.sent_bytes for exchange in optimizer.team.exchanges)
+        sent = sum(
+            (exchange.inward.sent[rank] + exchange.outward.sent[rank]) * exchange.entry_bytes
+            for exchange in optimizer.team.exchanges
+        )
         size = sum(p.numel() * p.element_size() for p in alone.parameters())
         # the first cycle makes the first bases
         medians = {key: statistics.median(values[1:]) for key, values in times.items()}
@@ -149,18 +153,16 @@ def work(rank: int, args: argparse.Namespace, name: str, layout: str, folder: st
     dist.destroy_process_group()
 
 
-def exchanges_in_turn(optimizer: StructuredOptimizer) -> Any:
+def exchanges_in_turn() -> Any:
     """Return a context in which every transfer is waited for at once."""
-    import structprecond.core.exchange as module
-
     real = dist.all_to_all_single
 
-    def blocking(*tensors: Any, async_op: bool = False) -> Any:
-        handle = real(*tensors, async_op=True)
+    def blocking(*args: Any, **options: Any) -> Any:
+        handle: Any = real(*args, **options)
         handle.wait()
         return handle
 
-    return patch.object(module.dist, "all_to_all_single", blocking)
+    return patch.object(dist, "all_to_all_single", blocking)
 
 
 def main(argv: Sequence[str] | None = None) -> list[Timing]:

@@ -21,11 +21,12 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from char_lm import CharLM, Shape, batches, load_corpus, loss_on
 from demo import add_shape_arguments, shape_of
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -35,7 +36,7 @@ from structprecond import RECOMMENDED, SOAP, KLShampoo, Muon, StructuredOptimize
 OPTIMIZERS: dict[str, Any] = {"soap": SOAP, "klshampoo": KLShampoo, "muon": Muon}
 
 
-def place(model: nn.Module, layout: str, device: str) -> tuple[nn.Module, DeviceMesh | None]:
+def place(model: CharLM, layout: str, device: str) -> tuple[nn.Module, DeviceMesh | None]:
     """Place a model on all ranks.
 
     Returns:
@@ -68,13 +69,12 @@ def train(args: argparse.Namespace, shape: Shape, device: str) -> list[float]:
 
     if args.resume:
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
-        dcp.load(state, checkpoint_id=args.resume)
+        load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=args.resume)
         set_state_dict(
             model,
             optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
+            model_state_dict=model_state,
+            optim_state_dict=optimizer_state,
         )
 
     start, losses = optimizer.global_step, []
@@ -93,7 +93,7 @@ def train(args: argparse.Namespace, shape: Shape, device: str) -> list[float]:
 
     if args.save:
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=args.save)
+        save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=args.save)
     return losses
 
 
