@@ -18,3 +18,17 @@ def lay_out(table: Sequence[Sequence[str]]) -> list[str]:
         for row in table
     )
     return [header, "-" * max(map(len, (header, *rows))), *rows]
+
+
+def human(size: float) -> str:
+    """Return a number of bytes in a unit that fits it.
+
+    Example:
+        >>> human(170), human(3 * 2**20)
+        ('170 B', '3.0 MiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

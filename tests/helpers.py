@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from structprecond import (
     Hyperparameter,
@@ -352,3 +354,30 @@ class WithBetas(PlainDescent):
 def with_betas(strategy: Strategy[Any], **hyperparameters: Any) -> StructuredOptimizer:
     """Return an optimizer of `mlp` with `WithBetas`."""
     return StructuredOptimizer(mlp(), strategy=strategy, hyperparameters=hyperparameters)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+class Allocations(TorchDispatchMode):
+    """Records the largest tensor with memory that an operation returns.
+
+    But for `torch.empty`: what is never written to takes no memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        # kept, so that their addresses are not used again
+        self.untouched: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and not t.is_meta:
+                storage = t.untyped_storage()
+                if "empty" in str(func):
+                    self.untouched[storage.data_ptr()] = storage
+                if storage.data_ptr() not in self.untouched:
+                    self.largest = max(self.largest, storage.nbytes())
+        return result

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import compiled
 import contestants
+import plans
 import pytest
 import roofline
 import scaling
@@ -21,6 +22,7 @@ import workloads
 from torch import nn
 
 from structprecond import SOAP, AdamW, SIRFShampoo
+from structprecond.plan import plan
 from structprecond.strategies.kl import KLShampooStrategy
 
 
@@ -204,3 +206,35 @@ def test_compiled_steps_are_the_steps(tiny: str) -> None:
         seen.append([p.detach().clone() for p in contestant.model.parameters()])
     for p, q in zip(*seen, strict=True):
         assert torch.allclose(p, q, atol=1e-5)
+
+
+PAGE = plans.PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore:Some Kronecker factors")
+@pytest.mark.parametrize("model", plans.MODELS)
+@pytest.mark.parametrize("optimizer", ["SOAP", "Muon"])
+def test_the_page_of_plans_has_the_figures_of_today(model: str, optimizer: str) -> None:
+    build, make = plans.MODELS[model], plans.OPTIMIZERS[optimizer]
+    ends = [plan(build, make, world=world) for world in (plans.WORLDS[0], plans.WORLDS[-1])]
+    shown = [
+        [line.split(" | ")[2], line.split(" | ")[-1].removesuffix(" |")]
+        for line in PAGE.splitlines()
+        if line.startswith(f"| {model} | {optimizer} |")
+    ]
+    measures = (plans.state, plans.slowest, plans.busiest)
+    assert shown == [[show(forecast) for forecast in ends] for show in measures]
+
+
+@pytest.mark.filterwarnings("ignore:Some Kronecker factors")
+def test_the_page_of_plans_has_the_remedies_of_today() -> None:
+    assert plans.remedies() in PAGE
+
+
+@pytest.mark.parametrize(
+    ("model", "millions"), [("GPT-2 124M", 124), ("Llama 1B", 1236), ("Llama 7B", 6738)]
+)
+def test_language_models_have_the_sizes_of_their_names(model: str, millions: int) -> None:
+    with torch.device("meta"):
+        made = plans.MODELS[model]()
+    assert round(sum(p.numel() for p in made.parameters()) / 1e6) == millions

@@ -21,6 +21,8 @@ _T = TypeVar("_T")
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 Facts = Mapping[str, Any]
 """What has to be the same on all ranks, by name."""
+NOTHING = 0, 0
+"""Numbers that add nothing to a sum over ranks."""
 
 
 class Agreement:
@@ -36,39 +38,44 @@ class Agreement:
         self._device = device_for(ranks.group, device)
 
     def reach(
-        self, make: Callable[[], tuple[_T, Facts, int]], what: str = "step"
-    ) -> tuple[_T, int]:
-        """Call a function on every rank; return its result if all succeed, and a sum over ranks.
+        self,
+        make: Callable[[], tuple[_T, Facts, tuple[int, int]]],
+        what: str = "step",
+        verb: str = "make",
+    ) -> tuple[_T, tuple[int, int]]:
+        """Call a function on every rank; return its result if all succeed, and sums over ranks.
 
         Args:
-            make: Returns the result, the facts, and the number to sum.
-            what: What is about to happen, for messages.
+            make: Returns the result, the facts, and two numbers to sum.
+            what: What it is about, for messages.
+            verb: What is about to happen to that.
 
         Raises:
             DistributedError: If it raised on another rank, or if facts differ.
         """
         error: Exception | None = None
         try:
-            result, facts, number = make()
+            result, facts, numbers = make()
         except Exception as raised:
-            error, facts, number = raised, {}, 0
-        rows = self._gather([0 if error is None else 1, _digest(facts), number], what)
+            error, facts, numbers = raised, {}, NOTHING
+        rows = self._gather([0 if error is None else 1, _digest(facts), *numbers], what)
         if any(row[0] for row in rows):
-            texts = self._gather_objects(None if error is None else _describe(error), what)
+            text = None if error is None else _describe(error)
+            texts = self.share(text, f"what went wrong in the {what}")
             if error is not None:
                 raise error
             failed = [(i, text) for i, text in enumerate(texts) if text is not None]
             raise DistributedError(
-                f"Rank {self.ranks.numbers[failed[0][0]]} cannot make the {what}, so no rank does: "
-                f"{failed[0][1]}"
+                f"Rank {self.ranks.numbers[failed[0][0]]} cannot {verb} the {what}, so no rank "
+                f"does: {failed[0][1]}"
             )
         if len({row[1] for row in rows}) > 1:
-            raise DistributedError(self._difference(facts, what))
-        return result, sum(row[2] for row in rows)
+            raise DistributedError(self._difference(facts, what, verb))
+        return result, (sum(row[2] for row in rows), sum(row[3] for row in rows))
 
-    def _difference(self, facts: Facts, what: str) -> str:
+    def _difference(self, facts: Facts, what: str, verb: str) -> str:
         """Return a message about facts that differ."""
-        everywhere: list[Facts] = self._gather_objects(dict(facts), what)
+        everywhere: list[Facts] = self.share(dict(facts), f"what differs in the {what}")
         for name in facts:
             values = [repr(known.get(name)) for known in everywhere]
             if len(set(values)) > 1:
@@ -76,33 +83,39 @@ class Agreement:
                 numbers = self.ranks.numbers
                 one, two = _first_difference(everywhere[0].get(name), everywhere[other].get(name))
                 return (
-                    f"The ranks differ in {name}, so no rank makes the {what}: rank {numbers[0]} "
+                    f"The ranks differ in {name}, so no rank {verb}s the {what}: rank {numbers[0]} "
                     f"has {one}, rank {numbers[other]} has {two}."
                 )
-        return f"The ranks differ, so no rank makes the {what}."
+        return f"The ranks differ, so no rank {verb}s the {what}."
 
     def _gather(self, numbers: Sequence[int], what: str) -> list[list[int]]:
         own = torch.tensor(numbers, dtype=torch.int64, device=self._device)
         all_ = own.new_empty(self.ranks.size * len(own))
-        work = _all_gather(all_, own, group=self.ranks.group, async_op=True)
-        wait_for(work, f"the decision about the {what}", self.ranks)
+        with naming_ranks(f"the decision about the {what}", self.ranks):
+            _all_gather(all_, own, group=self.ranks.group)
         rows: list[list[int]] = all_.view(self.ranks.size, -1).tolist()
         return rows
 
-    def _gather_objects(self, own: Any, what: str) -> list[Any]:
+    def share(self, own: Any, what: str) -> list[Any]:
+        """Return the values of all ranks.
+
+        Args:
+            own: The value of this rank.
+            what: What it is, for messages.
+        """
         everywhere: list[Any] = [None] * self.ranks.size
-        with naming_ranks(f"what went wrong in the {what}", self.ranks):
+        with naming_ranks(what, self.ranks):
             dist.all_gather_object(everywhere, own, group=self.ranks.group)
         return everywhere
-
-    def share(self, own: _T, what: str) -> list[_T]:
-        """Return the values of all ranks."""
-        return self._gather_objects(own, what)
 
 
 @contextmanager
 def naming_ranks(what: str, ranks: Ranks) -> Iterator[None]:
-    """Let errors of collectives name this rank, what it waited for, and whom."""
+    """Let errors of collectives name this rank, what it waited for, and whom.
+
+    Raises:
+        LostRankError: If a collective fails or takes longer than the time limit of its group.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -112,19 +125,6 @@ def naming_ranks(what: str, ranks: Ranks) -> Iterator[None]:
             f"Rank {me} did not get {what} from the ranks {enumerate_names(others)}: {error}. Did "
             "one of them stop, or make other steps? The time limit is that of the process group."
         ) from error
-
-
-def wait_for(work: dist.Work | None, what: str, ranks: Ranks) -> None:
-    """Wait for a collective.
-
-    Raises:
-        LostRankError: If it fails or takes longer than the time limit of the process group;
-            names this rank and what it waited for.
-    """
-    if work is None:
-        return
-    with naming_ranks(what, ranks):
-        work.wait()
 
 
 def _digest(facts: Facts) -> int:

@@ -26,10 +26,13 @@ class AllRows:
     Args:
         key: What the units have in common.
         routed: The units.
+
+    Attributes:
+        first: The first one, whose param group has their interval.
     """
 
     def __init__(self, key: BucketKey, routed: Sequence[RoutedUnit]) -> None:
-        self.key, self._first = key, routed[0]
+        self.key, self.first = key, routed[0]
         self.units: list[Unit] = [one.unit for one in routed]
         self.spans: list[slice] = []
         self._place: dict[Row, int] = {}
@@ -44,7 +47,7 @@ class AllRows:
     @property
     def interval(self) -> Any:
         """The current refresh interval; False if the strategy has no refreshes."""
-        first = self._first
+        first = self.first
         return interval_in(first.group, first.route.strategy, first.prefix)
 
     def learn(self, known: dict[Row, tuple[int, int]]) -> None:

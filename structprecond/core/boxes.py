@@ -136,6 +136,52 @@ def _shard(
     return Box(tuple(offset), tuple(size))
 
 
+def describe_placed(p: Tensor) -> str:
+    """Return shape, dtype and placements of a parameter."""
+    placements = p.placements if is_dtensor(p) else "whole"
+    return f"{tuple(p.shape)}, {p.dtype}, {placements}"
+
+
+def copy_into(target: Tensor, source: Tensor) -> None:
+    """Copy a whole tensor, or a DTensor in any layout, into another one of the same shape.
+
+    All ranks have to call it. It fails if `lacks_parts(source, target)`.
+    """
+    if _placed_alike(source, target):
+        target, source = local(target), local(source)
+    if is_dtensor(source):
+        source = source.full_tensor()
+    if is_dtensor(target):
+        box = box_of(target, target.device_mesh.get_coordinate() or ())
+        target, source = local(target), box.of(source, Box.whole(source.shape))
+    target.copy_(source)
+
+
+def lacks_parts(source: Tensor, target: Tensor) -> bool:
+    """Return whether a source is a DTensor whose other parts no rank of this job can send."""
+    if not is_dtensor(source) or _placed_alike(source, target):
+        return False
+    if all(placement.is_replicate() for placement in source.placements):
+        return False
+    mesh, place = source.device_mesh, source.device_mesh.get_coordinate()
+    if place is None or not dist.is_initialized() or mesh.mesh[tuple(place)] != dist.get_rank():
+        return True
+    try:
+        sizes = [dist.get_world_size(mesh.get_group(dim)) for dim in range(mesh.ndim)]
+    except RuntimeError:
+        return True
+    return sizes != list(mesh.shape)
+
+
+def _placed_alike(one: Tensor, other: Tensor) -> bool:
+    """Return whether this rank has the same part of two DTensors."""
+    if not is_dtensor(one) or not is_dtensor(other) or one.placements != other.placements:
+        return False
+    meshes = one.device_mesh, other.device_mesh
+    # a file of another rank has its coordinate
+    return meshes[0] == meshes[1] and meshes[0].get_coordinate() == meshes[1].get_coordinate()
+
+
 def sharded_dims(p: Tensor) -> list[int]:
     """Return the dimensions of its mesh along which a parameter is sharded.
 

@@ -53,6 +53,23 @@ def interval_in(group: Mapping[str, Any], strategy: Strategy[Any], prefix: str) 
     return False if name is None else group[f"{prefix}{name}"]
 
 
+def weight_decay_in(
+    group: Mapping[str, Any], strategy: Strategy[Any], prefix: str, decays: bool
+) -> float | None:
+    """Return a strategy's weight decay; None if it has none.
+
+    Args:
+        group: The param group.
+        strategy: The strategy.
+        prefix: The prefix of its hyperparameters in the group.
+        decays: Whether the units have weight decay.
+    """
+    name = decay_of(strategy)
+    if name is None:
+        return None
+    return float(hyperparameters_of(strategy, group, prefix)[name]) if decays else 0.0
+
+
 def runs_other_code(strategy: Strategy[Any], structures: Sequence[Structure]) -> bool:
     """Return whether a step calls code from outside the library."""
     classes = [type(strategy), *(s for s in structures if s is not None)]
@@ -160,8 +177,7 @@ class Bucket:
     @property
     def weight_decay(self) -> float | None:
         """The current weight decay; None if the strategy has none."""
-        name = decay_of(self.strategy)
-        return None if name is None else float(self.hyperparameters[name])
+        return weight_decay_in(self.group, self.strategy, self.prefix, self.key.decays)
 
     @property
     def interval(self) -> Any:

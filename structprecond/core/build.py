@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,28 +130,6 @@ def make_buckets(units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket
     return buckets
 
 
-def thaw(
-    units: list[RoutedUnit],
-    thawed: Callable[[RoutedUnit], bool],
-    make: Callable[[list[RoutedUnit]], list[Bucket]],
-) -> list[Bucket]:
-    """Remove some units from a list of frozen ones, and stack them.
-
-    Args:
-        units: The frozen units.
-        thawed: Whether a unit needs state.
-        make: Stacks units, as `make_buckets`.
-    """
-    awake = [routed for routed in units if thawed(routed)]
-    if not awake:
-        return []
-    buckets = make(awake)
-    units[:] = [routed for routed in units if routed not in awake]
-    for bucket in buckets:
-        bucket.counters.overdue[:] = True  # they missed all refreshes so far
-    return buckets
-
-
 def _split(key: BucketKey, stack: Sequence[RoutedUnit]) -> Iterator[list[RoutedUnit]]:
     """Split a long stack of units on the CPU, where it would gain nothing and leave the caches."""
     most = _MOST_ENTRIES // _largest(key) if key.device.type == "cpu" else None
@@ -183,7 +161,7 @@ def _find_routes(
     names: Mapping[nn.Parameter, str],
 ) -> Iterable[tuple[Unit, Route]]:
     """Yield the units of a param group with their routes."""
-    params, rules = group["params"], group["combine_params"]
+    params, rules = list(names), group["combine_params"]
     if not routing.looks_at_roles:
         route = Route(routing.main, "default")
         rules = _usual_rules(model, routing.main) if rules is None else rules

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from structprecond.core.agreement import Facts
+from structprecond.core.boxes import copy_into, is_dtensor
 from structprecond.core.misfits import (
     COMPARED,
     check_numbers,
@@ -21,6 +22,8 @@ from structprecond.core.misfits import (
     with_tuples,
 )
 from structprecond.core.plain import plain_value
+from structprecond.core.state import ByParameter
+from structprecond.core.team import Alone
 from structprecond.errors import CheckpointError
 
 FORMAT = 2
@@ -34,12 +37,11 @@ _MOST_PROBLEMS = 20
 _SHARED = {"global_step", "batch_size"}
 _NOT_LOADED = {*COMPARED, "preconditioner_dtypes", "params", "param_names", "format"}
 
-_T = TypeVar("_T")
 Groups: TypeAlias = Sequence[dict[str, Any]]
-State: TypeAlias = Mapping[Tensor, Mapping[str, Tensor]]
+_Changes: TypeAlias = tuple[list[tuple[Tensor, Tensor]], list[dict[str, Any]]]
 
 
-def save(param_groups: Groups, state: State) -> dict[str, Any]:
+def save(param_groups: Groups, state: ByParameter) -> dict[str, Any]:
     """Return param groups and state in torch's layout, as copies."""
     index: dict[Tensor, int] = {}
     groups = []
@@ -51,32 +53,18 @@ def save(param_groups: Groups, state: State) -> dict[str, Any]:
         groups.append(plain)
     # cloned row by row: a view would save its whole stack
     saved = {
-        index[p]: {name: tensor.clone() for name, tensor in entry.items()}
-        for p, entry in state.items()
-        if p in index  # looking up any other key has made an entry
+        i: {name: tensor.clone() for name, tensor in state[p].items()}
+        for p, i in index.items()
+        if p in state
     }
     return {"state": saved, "param_groups": groups}
 
 
-def hooked(optimizer: Optimizer, when: str, state_dict: _T) -> _T:
-    """Return a state dict after an optimizer's hooks, which may change a copy of it.
-
-    Args:
-        optimizer: The optimizer.
-        when: Which of its hooks, such as "state_dict_post".
-        state_dict: The state dict.
-    """
-    changed: Any = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
-    for hook in getattr(optimizer, f"_optimizer_{when}_hooks").values():
-        result = hook(optimizer, changed)
-        changed = changed if result is None else result
-    return changed  # type: ignore[no-any-return]
-
-
 def load(
+    team: Alone,
     param_groups: Groups,
     used: Groups,
-    state: State,
+    state: ByParameter,
     names: Mapping[nn.Parameter, str],
     checkpoint: Mapping[str, Any],
 ) -> None:
@@ -86,6 +74,7 @@ def load(
     param groups are loaded; callables, strategies, groupings and structures stay the live ones.
 
     Args:
+        team: The ranks that train together.
         param_groups: The live param groups.
         used: The same groups, with the configuration and the names that the optimizer uses.
         state: The live state of each parameter by name.
@@ -94,9 +83,41 @@ def load(
 
     Raises:
         CheckpointError: If the checkpoint does not fit; the message lists the differences.
+        DistributedError: If it does not fit on another rank, or differs between ranks.
     """
+    whole = team.gather(state)
+
+    def plan() -> tuple[_Changes, Facts]:
+        return _checked_plan(used, whole, names, checkpoint), _layouts(checkpoint)
+
+    copies, changes = team.decide(plan, "load")
+    with torch.no_grad():
+        for target, source in copies:
+            copy_into(target, source)
+        team.scatter(whole, state)
+    for group, values in zip(param_groups, changes, strict=True):
+        group.update(values)
+
+
+def _layouts(checkpoint: Mapping[str, Any]) -> Facts:
+    """Return how each tensor of the state is placed, which has to be the same on all ranks."""
+    placements = {
+        f"{key}, {name}": str(tensor.placements) if is_dtensor(tensor) else "whole"
+        for key, entry in checkpoint["state"].items()
+        for name, tensor in entry.items()
+    }
+    return {"the checkpoint": placements}
+
+
+def _checked_plan(
+    used: Groups,
+    state: ByParameter,
+    names: Mapping[nn.Parameter, str],
+    checkpoint: Mapping[str, Any],
+) -> _Changes:
+    """Return the changes that loading makes; anything that goes wrong is a `CheckpointError`."""
     try:
-        copies, changes = _plan(used, state, names, checkpoint)
+        return _plan(used, state, names, checkpoint)
     except CheckpointError:
         raise
     # a damaged or foreign file may hold anything
@@ -105,11 +126,6 @@ def load(
             f"The checkpoint is damaged or was not written by state_dict(): {error!r}. Nothing was "
             "loaded; use an older checkpoint."
         ) from error
-    with torch.no_grad():
-        for target, source in copies:
-            target.copy_(source)
-    for group, values in zip(param_groups, changes, strict=True):
-        group.update(values)
 
 
 def with_state(param_groups: Groups, checkpoint: Any) -> set[Tensor]:
@@ -131,10 +147,10 @@ def with_state(param_groups: Groups, checkpoint: Any) -> set[Tensor]:
 
 def _plan(
     live_groups: Groups,
-    state: State,
+    state: ByParameter,
     names: Mapping[nn.Parameter, str],
     checkpoint: Mapping[str, Any],
-) -> tuple[list[tuple[Tensor, Tensor]], list[dict[str, Any]]]:
+) -> _Changes:
     """Check a checkpoint and return the changes that loading makes, none of which can fail.
 
     Returns:
@@ -265,7 +281,7 @@ def _numbers(
 ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Any]]:
     """Return the tensors of a group to copy, as pairs (target, source), and its new values."""
     copies, values = [], {}
-    for key in saved.keys() - _NOT_LOADED:
+    for key in sorted(saved.keys() - _NOT_LOADED):  # in the same order on all ranks
         value, current = saved[key], live.get(key)
         if isinstance(current, Tensor):
             copies.append((current, tensor_like(current, value)))

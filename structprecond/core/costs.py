@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from structprecond.core.bucket import Bucket, BucketKey
+from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
 from structprecond.core.naming import describe_shape, enumerate_names, names_of_structures
-from structprecond.core.strategy import Strategy, interval_of
+from structprecond.core.strategy import StepContext, Strategy, interval_of
 from structprecond.core.units import Unit
 from structprecond.structures import StructuredMatrix
 
@@ -23,6 +24,8 @@ _SLOW_STEPS, _SLOW_OPERATIONS = 100, 1e11
 _STEP_OPERATIONS = 6
 # what a step does for each number of a unit without any factor
 _ENTRYWISE_OPERATIONS = 20
+# an update that is like most others: moments and factors exist
+_USUAL_UPDATE = 10
 _MOST_LINES = 5
 
 
@@ -43,16 +46,44 @@ def count_entries(structure: type[StructuredMatrix], dim: int) -> int:
     return sum(t.numel() for t in made.named_tensors().values())
 
 
-def step_operations(key: BucketKey) -> int:
+def step_operations(strategy: Strategy[Any], key: BucketKey) -> int:
     r"""Return about how many operations an ordinary step of one row takes.
 
-    For a row of D numbers and factors that store \(e_k\) numbers each, \(20 D + \sum_k 6 D e_k /
-    d_k\); dense factors have \(e_k = d_k^2\).
+    These are 20 for each number of the row, and the products of an update without refresh, counted
+    by torch while the update runs on the meta device. If a strategy cannot run there, they are
+    taken to be \(\sum_k 6 D e_k / d_k\) for D numbers and factors that store \(e_k\) each; dense
+    ones have \(e_k = d_k^2\).
     """
-    size = key.shape.numel()
-    axes = zip(key.structures, key.shape, strict=True)
-    per_entry = sum(count_entries(s, dim) / dim for s, dim in axes if s is not None and dim)
-    return round(size * (_ENTRYWISE_OPERATIONS + _STEP_OPERATIONS * per_entry))
+    return _ENTRYWISE_OPERATIONS * key.shape.numel() + _products(strategy, key)
+
+
+@lru_cache(maxsize=2**12)
+def _products(strategy: Strategy[Any], key: BucketKey) -> int:
+    """Return how many operations the products of an ordinary step of one row take."""
+    shape, dtype = (1, *key.shape), compute_dtype(key.param_dtype)
+    try:
+        with torch.device("meta"), FlopCounterMode(display=False) as counted:
+            grad = torch.empty(shape, dtype=dtype)
+            state = strategy.init(grad, key.structures, key.dtypes)
+            context = StepContext(
+                _USUAL_UPDATE,
+                seeds=torch.zeros(1, dtype=torch.int64, device="cpu"),
+                due=None,
+                failed=torch.zeros(1, dtype=torch.bool, device="cpu"),
+                global_step=_USUAL_UPDATE,
+                batch_size=1,
+                params=partial(torch.empty, shape, dtype=dtype),
+                ndim=len(shape),
+                dtype=dtype,
+                device=grad.device,
+            )
+            defaults = {name: h.default for name, h in strategy.hyperparameters.items()}
+            strategy.update(state, grad, defaults, context)
+    except Exception:  # anything that a user's strategy may do with values, of which there are none
+        axes = zip(key.structures, key.shape, strict=True)
+        per_entry = sum(count_entries(s, dim) / dim for s, dim in axes if s is not None and dim)
+        return round(_STEP_OPERATIONS * key.shape.numel() * per_entry)
+    return int(counted.get_total_flops())
 
 
 def refresh_operations(strategy: Strategy[Any], key: BucketKey) -> int:
@@ -93,9 +124,10 @@ def _costs(bucket: Bucket) -> str:
     if largest > _LARGE_BYTES and ratio > _LARGE_RATIO:
         parts.append(f"{largest / 2**20:,.0f} MiB of state, {ratio:,.0f} times the parameter")
     refresh = refresh_operations(bucket.strategy, bucket.key)
-    steps = refresh / step_operations(bucket.key)
-    if interval_of(bucket.strategy) and refresh > _SLOW_OPERATIONS and steps > _SLOW_STEPS:
-        parts.append(f"a refresh takes as long as {steps:,.0f} steps")
+    if refresh > _SLOW_OPERATIONS:
+        steps = refresh / step_operations(bucket.strategy, bucket.key)
+        if steps > _SLOW_STEPS:
+            parts.append(f"a refresh takes as long as {steps:,.0f} steps")
     return "; ".join(parts)
 
 
@@ -107,7 +139,7 @@ def _remedies(expensive: Sequence[Bucket], orders: set[int]) -> str:
     spec: dict[int, Any] = dict.fromkeys(sorted(orders), "auto")
     for bucket in reversed(expensive):  # so that the first one of an order counts
         spec[len(bucket.key.shape)] = _cheaper(bucket.key)
-    ways.append(f"name structures by the number of axes, as in structures={_quote(spec)}")
+    ways.append(f"name structures by the number of axes, as in structures={quote(spec)}")
     if any(hasattr(bucket.strategy, "max_precond_dim") for bucket in expensive):
         shortest = min(bucket.key.shape[_longest(bucket.key)] for bucket in expensive)
         ways.append(f"set max_precond_dim below {shortest}")
@@ -133,7 +165,8 @@ def _cheaper(key: BucketKey) -> str | tuple[str, ...]:
     return names[0] if len(names) == 1 else tuple(names)
 
 
-def _quote(spec: Any) -> str:
+def quote(spec: Any) -> str:
+    """Return a value as users write it in Python, with double quotes."""
     return str(spec).replace("'", '"')
 
 
@@ -171,7 +204,7 @@ def _advice(key: BucketKey) -> str:
         return ""
     return (
         f" Leave out the factor of its longest axis, as in structures="
-        f"{_quote({len(key.shape): _cheaper(key)})}, or choose smaller structures."
+        f"{quote({len(key.shape): _cheaper(key)})}, or choose smaller structures."
     )
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from structprecond.core.agreement import wait_for
+from structprecond.core.agreement import naming_ranks
 from structprecond.core.all_rows import AllRows
 from structprecond.core.boxes import Box, is_dtensor, local
 from structprecond.core.bucket import BucketKey, runs_other_code
@@ -85,6 +85,7 @@ class Transfer:
         source: Callable[[Piece], Tensor | None],
         dtype: torch.dtype,
         device: torch.device,
+        what: str,
     ) -> Arrival:
         """Start to send all pieces.
 
@@ -92,19 +93,21 @@ class Transfer:
             source: Returns what to send; None for zeros.
             dtype: The dtype to send.
             device: The device.
+            what: What is sent, for messages.
         """
         own = [(piece, source(piece)) for piece in self._own]
         if not self.crosses:
-            return Arrival(own, [], None, self._ranks)
+            return Arrival(own, [], None, self._ranks, what)
         made: Any = {"dtype": dtype, "device": device}
         buffer = torch.empty(sum(self._splits[0]), **made)
         arrived = torch.empty(sum(self._splits[1]), **made)
         _copy(zip(_views(buffer, self._sent), map(source, self._sent), strict=True))
-        work = dist.all_to_all_single(
-            arrived, buffer, self._splits[1], self._splits[0], self._ranks.group, async_op=True
-        )
+        with naming_ranks(what, self._ranks):
+            work = dist.all_to_all_single(
+                arrived, buffer, self._splits[1], self._splits[0], self._ranks.group, async_op=True
+            )
         views = list(zip(self._received, _views(arrived, self._received), strict=True))
-        return Arrival(own, views, work, self._ranks, buffer)
+        return Arrival(own, views, work, self._ranks, what, buffer)
 
 
 @dataclass
@@ -116,6 +119,7 @@ class Arrival:
         received: The pieces from other ranks, with their entries.
         work: The collective; None if nothing crosses.
         ranks: The ranks.
+        what: What is sent, for messages.
         buffer: What is sent; kept until it has arrived.
     """
 
@@ -123,15 +127,18 @@ class Arrival:
     received: Sequence[tuple[Piece, Tensor]]
     work: dist.Work | None
     ranks: Ranks
+    what: str
     buffer: Tensor | None = None
 
-    def wait(self, what: str) -> None:
+    def wait(self) -> None:
         """Wait until everything has arrived.
 
         Raises:
-            DistributedError: If it does not; names the ranks and what was sent.
+            LostRankError: If it does not; names the ranks and what was sent.
         """
-        wait_for(self.work, what, self.ranks)
+        if self.work is not None:
+            with naming_ranks(self.what, self.ranks):
+                self.work.wait()
         self.buffer = None
 
     def write(self, target: Callable[[Piece], Tensor]) -> None:
@@ -280,6 +287,20 @@ class Exchange:
         """The number of bytes of each entry that is sent."""
         return self._dtype.itemsize
 
+    def regroup(self, groups: Mapping[int, dict[str, Any]]) -> None:
+        """Use another param group, by the identity of the one before."""
+        self.shares = [share.regrouped(groups) for share in self.shares]
+        self.all_rows.first = self.shares[0].routed
+
+    @property
+    def fits(self) -> bool:
+        """Whether this rank's parts have the shape, dtype and device that this was made for."""
+        return all(self._has(held, local(held.param)) for held in self._held)
+
+    def _has(self, held: Held, part: Tensor) -> bool:
+        found = (part.dtype, part.device, part.shape)
+        return found == (self._dtype, self._device, held.mine.size)
+
     def check(self, names: Mapping[nn.Parameter, str]) -> None:
         """Check that this rank's parts and their gradients are as they were at construction.
 
@@ -289,7 +310,7 @@ class Exchange:
         """
         for held in self._held:
             p, part = held.param, local(held.param)
-            if (part.dtype, part.device, part.shape) != (self._dtype, self._device, held.mine.size):
+            if not self._has(held, part):
                 raise StructPrecondError(
                     f"This rank's part of {names[p]} is {part.dtype} of shape {tuple(part.shape)} "
                     f"on {part.device}, expected {self._dtype} of shape {held.mine.size} on "
@@ -313,24 +334,31 @@ class Exchange:
                 )
 
     def collect(self) -> None:
-        """Start to send gradients and parameters to the owners; missing gradients as zeros."""
+        """Start to send gradients and parameters to the owners; zeros for what `check` refuses."""
 
         def source(piece: Piece) -> Tensor | None:
             held = self._held[piece.tensor // 2]
             tensor = held.param if piece.tensor % 2 else held.param.grad
-            return None if tensor is None else held.in_param(piece.box, local(tensor))
+            if tensor is None or (part := local(tensor)).shape != held.mine.size:
+                return None
+            fits = part.layout == torch.strided and part.is_floating_point()
+            return held.in_param(piece.box, part) if fits else None
 
-        self._arrival = self.inward.start(source, self._dtype, self._device)
+        what = f"the gradients of {self.name}"
+        self._arrival = self.inward.start(source, self._dtype, self._device, what)
+
+    def allocate(self) -> None:
+        """Allocate the copies and their gradients, while all ranks still raise together."""
+        for copy in self._copies:
+            copy.untyped_storage().resize_(copy.numel() * copy.element_size())
+            copy.grad = torch.empty_like(copy)
 
     def arrive(self) -> None:
         """Write what has arrived into the copies and their gradients."""
         arrival = self._arrival
         assert arrival is not None
         self._arrival = None
-        arrival.wait(f"the gradients of {self.name}")
-        for copy in self._copies:
-            copy.untyped_storage().resize_(copy.numel() * copy.element_size())
-            copy.grad = torch.empty_like(copy)
+        arrival.wait()
 
         def target(piece: Piece) -> Tensor:
             held = self._held[piece.tensor // 2]
@@ -350,7 +378,8 @@ class Exchange:
                 return held.in_param(piece.box, local(held.param))
             return held.in_copy(piece.box, held.copy.detach())
 
-        self._arrival = self.outward.start(source, self._dtype, self._device)
+        what = f"the parameters of {self.name}"
+        self._arrival = self.outward.start(source, self._dtype, self._device, what)
 
     def finish(self) -> None:
         """Write the updated parameters that have arrived, and free the copies."""
@@ -358,7 +387,7 @@ class Exchange:
         if arrival is None:
             return
         self._arrival = None
-        arrival.wait(f"the parameters of {self.name}")
+        arrival.wait()
 
         def target(piece: Piece) -> Tensor:
             held = self._held[piece.tensor // 2]
@@ -371,7 +400,7 @@ class Exchange:
         """Wait for what is under way without writing it, and free the copies."""
         if self._arrival is not None:
             arrival, self._arrival = self._arrival, None
-            arrival.wait(f"the gradients of {self.name}")
+            arrival.wait()
         self.free()
 
     def free(self) -> None:

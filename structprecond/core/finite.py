@@ -84,10 +84,8 @@ def with_large_gradient(plans: Sequence[Plan]) -> list[nn.Parameter]:
     Args:
         plans: The plans. Norms of stacked rows are much faster than norms of hundreds of tensors.
     """
-    stacks = (plan.grads for plan in plans)
-    norms = [torch.linalg.vector_norm(grad.unsqueeze(-1).flatten(1), dim=1) for grad in stacks]
     found: list[nn.Parameter] = []
-    for plan, sizes in zip(plans, _to_lists(norms), strict=True):
+    for plan, sizes in zip(plans, _norms_of(plans), strict=True):
         # in C: about 30 ns per row; False for NaN
         if all(map(_FITS_ALL.__ge__, sizes)):
             continue
@@ -100,6 +98,16 @@ def with_large_gradient(plans: Sequence[Plan]) -> list[nn.Parameter]:
             if on and not all(size <= limit for size in sizes[span]):
                 found += unit.tensors
     return found
+
+
+def _norms_of(plans: Sequence[Plan]) -> list[list[float]]:
+    """Return the norm of each row's gradient; a second call for the same plans costs nothing."""
+    new = [plan for plan in plans if plan.norms is None]
+    stacks = (plan.grads for plan in new)
+    norms = [torch.linalg.vector_norm(grad.unsqueeze(-1).flatten(1), dim=1) for grad in stacks]
+    for plan, sizes in zip(new, _to_lists(norms), strict=True):
+        plan.norms = sizes
+    return [plan.norms or [] for plan in plans]
 
 
 def _to_lists(vectors: Sequence[Tensor]) -> list[list[float]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit
+from structprecond.core.change import Change, Match, listed, why_not
 from structprecond.core.entry import Entries
 from structprecond.core.followed import Followed
 from structprecond.core.naming import enumerate_names
@@ -19,16 +22,6 @@ from structprecond.core.usable import problem_of
 from structprecond.errors import GroupError, StructPrecondError
 
 _MOST_IDLE_STEPS = 10
-
-
-@dataclass
-class _Match:
-    """A group, what the optimizer uses of it, and its parameters: as known, and as they are now."""
-
-    group: dict[str, Any]
-    followed: Followed
-    known: list[nn.Parameter]
-    now: list[nn.Parameter]
 
 
 class Follower:
@@ -42,6 +35,9 @@ class Follower:
         buckets: The buckets of all groups, changed in place.
         frozen: The units without state of all groups, changed in place.
         names: The names of all parameters, changed in place.
+
+    Attributes:
+        refusal: Why the last change was refused; None if it was followed.
     """
 
     def __init__(
@@ -55,12 +51,12 @@ class Follower:
         self._outside: list[nn.Parameter] = []
         self._places: Places | None = None
         self._watches = False
-        self._refusal: StructPrecondError | None = None
+        self.refusal: StructPrecondError | None = None
         self._idle_steps = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the places, which belong to one model."""
-        return {**self.__dict__, "_places": None, "_watches": False, "_refusal": None}
+        return {**self.__dict__, "_places": None, "_watches": False, "refusal": None}
 
     def add(self, model: nn.Module | None, group: dict[str, Any]) -> None:
         """Follow a new group.
@@ -71,8 +67,8 @@ class Follower:
         """
         params = list(group["params"])
         used = {p for followed in self._groups for p in followed.params}
-        if self._refusal is not None and any(p in used for p in params):
-            raise self._refusal
+        if self.refusal is not None and any(p in used for p in params):
+            raise self.refusal
         self._groups.append(Followed.of(group))
         if model is not None:
             if self._places is None or not all(map(self._places.names_of, params)):
@@ -100,66 +96,88 @@ class Follower:
 
         Args:
             live: Whether each unit of each bucket takes part in the step.
+
+        Raises:
+            GroupError: Instead of the warning if there are several processes, which may have
+                sharded the model: nothing would ever move.
         """
         if any(map(any, live)):
             self._idle_steps = 0
             return None
         params = [p for followed in self._groups for p in followed.params if p.requires_grad]
         if not params or any(p.grad is not None for p in params):
+            self._idle_steps = 0
             return None
         self._idle_steps += 1
         self._places = None  # look at the whole model in the next step
         if self._known_as or self._idle_steps < _MOST_IDLE_STEPS:
             return None
-        return (
+        text = (
             f"None of the {len(params)} parameters had a gradient in {self._idle_steps} steps in a "
             "row, which moved nothing. If the model's parameters were replaced after the optimizer "
             "was built, build a new one, or pass the model itself: then they are followed."
         )
+        if dist.is_available() and dist.is_initialized():
+            raise GroupError(text)
+        return text
 
     # --- changes ---------------------------------------------------------------------------------
 
-    def update(
-        self,
-        model: nn.Module | None,
-        param_groups: Sequence[dict[str, Any]],
-        entries: Entries,
-        state: MutableMapping[Any, Any],
-        quiet: bool,
-    ) -> None:
-        """Follow all changes since the last call, or refuse them all.
+    def find(
+        self, model: nn.Module | None, param_groups: Sequence[dict[str, Any]], always: bool
+    ) -> Change | None:
+        """Return what has changed since the last call; None for nothing.
 
         Args:
             model: The model; None if only parameters are known.
-            param_groups: The param groups; lists of parameters get the model's new ones.
-            entries: The entries of the state.
-            state: The optimizer's state.
-            quiet: Whether to leave it to a later call to raise.
+            param_groups: The param groups.
+            always: Whether to return a change even if groups and model hold the same as before.
 
         Raises:
-            StructPrecondError: If a change cannot be followed; nothing is changed.
+            StructPrecondError: If a change cannot be followed.
         """
-        if self._is_current(model, param_groups):
-            return
+        if self._is_current(model, param_groups) and not always:
+            return None
+        places = None if model is None else Places(model)
+        fates = {p: self._fate_of(p, places) for p in self._known_as} if places else {}
+        return Change(places, self._match(param_groups, fates))
+
+    @contextmanager
+    def refusing(self, quiet: bool) -> Iterator[None]:
+        """Note whether a change is refused.
+
+        Args:
+            quiet: Whether to leave it to a later call to raise.
+        """
         try:
-            places = None if model is None else Places(model)
-            fates = {p: self._fate_of(p, places) for p in self._known_as} if places else {}
-            matches = self._match(param_groups, fates)
-            new = {p: q for match in matches for p, q in zip(match.known, match.now, strict=True)}
-            kept = [_kept_units(bucket, new, self._names) for bucket in self._buckets]
-            frozen = [r for r in self._frozen if _stays(r.unit, new, self._names)]
-            entries.adopt(state)
+            yield
         except StructPrecondError as error:
-            self._refusal = error
-            if quiet:
-                return
-            raise
+            self.refusal = error
+            if not quiet:
+                raise
+        else:
+            self.refusal = None
+
+    def follow(self, change: Change, entries: Entries, state: MutableMapping[Any, Any]) -> None:
+        """Go on with the state of what stays.
+
+        Args:
+            change: The change; lists of parameters get the model's new ones.
+            entries: The entries of the state.
+            state: The optimizer's state.
+
+        Raises:
+            StructPrecondError: If the state cannot stay as it is; nothing is changed.
+        """
+        new, groups = change.new, change.groups
+        kept = [_kept_units(bucket, new, self._names) for bucket in self._buckets]
+        frozen = [r for r in self._frozen if _stays(r.unit, new, self._names)]
+        entries.adopt(state)
         # nothing below can fail
-        self._refusal = None
-        groups = {id(match.followed.group): match.group for match in matches}
         changed = []
         for bucket, units in zip(self._buckets, kept, strict=True):
-            if not all(units) or any(new[p] is not p for p in bucket.params):
+            params = [p for unit in bucket.units for p in unit.params]
+            if not all(units) or any(new[p] is not p for p in params):
                 bucket.keep(units, new)
                 changed.append(bucket)
             # none if the group was popped
@@ -173,12 +191,12 @@ class Follower:
         names = {q: self._names[p] for p, q in new.items()}
         self._names.clear()
         self._names.update(names)
-        self._note(places, matches)
+        self.note(change)
 
-    def _note(self, places: Places | None, matches: Sequence[_Match]) -> None:
+    def note(self, change: Change) -> None:
         """Note what is used from now on, and write it into the groups."""
-        known_as = {}
-        for match in matches:
+        known_as, places = {}, change.places
+        for match in change.matches:
             group, now = match.group, match.now
             if not isinstance(group["params"], list):
                 group["params"] = list(now)
@@ -191,7 +209,7 @@ class Follower:
             if places is not None:
                 for p, q in zip(match.known, now, strict=True):
                     known_as[q] = places.names_of(q) or self._known_as[p]
-        self._groups = [match.followed for match in matches]
+        self._groups = [match.followed for match in change.matches]
         self._known_as, self._places, self._watches = known_as, places, False
         self._outside = [p for p in known_as if places is not None and not places.names_of(p)]
 
@@ -255,7 +273,7 @@ class Follower:
         self,
         param_groups: Sequence[dict[str, Any]],
         fates: Mapping[nn.Parameter, nn.Parameter | str | None],
-    ) -> list[_Match]:
+    ) -> list[Match]:
         """Return what each group holds of what was known.
 
         Raises:
@@ -269,15 +287,15 @@ class Follower:
                     f"The model now holds one parameter in place of {self._names[origins[q]]} and "
                     f"{self._names[p]}, whose states differ. Build a new optimizer."
                 )
-        matches: dict[int, _Match] = {}
+        matches: dict[int, Match] = {}
         for number, group in enumerate(param_groups):
-            params = _listed(group, number)
+            params = listed(group, number)
             known = [origins.get(p, p) for p in params]
             for i, p in enumerate(known):
                 if p not in owners:
                     raise GroupError(
                         f"param_groups[{number}]['params'][{i}], of shape {tuple(p.shape)}, was "
-                        f"not given to the optimizer{_why_not(p)}"
+                        f"not given to the optimizer{why_not(p, bool(self._known_as))}"
                     )
                 fate = fates.get(p)
                 if isinstance(fate, str):
@@ -291,7 +309,7 @@ class Follower:
                 )
             now = [fate if isinstance(fate := fates.get(p), Tensor) else p for p in known]
             (place,) = own
-            matches[place] = _Match(group, self._groups[place], known, now)
+            matches[place] = Match(group, self._groups[place], known, now)
         return list(matches.values())
 
     def _place_of(self, group: dict[str, Any], number: int) -> int:
@@ -304,24 +322,6 @@ class Follower:
         raise GroupError(
             f"param_groups[{number}] was not given to the optimizer. Use add_param_group."
         )
-
-
-def _listed(group: Any, number: int) -> list[Any]:
-    """Return the parameters of a group."""
-    params = group.get("params") if isinstance(group, dict) else None
-    if not isinstance(params, list | tuple) or not all(isinstance(p, Tensor) for p in params):
-        raise GroupError(
-            f"param_groups[{number}] must be a dict with a list of parameters in 'params', got "
-            f"{type(group if params is None else params).__name__}. Put the list back."
-        )
-    return list(params)
-
-
-def _why_not(p: Tensor) -> str:
-    problem = problem_of(p)
-    if problem is not None:
-        return f", and it {problem}"
-    return ". Put the old one back, and use add_param_group for new ones."
 
 
 def _kept_units(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structprecond.core.boxes import lacks_parts
 from structprecond.core.plain import plain_value
 from structprecond.core.routing import Routing, as_routing
 from structprecond.core.strategy import Hyperparameter
@@ -92,6 +93,12 @@ def compare_entries(label: str, theirs: Mapping[str, Any], mine: Mapping[str, Te
         if not isinstance(source, Tensor) or source.shape != target.shape:
             got = tuple(source.shape) if isinstance(source, Tensor) else repr(source)
             problems.append(f"{label}: {name} is {got}, expected {tuple(target.shape)}")
+        elif lacks_parts(source, target):
+            problems.append(
+                f"{label}: {name} is only the part that one rank had of {source}; load what "
+                "torch.distributed.checkpoint saved, or what get_optimizer_state_dict returned "
+                "with full_state_dict=True"
+            )
         elif not _can_copy(source, target):
             problems.append(
                 f"{label}: {name} is {source.dtype}, {source.layout}, on {source.device}, which "

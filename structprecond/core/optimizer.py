@@ -9,29 +9,28 @@ from typing import Any, overload
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
-from structprecond.core import checkpoint, options, param_groups
+from structprecond.core import options, param_groups
 from structprecond.core.agreement import facts_of
+from structprecond.core.assembly import Assembly
 from structprecond.core.batch_size import GetBatchSize, Samples
 from structprecond.core.bucket import Bucket
-from structprecond.core.build import RoutedUnit, route_units, thaw
+from structprecond.core.build import RoutedUnit
 from structprecond.core.compiler import leave_to_python
 from structprecond.core.costs import too_high
 from structprecond.core.decay import as_rules
 from structprecond.core.entry import Entries
-from structprecond.core.follow import Follower
 from structprecond.core.inspection import check_batch_size, check_values
 from structprecond.core.naming import unwrap
 from structprecond.core.options import Nonfinite, Refresh
 from structprecond.core.ranks import Mesh
 from structprecond.core.refresh import RefreshSchedule, warning_of_failures
 from structprecond.core.report import describe
+from structprecond.core.resumable import Resumable
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routes, UserRoutes, as_routing, settle, with_defaults
 from structprecond.core.step import Plan
 from structprecond.core.team import Alone
-from structprecond.core.teams import find_team
 from structprecond.core.updates import all_or_nothing
 from structprecond.core.warn import warn_once
 from structprecond.groups import PreconditionerGroup
@@ -40,12 +39,12 @@ from structprecond.structures.spec import PerAxis, StructureSpec
 
 # the attributes that copies and pickles keep: no views, nothing that other code adds
 _COPIED = (
-    "defaults param_groups model refresh nonfinite maximize rounding buckets frozen_units "
-    "_names _global_step _samples _warned _follower _mesh team"
+    "defaults param_groups model refresh nonfinite maximize rounding _global_step _samples "
+    "_warned _assembly"
 ).split()
 
 
-class StructuredOptimizer(options.SharedKeywords, Optimizer):
+class StructuredOptimizer(options.SharedKeywords, Resumable):
     """An optimizer that runs a strategy over stacks of a model's parameters.
 
     Named optimizers such as `SIRFShampoo` are facades of this class. `param_groups` stay as given.
@@ -53,7 +52,8 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
     `combine_params` besides its hyperparameters.
 
     `optimizer.state[p]` shows the state of the unit whose first parameter is `p`, as views under
-    stable names. It exists from construction on.
+    stable names. It exists from construction on. Where rows have owners, it shows the rows that
+    this rank owns, which may be none; `state_dict` returns those of all ranks.
 
     An optimizer with parameters on the CPU makes glibc keep freed memory, in the whole process and
     permanently. The environment variable `STRUCTPRECOND_KEEP_FREED_MEMORY=0` prevents that.
@@ -116,14 +116,10 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
         self.model = model if isinstance(model, nn.Module) else None
         self.refresh, self.nonfinite, self.maximize = refresh, nonfinite, maximize
         self.rounding = rounding
-        self.buckets: list[Bucket] = []
-        self.frozen_units: list[RoutedUnit] = []
-        self._names: dict[nn.Parameter, str] = {}
         self._global_step = torch.zeros((), dtype=torch.int64, device="cpu")
         self._samples = Samples(self.model)
         self._warned: set[str] = set()
-        self._mesh, self.team = mesh, Alone()
-        self._follower = Follower(self.buckets, self.frozen_units, self._names)
+        self._assembly = Assembly(self.model, mesh, rounding)
         self._start_anew()
         settled = settle(strategy, routes)
         routing = as_routing(settled)
@@ -137,11 +133,12 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
         }
         leave_to_python(StructuredOptimizer, "_step")
         super().__init__(given, defaults)
-        param_groups.check_rules(self.defaults, self.buckets, self.frozen_units, self._names)
+        made = self._assembly
+        param_groups.check_rules(self.defaults, made.rules, made.names)
         warn_once(self._warned, "expensive", too_high(self.buckets))
         if batch_size is not None:
             self.batch_size = batch_size
-        if verbose_init:
+        if verbose_init and self.team.speaks:
             print(describe(self))
 
     def _start_anew(self) -> None:
@@ -157,46 +154,40 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
         """
         self._follow(quiet=True)
         model = None if self.model is None else unwrap(self.model)
-        group = param_groups.with_names(model, param_group)
-        routing = param_groups.routing_of(group, as_routing(self.defaults["strategy"]))
-        own = set(group)
-        misspelt = param_groups.check_keys(group, routing, type(self))
-        given = param_groups.complete(group, routing, self.defaults)
-        kept = set(group)
-        super().add_param_group(group)
+        new = param_groups.NewGroup(model, param_group, self.defaults, type(self))
+        super().add_param_group(new.group)
         try:
-            param_groups.drop_unread(group, kept, self.defaults)
-            check_values(group)
-            names = param_groups.labels_of(group, len(self.param_groups) - 1)
-            units = route_units(model, group, routing, names)
-            routing.check_read(given, [routed.route.strategy for routed in units])
-            param_groups.check_own_rules(group, own, routing, units, names.values())
-            self.team = find_team(self.team, self.model, self._mesh, group["params"])
-            awake = [routed for routed in units if not routed.frozen]
-            buckets = self.team.make_buckets(awake, self.rounding)
-            self._follower.add(self.model, group)
+            new.drop_unread()
+            check_values(new.group)
+            made = self._assembly.make(self.param_groups, self.global_step)
+            new.check(made.units, made.names)
+            self._assembly.follower.add(self.model, new.group)
         except BaseException:
             self.param_groups.pop()
             raise
-        self._names |= names
-        self._show(buckets, [routed for routed in units if routed.frozen])
-        warn_once(self._warned, "keys", misspelt)
+        self._assembly.use(made, self._entries, self.state)
+        warn_once(self._warned, "keys", new.misspelt)
         if model is None:
-            doubts = param_groups.roles_in_doubt(group, routing, buckets, type(self).__name__)
-            warn_once(self._warned, "roles", doubts)
+            warn_once(self._warned, "roles", new.roles_in_doubt(made.units))
 
-    def _show(self, buckets: Sequence[Bucket], frozen: Sequence[RoutedUnit] = ()) -> None:
-        """Add what is new, and show the state of buckets, and that frozen units have none."""
-        self.frozen_units += [routed for routed in frozen if routed not in self.frozen_units]
-        self.buckets += [bucket for bucket in buckets if bucket not in self.buckets]
-        self.team.adopt()
-        self._entries.show(buckets, self.state)
-        for routed in frozen:
-            self._entries.show_unit(routed.unit, self.state, {})
+    @property
+    def buckets(self) -> list[Bucket]:
+        """The stacks of units that this process updates."""
+        return self._assembly.buckets
+
+    @property
+    def frozen_units(self) -> list[RoutedUnit]:
+        """The units that have no state so far, as none of their parameters requires a gradient."""
+        return self._assembly.frozen
+
+    @property
+    def team(self) -> Alone:
+        """The team that trains the parameters."""
+        return self._assembly.team
 
     def name_of(self, param: nn.Parameter) -> str:
         """Return the name of a parameter in the model, or else its place in `param_groups`."""
-        return self._names[param]
+        return self._assembly.names[param]
 
     # --- counters --------------------------------------------------------------------------------
 
@@ -207,17 +198,26 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
 
     @property
     def skipped(self) -> int:
-        """The number of times a unit was skipped for a non-finite or too large gradient."""
+        """The number of times a unit was skipped for a non-finite or too large gradient.
+
+        If rows have owners, only those of this rank count: reading an attribute does not wait for
+        other ranks. Sum over ranks for all.
+        """
         return sum(int(b.counters.skipped[span.start]) for b in self.buckets for span in b.spans)
 
     @property
     def failed(self) -> int:
-        """The number of times a row kept its last basis or root, as decompositions failed."""
+        """The number of times a row kept its last basis or root, as decompositions failed.
+
+        If rows have owners, only those of this rank count, as in `skipped`.
+        """
         return sum(int(bucket.counters.failed.sum()) for bucket in self.buckets)
 
     @property
     def batch_size(self) -> int | None:
-        """The number of samples behind the gradients; None if unknown.
+        """The number of samples behind the gradients, counted on this rank or given for all ranks.
+
+        None if it is unknown.
 
         Assign an integer to fix it, or a callable on a forward's inputs to count it.
         """
@@ -261,13 +261,16 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
 
     @step_precision()
     def _step(self) -> None:
+        if self.global_step == 0:
+            self._assembly.meet(self._follow)
         with self.team.step(self.buckets):
             plans = self.plan()
-            warn_once(self._warned, "idle", self._follower.idle([plan.live for plan in plans]))
+            idle = self._assembly.follower.idle([plan.live for plan in plans])
+            warn_once(self._warned, "idle", idle)
             self.team.arrive(self.buckets)
             with all_or_nothing(plans) as updates:
                 warn = partial(warn_once, self._warned, "skipped")
-                prepare = partial(updates.prepare, self.nonfinite, warn)
+                prepare = partial(updates.prepare, self.nonfinite, warn, self.team.exclude)
                 self.team.confirm(prepare, plans, self.nonfinite == "raise")
                 failed = updates.apply(self.team.moved)
         warn_once(self._warned, "failed", warning_of_failures(failed, self.global_step))
@@ -276,16 +279,18 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
     def plan(self) -> list[Plan]:
         """Check all inputs of a step, or raise; return its plan for each bucket."""
         facts = partial(facts_of, self.param_groups, self._global_step)
-        return self.team.agree(self._plan, facts, self._samples, self._schedule)
+        with self._assembly.thawing(self._entries, self.state):
+            samples, schedule = self._samples, self._schedule
+            return self.team.agree(self._plan, facts, samples, schedule, self.nonfinite)
 
     def _plan(self) -> list[Plan]:
         """Check this rank's inputs; return its plan."""
         self._samples.watch(self)
         self._follow()
-        self._follower.check_groups()
+        self._assembly.follower.check_groups()
         self._thaw(lambda routed: not routed.frozen)
-        live = self.team.check(self.param_groups, self.buckets, self._names)
-        self._entries.follow(self.buckets, self.state, self._names)
+        live = self.team.check(self.param_groups, self.buckets, self._assembly.names)
+        self._entries.follow(self.buckets, self.state, self._assembly.names)
         step, batch_size = self.global_step, self.batch_size
         check_batch_size(batch_size, self.buckets, live)
         intervals = self.team.intervals(self._schedule, self.buckets, step)
@@ -296,52 +301,19 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
 
     def _thaw(self, thawed: Callable[[RoutedUnit], bool]) -> None:
         """Give state to frozen units that need it."""
-        make = partial(self.team.make_buckets, rounding=self.rounding)
-        self._show(thaw(self.frozen_units, thawed, make))
+        self._assembly.thaw(thawed, self._entries, self.state)
 
     def _follow(self, quiet: bool = False) -> None:
         """Follow changes of `param_groups` and of the model; refuse others, or wait if `quiet`."""
-        self._follower.update(self.model, self.param_groups, self._entries, self.state, quiet)
+        shown = (self._entries, self.state)
+        self._assembly.follow(self.param_groups, self.global_step, *shown, quiet)
 
     def count_step(self) -> None:
         """Count a step after its plans were applied."""
         self._samples.use()
         self._global_step += 1
 
-    # --- checkpoints and copies ------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state in torch's layout: only copied tensors and plain values.
-
-        The state of a unit is under its first parameter. Callables, strategies, groupings and
-        structures are described, not saved.
-        """
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
-        self._follow()
-        saved = checkpoint.save(self._follower.used_groups(), self.state)
-        return checkpoint.hooked(self, "state_dict_post", saved)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state dict as a whole or not at all.
-
-        The state keeps its live dtypes and devices. Parameters are matched by name if both sides
-        have names, else by order.
-
-        Raises:
-            CheckpointError: If it does not fit; the message lists the differences.
-        """
-        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
-        state_dict = checkpoint.hooked(self, "load_state_dict_pre", state_dict)
-        self._follow()
-        used = self._follower.used_groups(check=True)
-        saved = checkpoint.with_state(used, state_dict)
-        self._thaw(lambda routed: routed.unit.params[0] in saved)
-        with self._samples.loading():
-            checkpoint.load(self.param_groups, used, self.state, self._names, state_dict)
-        self._schedule.adopt(self.team.stacks(self.buckets))
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+    # --- copies ----------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the stacks themselves for copies and pickles, not hundreds of views."""
@@ -352,5 +324,5 @@ class StructuredOptimizer(options.SharedKeywords, Optimizer):
         super().__setstate__({**state, "state": defaultdict(dict)})
         leave_to_python(StructuredOptimizer, "_step")
         self._start_anew()
-        self._show(self.buckets, self.frozen_units)
+        self._assembly.show(self._entries, self.state)
         self._samples.watch(self)

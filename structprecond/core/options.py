@@ -51,7 +51,8 @@ class CommonOptions(TypedDict, total=False):
             rounding error in the state, in the parameter's dtype, and adds it to the next update.
             Default: "nearest".
         maximize: Whether to maximize. Default: False.
-        verbose_init: Whether to print how each parameter is treated. Default: False.
+        verbose_init: Whether to print how each parameter is treated; of several ranks that train
+            one model, the first one prints. Default: False.
         mesh: The ranks that own rows: a `DeviceMesh` or a `ProcessGroup`. Each row's state and
             updates are then on one rank only. Default: None; DTensors, as under `fully_shard`, are
             owned by the ranks that hold them, and other parameters have all state on every rank.

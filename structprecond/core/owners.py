@@ -4,27 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
-from structprecond.core.agreement import Agreement, Facts
+from structprecond.core.agreement import NOTHING, Agreement, Facts
 from structprecond.core.all_rows import known_rows
 from structprecond.core.batch_size import Samples
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit
 from structprecond.core.exchange import Exchange
+from structprecond.core.finite import exclude_unusable
 from structprecond.core.inspection import check_values
 from structprecond.core.layout import are_live
+from structprecond.core.options import Nonfinite
 from structprecond.core.ownership import Loads, Share, assign, bytes_of_row, items_of
 from structprecond.core.ranks import Ranks
 from structprecond.core.refresh import RefreshSchedule, Stack
 from structprecond.core.rounding import Rounding
+from structprecond.core.sharded_state import ShardedState, StateTensor
+from structprecond.core.state import ByParameter
 from structprecond.core.step import Plan
 from structprecond.core.team import INTERVALS, WITHOUT, Replicas, T
+from structprecond.core.units import Unit
 from structprecond.errors import LostRankError, StructPrecondError
+
+OWNED = "what has owners: were other parameters thawed, or added"
+"""Name of a fact."""
 
 
 class Owners(Replicas):
@@ -33,6 +42,7 @@ class Owners(Replicas):
     Args:
         agreement: The agreement of all ranks.
         share: The number of different batches over the number of ranks.
+        seed: The seed of all random numbers.
         ranks: The ranks that hold whole parameters together.
 
     Attributes:
@@ -40,13 +50,30 @@ class Owners(Replicas):
         loads: The loads of the owners.
     """
 
-    def __init__(self, agreement: Agreement, share: float, ranks: Ranks) -> None:
-        super().__init__(agreement, share)
+    def __init__(self, agreement: Agreement, share: float, seed: int, ranks: Ranks) -> None:
+        super().__init__(agreement, share, seed)
         self.ranks, self.exchanges = ranks, list[Exchange]()
-        self.loads = Loads.none(ranks.size)
+        self.loads = self._made_loads = Loads.none(ranks.size)
         self._made: list[Exchange] = []
+        self._before = 0, self.loads
         self._exchange_of: dict[Bucket, int] = {}
+        self._rounding: Rounding = "nearest"
         self._step = _Step()
+
+    def problem_with(self, params: Iterable[nn.Parameter]) -> str | None:
+        """Return why the team cannot train some parameters, as an object; None if it can."""
+        return self.ranks.problem_with(params)
+
+    def can_follow(self, new: Mapping[nn.Parameter, nn.Parameter]) -> bool:
+        """Return whether the state can stay where it is: exchanges are made for parameters."""
+        owned = [p for routed in self.units for p in routed.unit.params]
+        same = all(new.get(p) is p for p in owned) and super().can_follow(new)
+        return same and all(exchange.fits for exchange in self.exchanges)
+
+    def regroup(self, groups: Mapping[int, dict[str, Any]]) -> None:
+        """Use other param groups from now on."""
+        for exchange in self.exchanges:
+            exchange.regroup(groups)
 
     def make_buckets(self, units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:
         """Assign owners, and stack what this rank owns."""
@@ -58,9 +85,10 @@ class Owners(Replicas):
         for (_, _, key), stack in alike.items():
             row_bytes = bytes_of_row(stack[0], key, rounding)
             items += [items_of(routed, key, row_bytes) for routed in stack]
-        owners = iter(assign([item for some in items for item in some], self.loads))
+        self._made, self._made_loads = [], deepcopy(self.loads)
+        owners = iter(assign([item for some in items for item in some], self._made_loads))
         counts = iter(map(len, items))
-        self._made, made = [], []
+        made, self._rounding = [], rounding
         for (_, _, key), stack in alike.items():
             shares = [
                 Share.of(routed, [next(owners) for _ in range(next(counts))], self.ranks.me)
@@ -85,11 +113,22 @@ class Owners(Replicas):
         """Raise `StructPrecondError`, as for copies."""
         self.__deepcopy__({})
 
-    def adopt(self) -> None:
+    def adopt(self) -> list[tuple[Unit, dict[str, Tensor]]]:
         """Use the last buckets that were made, since nothing has failed after that."""
-        self.exchanges += self._made
-        self._step.add(self._made)
-        self._made = []
+        self._before = len(self.exchanges), self.loads
+        new, self._made, self.loads = self._made, [], self._made_loads
+        self.exchanges += new
+        self._step.add(new)
+        elsewhere: dict[Unit, dict[str, Tensor]] = {}
+        for one in self._tensors_of(new):
+            if one.share.mine is None:
+                elsewhere.setdefault(one.share.routed.unit, {})[one.name] = one.empty(0)
+        return list(elsewhere.items())
+
+    def give_up(self) -> None:
+        """Undo the last `adopt`."""
+        number, self.loads = self._before
+        del self.exchanges[number:]
 
     @property
     def units(self) -> list[RoutedUnit]:
@@ -102,11 +141,16 @@ class Owners(Replicas):
         buckets: Sequence[Bucket],
         names: Mapping[nn.Parameter, str],
     ) -> list[list[bool]]:
-        """Check hyperparameters and this rank's parts; return the live units of each bucket."""
+        """Check hyperparameters and this rank's parts; return the live units of each bucket.
+
+        Allocates the copies, so that a lack of memory lets all ranks raise.
+        """
         for group in param_groups:
             check_values(group)
         for exchange in self.exchanges:
             exchange.check(names)
+        for exchange in self.exchanges:
+            exchange.allocate()
         return [are_live(bucket.units) for bucket in buckets]
 
     def stacks(self, buckets: Sequence[Bucket]) -> Sequence[Stack]:
@@ -124,7 +168,8 @@ class Owners(Replicas):
         """Return what else has to be the same on all ranks."""
         units = [routed.unit for routed in self.units]
         dead = [unit.label for unit, on in zip(units, are_live(units), strict=True) if not on]
-        return {WITHOUT: dead, INTERVALS: self._intervals}
+        owned = {"stacks": len(self.exchanges), "state in bytes": self.loads.state_bytes}
+        return {OWNED: owned, WITHOUT: dead, INTERVALS: self._intervals}
 
     def _stagger(self, plans: Sequence[Plan], schedule: RefreshSchedule) -> None:
         stacks = self.stacks([])
@@ -139,6 +184,14 @@ class Owners(Replicas):
         for plan in plans:
             all_rows = self.exchanges[self._exchange_of[plan.bucket]].all_rows
             plan.bucket.counters.phase_offset.copy_(all_rows.offsets_of(plan.bucket.units))
+
+    def exclude(self, plans: Sequence[Plan], refuse: bool) -> str | None:
+        """Exclude unusable units of this rank; the others get what their owners decide."""
+        return exclude_unusable(plans, refuse)
+
+    def _suspects(self, plans: Sequence[Plan]) -> int:
+        """Return 0, since gradients have not arrived."""
+        return 0
 
     def _runs_other_code(self, plans: Sequence[Plan]) -> bool:
         return any(exchange.runs_other_code for exchange in self.exchanges)
@@ -165,9 +218,10 @@ class Owners(Replicas):
         facts: Callable[[], Facts],
         samples: Samples,
         schedule: RefreshSchedule,
+        nonfinite: Nonfinite,
     ) -> list[Plan]:
         """Plan a step on all ranks, or on none; counted samples are those of all ranks."""
-        plans = super().agree(plan, facts, samples, schedule)
+        plans = super().agree(plan, facts, samples, schedule, nonfinite)
         self._step.agreed = True
         return plans
 
@@ -188,6 +242,25 @@ class Owners(Replicas):
         """Note that the parameters of a bucket have been updated; send them if all are."""
         self._step.waiting[self._exchange_of[bucket]].discard(bucket)
         self._step.spread()
+
+    def decide(self, make: Callable[[], tuple[T, Facts]], verb: str) -> T:
+        """Prepare to save or to load a checkpoint on all ranks, or on none."""
+        return self.agreement.reach(lambda: (*make(), NOTHING), "checkpoint", verb)[0]
+
+    def gather(self, state: ByParameter) -> ByParameter:
+        """Return the state of all ranks, for a checkpoint."""
+        return self._sharded().gather(state)
+
+    def scatter(self, whole: ByParameter, state: ByParameter) -> None:
+        """Write the state of all ranks, which `gather` returned, into this rank's."""
+        self._sharded().scatter(whole, state)
+
+    def _sharded(self) -> ShardedState:
+        return ShardedState(self.agreement, self.ranks, self._tensors_of(self.exchanges))
+
+    def _tensors_of(self, exchanges: Sequence[Exchange]) -> Iterator[StateTensor]:
+        for exchange in exchanges:
+            yield from StateTensor.of(exchange, self._rounding)
 
 
 class _Step:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,7 +80,7 @@ def _work(routed: RoutedUnit, key: BucketKey) -> float:
     strategy = routed.route.strategy
     every: Any = routed.group.get(f"{routed.prefix}{interval_of(strategy)}")
     refresh = refresh_operations(strategy, key)
-    return step_operations(key) + refresh / (every if isinstance(every, int) else 1)
+    return step_operations(strategy, key) + refresh / (every if isinstance(every, int) else 1)
 
 
 def bytes_of_row(routed: RoutedUnit, key: BucketKey, rounding: Rounding) -> int:
@@ -169,6 +169,11 @@ class Share:
         copy = _placeholder(unit.params[0], torch.Size([len(rows), *unit.shape]))
         mine = replace(unit, rows=len(rows), copies=(copy,), row_numbers=rows)
         return cls(routed, tuple(owners), mine)
+
+    def regrouped(self, groups: Mapping[int, dict[str, Any]]) -> Share:
+        """Return the share with another param group, by the identity of the one before."""
+        group = groups[id(self.routed.group)]
+        return replace(self, routed=replace(self.routed, group=group))
 
     @property
     def by_rows(self) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit
 from structprecond.core.decay import as_rules, check_patterns
 from structprecond.core.naming import plain_name, unwrap
@@ -51,6 +50,93 @@ def parameters_of(model: nn.Module | Iterable[Any], params: Any, optimizer: str)
             f"{type(model).__name__}. Pass the model first, or the parameters alone."
         )
     return model
+
+
+class NewGroup:
+    """A param group that is about to be added, complete and with the names of its parameters.
+
+    Args:
+        model: The model without wrappers; None if only parameters are known.
+        given: The group as the user gave it.
+        defaults: The defaults of all groups.
+        optimizer: The optimizer's class.
+
+    Attributes:
+        group: The complete group, a copy.
+        misspelt: A warning about keys that look misspelt; None without any.
+
+    Raises:
+        TypeError: If the group is not a mapping, as in torch.
+        StructPrecondError: If its parameters or its keys are wrong.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        given: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        optimizer: type,
+    ) -> None:
+        self.group = with_names(model, given)
+        self._routing = routing_of(self.group, as_routing(defaults["strategy"]))
+        self._own = set(self.group)
+        self.misspelt = check_keys(self.group, self._routing, optimizer)
+        self._given = complete(self.group, self._routing, defaults)
+        self._kept = set(self.group)
+        self._defaults, self._optimizer = defaults, optimizer.__name__
+
+    def drop_unread(self) -> None:
+        """Remove the defaults that torch added to the group and its strategies do not use."""
+        for name in self._defaults.keys() - self._kept - set(CONFIGURATION):
+            del self.group[name]
+
+    def check(self, all_units: Iterable[RoutedUnit], names: Mapping[nn.Parameter, str]) -> None:
+        """Check that what the group was given has an effect.
+
+        Args:
+            all_units: Its units, and those of other groups.
+            names: The names of its parameters, and of others.
+
+        Raises:
+            StructPrecondError: If a hyperparameter, a route or a `no_decay` has none.
+        """
+        units = [routed for routed in all_units if routed.group is self.group]
+        self._routing.check_read(self._given, [routed.route.strategy for routed in units])
+        if "strategy" in self._own:
+            self._routing.check_used({routed.route.rule for routed in units})
+        if "no_decay" in self._own:
+            check_patterns(self.group["no_decay"], [names[p] for p in self.group["params"]])
+
+    def roles_in_doubt(self, all_units: Iterable[RoutedUnit]) -> str | None:
+        """Return a warning if the roles of parameters without a model or names matter.
+
+        Args:
+            all_units: Its units, and those of other groups.
+        """
+        by_role = [
+            routed.unit
+            for routed in all_units
+            if routed.group is self.group and routed.route.rule in ROLES and not routed.frozen
+        ]
+        uniform = self._routing.is_uniform
+        matrices = 0 if uniform else sum(p.ndim > 1 for unit in by_role for p in unit.params)
+        if self.group.get("param_names"):
+            return None
+        if matrices:
+            what = f"{self._optimizer} routes parameters by their roles"
+            whose = f"The roles of the {matrices} with two axes or more were"
+            confused = "an embedding or a head from a hidden matrix"
+        elif any(rule in ROLES for rule in self.group["no_decay"]):
+            what, whose = "no_decay goes by roles", "Their roles were"
+            confused = "a norm from a bias"
+        else:
+            return None
+        return (
+            f"{what}, but {self._optimizer} was given parameters without a model or names. "
+            f"{whose} guessed from shapes, which cannot tell {confused}. Pass the model, as in "
+            f"{self._optimizer}(model), or pairs of names and parameters, as in "
+            f"{self._optimizer}(model.named_parameters())."
+        )
 
 
 def with_names(model: nn.Module | None, param_group: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,57 +206,16 @@ def complete(group: dict[str, Any], routing: Routing, defaults: Mapping[str, Any
     return given
 
 
-def drop_unread(group: dict[str, Any], kept: Set[str], defaults: Mapping[str, Any]) -> None:
-    """Remove the defaults that torch added to a group and its strategies do not use.
-
-    Args:
-        group: The group.
-        kept: Its keys from before.
-        defaults: The defaults.
-    """
-    for name in defaults.keys() - kept - set(CONFIGURATION):
-        del group[name]
-
-
-def check_rules(
-    defaults: Mapping[str, Any],
-    buckets: Iterable[Bucket],
-    frozen: Iterable[RoutedUnit],
-    names: Mapping[Any, str],
-) -> None:
+def check_rules(defaults: Mapping[str, Any], used: set[str], names: Mapping[Any, str]) -> None:
     """Raise `GroupError` if a route or a `no_decay` of the optimizer matches nothing.
 
     Args:
         defaults: The defaults of all groups.
-        buckets: The buckets of all groups.
-        frozen: The frozen units of all groups.
+        used: The roles and patterns that routed a unit.
         names: The names of all parameters.
     """
-    used = {rule for bucket in buckets for rule in bucket.rules}
-    as_routing(defaults["strategy"]).check_used(used | {routed.route.rule for routed in frozen})
+    as_routing(defaults["strategy"]).check_used(used)
     check_patterns(defaults["no_decay"], names.values())
-
-
-def check_own_rules(
-    group: Mapping[str, Any],
-    own: Set[str],
-    routing: Routing,
-    units: Iterable[RoutedUnit],
-    names: Iterable[str],
-) -> None:
-    """Raise `GroupError` if a route or a `no_decay` of a group's own matches nothing in it.
-
-    Args:
-        group: The group.
-        own: The keys that it was given.
-        routing: Its routing.
-        units: Its units.
-        names: The names of its parameters.
-    """
-    if "strategy" in own:
-        routing.check_used({routed.route.rule for routed in units})
-    if "no_decay" in own:
-        check_patterns(group["no_decay"], names)
 
 
 def _check_one_decay(given: Set[str], main: Strategy[Any]) -> None:
@@ -230,42 +275,6 @@ def _words_of_strategies() -> set[str]:
         for own in cls.hyperparameters
         for word in (own, f"{name}_{own}")
     }
-
-
-def roles_in_doubt(
-    group: Mapping[str, Any], routing: Routing, buckets: Iterable[Bucket], optimizer: str
-) -> str | None:
-    """Return a warning if the roles of parameters without a model or names matter.
-
-    Args:
-        group: The group.
-        routing: Its routing.
-        buckets: The buckets made of it.
-        optimizer: The name of the optimizer's class.
-    """
-    by_role = (
-        unit
-        for bucket in buckets
-        for unit, rule in zip(bucket.units, bucket.rules, strict=True)
-        if rule in ROLES
-    )
-    matrices = 0 if routing.is_uniform else sum(p.ndim > 1 for u in by_role for p in u.params)
-    if group.get("param_names"):
-        return None
-    if matrices:
-        what = f"{optimizer} routes parameters by their roles"
-        whose = f"The roles of the {matrices} with two axes or more were"
-        confused = "an embedding or a head from a hidden matrix"
-    elif any(rule in ROLES for rule in group["no_decay"]):
-        what, whose = "no_decay goes by roles", "Their roles were"
-        confused = "a norm from a bias"
-    else:
-        return None
-    return (
-        f"{what}, but {optimizer} was given parameters without a model or names. {whose} guessed "
-        f"from shapes, which cannot tell {confused}. Pass the model, as in {optimizer}(model), or "
-        f"pairs of names and parameters, as in {optimizer}(model.named_parameters())."
-    )
 
 
 def _as_tuple(rules: Any) -> tuple[PreconditionerGroup, ...] | None:

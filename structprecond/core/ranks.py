@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -63,6 +63,22 @@ class Ranks:
             self._known[key] = Holders([box_of(p, place) for place in places])
         return self._known[key]
 
+    def problem_with(self, params: Iterable[Tensor]) -> str | None:
+        """Return why the ranks do not hold some parameters whole, as an object; None if they do."""
+        for p in filter(is_dtensor, params):
+            what = f"a parameter of shape {tuple(p.shape)}, which is on {p.device_mesh}"
+            if not self._know(p.device_mesh):
+                return f"{what}, but the others are on {self.root or self.numbers}"
+            if sum(box.numel for box in set(self.holders(p).boxes)) != p.numel():
+                return f"{what}; the {self.size} ranks of the others hold only a part of it"
+        return None
+
+    def _know(self, mesh: DeviceMesh) -> bool:
+        """Return whether the place of each rank in a mesh is known."""
+        if self.root is None:
+            return set(self.numbers) <= set(mesh.mesh.flatten().tolist())
+        return mesh == self.root or _is_part(mesh, self.root)
+
     def nearest(self, rank: int, others: Sequence[int]) -> int:
         """Return which of some ranks shares most coordinates of the mesh with another one.
 
@@ -122,13 +138,11 @@ def holders_of(params: Sequence[Tensor], mesh: Mesh | None) -> tuple[Ranks, dist
     if mesh is not None:
         named = _group_of(mesh)
         ranks = Ranks.of_group(named, root)
-        for p in params:
-            if sum(box.numel for box in set(ranks.holders(p).boxes)) != p.numel():
-                raise StructPrecondError(
-                    f"The {ranks.size} ranks of mesh= hold only a part of a parameter of shape "
-                    f"{tuple(p.shape)}, which is on {p.device_mesh}. Leave mesh= out, or name "  # type: ignore[attr-defined]
-                    "ranks that hold all of it."
-                )
+        if problem := ranks.problem_with(params):
+            raise StructPrecondError(
+                f"The parameters include {problem}. Leave mesh= out, or name ranks that hold all "
+                "of them."
+            )
         return ranks, everyone or named
     assert root is not None
     assert everyone is not None
@@ -156,14 +170,17 @@ def _root_of(params: Sequence[Tensor]) -> DeviceMesh | None:
     if len(meshes) < 2:
         return meshes[0] if meshes else None
     root = max(meshes, key=lambda mesh: mesh.ndim)
-    names = set(root.mesh_dim_names or ())
-    parts = [mesh for mesh in meshes if mesh != root]
-    if not names or not all(set(m.mesh_dim_names or (None,)) <= names for m in parts):
+    if not all(mesh == root or _is_part(mesh, root) for mesh in meshes):
         raise StructPrecondError(
             f"The parameters are on the meshes {', '.join(map(str, meshes))}, which are no parts "
             "of one. Make one mesh with named dimensions, and shard along these."
         )
     return root
+
+
+def _is_part(mesh: DeviceMesh, root: DeviceMesh) -> bool:
+    """Return whether a mesh has some of the named dimensions of another one."""
+    return set(mesh.mesh_dim_names or (None,)) <= set(root.mesh_dim_names or ())
 
 
 def _group_of(mesh: Mesh) -> dist.ProcessGroup:

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from structprecond.core.bucket import Bucket, BucketKey
+from structprecond.core.bucket import Bucket, BucketKey, weight_decay_in
 from structprecond.core.build import RoutedUnit, left_out_axes, roles_of
+from structprecond.core.exchange import Exchange
 from structprecond.core.naming import (
     describe_shape,
     enumerate_names,
     names_of_structures,
     unwrap,
 )
+from structprecond.core.owners import Owners
+from structprecond.core.ownership import Loads, bytes_of_row
 from structprecond.core.plain import describe_object
+from structprecond.core.rounding import Rounding
 from structprecond.core.strategy import Strategy
 from structprecond.core.units import Unit
 from structprecond.errors import StructPrecondError
 from structprecond.roles import ROLES, Role
-from structprecond.tables import lay_out
+from structprecond.tables import human, lay_out
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Row:
         live: Whether any of the parameters requires a gradient.
         weight_decay: The weight decay now; None if the strategy has none.
         decays: Whether `no_decay` leaves it alone.
+        owners: The ranks that own some of its rows, counted among those that share the state;
+            empty unless rows have owners.
     """
 
     group: int
@@ -66,19 +72,39 @@ class Row:
     live: bool
     weight_decay: float | None = None
     decays: bool = True
+    owners: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """What one rank does and keeps, where rows have owners.
+
+    Args:
+        work: Its share of the operations of a step.
+        state: Its share of the bytes of all state.
+        state_bytes: The bytes of its state.
+    """
+
+    work: float
+    state: float
+    state_bytes: int
 
 
 @dataclass(frozen=True)
 class Description:
     """How an optimizer treats each parameter; print it for a table.
 
+    Where rows have owners, it is the same on every rank.
+
     Args:
         rows: One entry per stack.
         parameter_bytes: The bytes of all parameters.
+        ranks: The share of each rank; empty unless rows have owners.
     """
 
     rows: tuple[Row, ...]
     parameter_bytes: int
+    ranks: tuple[RankShare, ...] = ()
 
     @property
     def state_bytes(self) -> int:
@@ -94,7 +120,8 @@ class Description:
         by_name = any(rule not in ("default", *ROLES) for rule in rules)
         exempt = not all(row.decays for row in self.rows)
         by_decay = exempt or len({row.weight_decay for row in self.rows}) > 1
-        usual = ("role", "rule", "shape", "rows", "structures", "state")
+        owned = any(row.owners for row in self.rows)
+        usual = ("role", "rule", "shape", "rows", "structures", "state", *("owners",) * owned)
         more_columns = ("strategy",) * routed + ("route",) * by_name + ("decay",) * by_decay
         table: list[tuple[str, ...]] = [("group", "parameters", *more_columns, *usual)]
         for row in self.rows:
@@ -111,7 +138,8 @@ class Description:
                     describe_shape(row.shape),
                     str(row.rows),
                     " ".join(_compress(row.structures, row.dtypes)),
-                    _human(row.state_bytes),
+                    human(row.state_bytes),
+                    *(_ranges(row.owners),) * owned,
                 )
             )
         lines = lay_out(table)
@@ -119,8 +147,8 @@ class Description:
             f" = {self.state_bytes / self.parameter_bytes:.2f} x" if self.parameter_bytes else ""
         )
         total = (
-            f"{', '.join(strategies)}: state {_human(self.state_bytes)}{ratio} parameters "
-            f"({_human(self.parameter_bytes)})"
+            f"{', '.join(strategies)}: state {human(self.state_bytes)}{ratio} parameters "
+            f"({human(self.parameter_bytes)})"
         )
         left_out = [
             f"axis {axis} of {_first_of(row)} ({describe_shape(row.shape)})"
@@ -128,7 +156,17 @@ class Description:
             for axis in row.left_out
         ]
         too_long = [f"No factor for long axes: {enumerate_names(left_out)}"] if left_out else []
-        return "\n".join([*lines, lines[1], total, *too_long])
+        return "\n".join([*lines, lines[1], total, *self._shares(), *too_long])
+
+    def _shares(self) -> list[str]:
+        if not self.ranks:
+            return []
+        work, state = (max(getattr(rank, f) for rank in self.ranks) for f in ("work", "state"))
+        largest = human(max(rank.state_bytes for rank in self.ranks))
+        return [
+            f"largest share of work {work:.2f} of {len(self.ranks)} ranks, of state {state:.2f} "
+            f"({largest})"
+        ]
 
     def by_parameter(self) -> str:
         """Return a table with one line per unit: its role, why it has it, and its strategy.
@@ -169,28 +207,22 @@ def describe(optimizer: Optimizer) -> Description:
         ------------------------------------------------------------------------
         SIRFShampooStrategy: state 236 B = 7.38 x parameters (32 B)
     """
-    optimizer = getattr(optimizer, "base_optimizer", optimizer)
-    buckets: list[Bucket] | None = getattr(optimizer, "buckets", None)
+    own: Any = getattr(optimizer, "base_optimizer", optimizer)
+    buckets: list[Bucket] | None = getattr(own, "buckets", None)
     if buckets is None:
         raise StructPrecondError(
-            f"describe takes an optimizer of this library, got a {type(optimizer).__name__}. Build "
+            f"describe takes an optimizer of this library, got a {type(own).__name__}. Build "
             "one, such as SOAP(model)."
         )
-    optimizer._follow()  # type: ignore[union-attr]
-    stacks = [
-        _Stack(
-            b.group,
-            b.strategy,
-            b.key,
-            b.units,
-            b.rules,
-            b.weight_decay,
-            b.named_tensors().values(),
-        )
-        for b in buckets
-    ]
+    own._follow()
+    team = own.team
+    if isinstance(team, Owners):
+        stacks = [_Stack.of_exchange(e, own.rounding) for e in team.exchanges]
+        shares = _shares_of(team.loads)
+    else:
+        stacks, shares = [_Stack.of_bucket(bucket) for bucket in buckets], ()
     frozen: dict[Any, list[RoutedUnit]] = {}
-    for routed in getattr(optimizer, "frozen_units", ()):
+    for routed in own.frozen_units:
         key = (id(routed.group), routed.route.strategy, routed.key())
         frozen.setdefault(key, []).append(routed)
     stacks += [
@@ -204,11 +236,19 @@ def describe(optimizer: Optimizer) -> Description:
         )
         for (_, strategy, key), same in frozen.items()
     ]
-    numbers = {id(group): i for i, group in enumerate(optimizer.param_groups)}
-    roles = _roles(stacks, getattr(optimizer, "model", None))
+    numbers = {id(group): i for i, group in enumerate(own.param_groups)}
+    roles = _roles(stacks, own.model)
     rows = tuple(stack.row(numbers[id(stack.group)], roles) for stack in stacks)
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    return Description(rows, sum(p.nbytes for p in parameters))
+    parameters = (p for group in own.param_groups for p in group["params"])
+    return Description(rows, sum(p.nbytes for p in parameters), shares)
+
+
+def _shares_of(loads: Loads) -> tuple[RankShare, ...]:
+    work, size = sum(loads.work) or 1.0, sum(loads.state_bytes) or 1
+    return tuple(
+        RankShare(own / work, state / size, state)
+        for own, state in zip(loads.work, loads.state_bytes, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -221,7 +261,32 @@ class _Stack:
     units: Sequence[Unit]
     rules: Sequence[str]
     weight_decay: float | None
-    tensors: Iterable[Tensor] = ()
+    state_bytes: int = 0
+    owners: tuple[int, ...] = ()
+
+    @classmethod
+    def of_bucket(cls, bucket: Bucket) -> _Stack:
+        """Return a stack of this process."""
+        size = sum(t.nbytes for t in bucket.named_tensors().values())
+        kind = (bucket.group, bucket.strategy, bucket.key)
+        return cls(*kind, bucket.units, bucket.rules, bucket.weight_decay, size)
+
+    @classmethod
+    def of_exchange(cls, exchange: Exchange, rounding: Rounding) -> _Stack:
+        """Return a stack that several ranks own."""
+        routed, key = [share.routed for share in exchange.shares], exchange.all_rows.key
+        first = routed[0]
+        group, strategy = first.group, first.route.strategy
+        return cls(
+            group,
+            strategy,
+            key,
+            exchange.all_rows.units,
+            [one.route.rule for one in routed],
+            weight_decay_in(group, strategy, first.prefix, key.decays),
+            exchange.all_rows.rows * bytes_of_row(first, key, rounding),
+            tuple(sorted({owner for share in exchange.shares for owner in share.owners})),
+        )
 
     def row(self, number: int, roles: Mapping[nn.Parameter, Role]) -> Row:
         """Return the row of the table, in the param group of a number."""
@@ -239,10 +304,11 @@ class _Stack:
             structures=names_of_structures(self.key.structures),
             left_out=left_out_axes(self.units[0], self.strategy, self.group, self.key.structures),
             dtypes=tuple(str(d).removeprefix("torch.") for d in self.key.dtypes),
-            state_bytes=sum(t.nbytes for t in self.tensors),
+            state_bytes=self.state_bytes,
             live=any(p.requires_grad for unit in self.units for p in unit.params),
             weight_decay=self.weight_decay,
             decays=self.key.decays,
+            owners=self.owners,
         )
 
 
@@ -269,13 +335,13 @@ def _first_of(row: Row) -> str:
     return _shorten(row.names[0], 40) + more
 
 
+def _ranges(ranks: Sequence[int]) -> str:
+    """Return ranks as in "0-3 7"."""
+    starts = [rank for rank in ranks if rank - 1 not in ranks]
+    ends = [rank for rank in ranks if rank + 1 not in ranks]
+    pairs = zip(starts, ends, strict=True)
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in pairs)
+
+
 def _shorten(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def _human(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ Rows = slice | Tensor
 """Rows of a stack: `slice(None)` for all of them, else their indices."""
 
 ALL_ROWS = slice(None)
+
+ByParameter: TypeAlias = Mapping[Any, Mapping[str, Tensor]]
+"""The tensors of a state under each parameter by name."""
 
 
 class State:

@@ -56,6 +56,9 @@ class Plan:
     recorded: Recorded | None = None
     _grads: Tensor | None = field(default=None, repr=False)
     _failed: list[str] = field(default_factory=list, init=False, repr=False)
+    _skipped: list[slice] = field(default_factory=list, init=False, repr=False)
+    norms: list[float] | None = field(default=None, init=False, repr=False)
+    """The norm of each row's gradient; None if not known yet."""
 
     # --- plan and exclude ------------------------------------------------------------------------
 
@@ -68,11 +71,11 @@ class Plan:
         return self._grads
 
     def exclude(self, units: Sequence[bool]) -> None:
-        """Exclude some live units from the step, and count that."""
+        """Exclude some live units from the step, which counts that once it is made."""
         for i, excluded in enumerate(units):
             if excluded and self.live[i]:
                 self.live[i] = False
-                self.bucket.counters.skipped[self.bucket.spans[i]] += 1
+                self._skipped.append(self.bucket.spans[i])
 
     def trial(self, units: Sequence[bool]) -> Plan:
         """Return the plan of the same step for some units of a copy of the bucket."""
@@ -105,6 +108,8 @@ class Plan:
 
     def _prepare(self) -> Callable[[], list[str]]:
         bucket = self.bucket
+        for span in self._skipped:
+            bucket.counters.skipped[span] += 1
         if not any(self.live):
             self.due()  # notes who becomes overdue
             self._grads = None

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import partial
 from typing import Any, TypeVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
-from structprecond.core.agreement import Agreement, Facts
+from structprecond.core.agreement import NOTHING, Agreement, Facts
 from structprecond.core.batch_size import Samples
+from structprecond.core.boxes import is_dtensor
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit, make_buckets
 from structprecond.core.counters import Counters
+from structprecond.core.finite import exclude_unusable, with_large_gradient
 from structprecond.core.inspection import check_step
+from structprecond.core.options import Nonfinite
 from structprecond.core.refresh import RefreshSchedule, Stack
 from structprecond.core.rounding import Rounding
+from structprecond.core.state import ByParameter
 from structprecond.core.step import Plan
+from structprecond.core.units import Unit
 
 T = TypeVar("T")
 WITHOUT, INTERVALS = "the units without a gradient", "the refresh intervals"
@@ -29,12 +33,56 @@ WITHOUT, INTERVALS = "the units without a gradient", "the refresh intervals"
 class Alone:
     """One process, which holds everything and decides alone."""
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this process prints what is the same on all ranks."""
+        return True
+
+    def problem_with(self, params: Iterable[nn.Parameter]) -> str | None:
+        """Return why the team cannot train some parameters, as an object; None if it can."""
+        sharded = [p for p in params if is_dtensor(p)]
+        if not sharded:
+            return None
+        return (
+            f"a DTensor of shape {tuple(sharded[0].shape)}, but the others are whole on every rank"
+        )
+
+    def can_follow(self, new: Mapping[nn.Parameter, nn.Parameter]) -> bool:
+        """Return whether the state can stay where it is.
+
+        Args:
+            new: The parameters that stay, and for each the one that is updated from now on.
+        """
+        return self.problem_with(new.values()) is None
+
+    def regroup(self, groups: Mapping[int, dict[str, Any]]) -> None:
+        """Use other param groups from now on.
+
+        Args:
+            groups: By the identity of a group that was used, the one that replaces it.
+        """
+
+    def meet(self, parameters: Callable[[], Facts]) -> None:
+        """Check before the first step that all ranks train the same parameters.
+
+        Args:
+            parameters: Returns them.
+        """
+
     def make_buckets(self, units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:
         """Stack the units that this rank owns, which allocates their state."""
         return make_buckets(units, rounding)
 
-    def adopt(self) -> None:
-        """Use the last buckets that were made, since nothing has failed after that."""
+    def adopt(self) -> list[tuple[Unit, dict[str, Tensor]]]:
+        """Use the last buckets that were made, since nothing has failed after that.
+
+        Returns:
+            Units that are in no bucket, with what this rank shows of their state.
+        """
+        return []
+
+    def give_up(self) -> None:
+        """Undo the last `adopt`."""
 
     def check(
         self,
@@ -66,6 +114,7 @@ class Alone:
         facts: Callable[[], Facts],
         samples: Samples,
         schedule: RefreshSchedule,
+        nonfinite: Nonfinite,
     ) -> list[Plan]:
         """Plan a step on all ranks, or on none.
 
@@ -74,6 +123,7 @@ class Alone:
             facts: Returns what has to be the same on all ranks, besides what the team knows.
             samples: The number of samples behind the gradients.
             schedule: Assigns phase offsets.
+            nonfinite: What to do with unusable gradients.
         """
         plans = plan()
         schedule.stagger([one.bucket for one in plans], [one.every for one in plans])
@@ -81,6 +131,10 @@ class Alone:
 
     def arrive(self, buckets: Sequence[Bucket]) -> None:
         """Wait for the gradients."""
+
+    def exclude(self, plans: Sequence[Plan], refuse: bool) -> str | None:
+        """Exclude unusable units on all ranks; see `exclude_unusable`."""
+        return exclude_unusable(plans, refuse)
 
     def confirm(self, make: Callable[[], T], plans: Sequence[Plan], may_fail: bool) -> T:
         """Do something on all ranks, or on none.
@@ -95,6 +149,22 @@ class Alone:
     def moved(self, bucket: Bucket) -> None:
         """Note that the parameters of a bucket have been updated."""
 
+    def decide(self, make: Callable[[], tuple[T, Facts]], verb: str) -> T:
+        """Prepare to save or to load a checkpoint on all ranks, or on none.
+
+        Args:
+            make: Returns the preparations, and what has to be the same on all ranks.
+            verb: What is about to happen to the checkpoint, for messages.
+        """
+        return make()[0]
+
+    def gather(self, state: ByParameter) -> ByParameter:
+        """Return the state of all ranks, for a checkpoint."""
+        return state
+
+    def scatter(self, whole: ByParameter, state: ByParameter) -> None:
+        """Write the state of all ranks, which `gather` returned, into this rank's."""
+
 
 class Replicas(Alone):
     """Ranks with the same parameters, gradients and state, as under DistributedDataParallel.
@@ -102,10 +172,11 @@ class Replicas(Alone):
     Args:
         agreement: The agreement of all ranks.
         share: The number of different batches over the number of ranks.
+        seed: The seed of all random numbers.
     """
 
-    def __init__(self, agreement: Agreement, share: float) -> None:
-        self.agreement, self._share = agreement, share
+    def __init__(self, agreement: Agreement, share: float, seed: int) -> None:
+        self.agreement, self._share, self.seed = agreement, share, seed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return itself: copies of the optimizer on these ranks decide together as well."""
@@ -115,10 +186,14 @@ class Replicas(Alone):
         """Return one process: another process that loads a pickle has no such ranks."""
         return Alone, ()
 
-    @cached_property
-    def seed(self) -> int:
-        """The seed of all random numbers: torch's on the first rank."""
-        return self.agreement.share(torch.initial_seed(), "the seed")[0]
+    @property
+    def speaks(self) -> bool:
+        """Whether this is the first rank."""
+        return self.agreement.ranks.me == 0
+
+    def meet(self, parameters: Callable[[], Facts]) -> None:
+        """Check before the first step that all ranks train the same parameters."""
+        self.agreement.reach(lambda: (None, parameters(), NOTHING))
 
     def make_buckets(self, units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:
         """Stack the units that this rank owns, with the same seeds on all ranks."""
@@ -133,16 +208,18 @@ class Replicas(Alone):
         facts: Callable[[], Facts],
         samples: Samples,
         schedule: RefreshSchedule,
+        nonfinite: Nonfinite,
     ) -> list[Plan]:
         """Plan a step on all ranks, or on none; counted samples are those of all ranks."""
 
-        def make() -> tuple[list[Plan], Facts, int]:
+        def make() -> tuple[list[Plan], Facts, tuple[int, int]]:
             plans = plan()
             fixed = None if samples.counts else samples.count
             known = {**facts(), "the fixed batch size": fixed, **self._facts(plans)}
-            return plans, known, samples.count or 0
+            suspects = self._suspects(plans) if nonfinite != "ignore" else 0
+            return plans, known, (samples.count or 0, suspects)
 
-        plans, total = self.agreement.reach(make)
+        plans, (total, self._doubts) = self.agreement.reach(make)
         if samples.counts and total:
             total = round(total * self._share)
             samples.add_ranks(total)
@@ -164,11 +241,27 @@ class Replicas(Alone):
     def _stagger(self, plans: Sequence[Plan], schedule: RefreshSchedule) -> None:
         schedule.stagger([one.bucket for one in plans], [one.every for one in plans])
 
+    def _suspects(self, plans: Sequence[Plan]) -> int:
+        """Return the number of parameters whose gradients may be unusable on this rank alone."""
+        return len(with_large_gradient(plans))
+
+    def exclude(self, plans: Sequence[Plan], refuse: bool) -> str | None:
+        """Exclude on all ranks what is unusable on one, such as after a local fault."""
+        if not self._doubts:
+            return None
+        exclude = partial(super().exclude, plans, refuse)
+        own, _ = self.agreement.reach(lambda: (exclude(), {}, NOTHING))
+        found = self.agreement.share((own, [plan.live for plan in plans]), "the units to skip")
+        for _, lives in found:
+            for plan, live in zip(plans, lives, strict=True):
+                plan.exclude([not on for on in live])
+        return next((message for message, _ in found if message is not None), None)
+
     def confirm(self, make: Callable[[], T], plans: Sequence[Plan], may_fail: bool) -> T:
         """Do something on all ranks, or on none."""
         if not (may_fail or self._runs_other_code(plans)):
             return make()
-        return self.agreement.reach(lambda: (make(), {}, 0))[0]
+        return self.agreement.reach(lambda: (make(), {}, NOTHING))[0]
 
     def _runs_other_code(self, plans: Sequence[Plan]) -> bool:
         return any(one.bucket.runs_other_code for one in plans)

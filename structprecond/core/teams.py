@@ -16,12 +16,12 @@ from structprecond.core.team import Alone, Replicas
 
 
 def find_team(
-    team: Alone, model: nn.Module | None, mesh: Mesh | None, params: Sequence[nn.Parameter]
+    before: Alone, model: nn.Module | None, mesh: Mesh | None, params: Sequence[nn.Parameter]
 ) -> Alone:
     """Return the team that trains some parameters.
 
     Args:
-        team: The team that trains others.
+        before: The team that it replaces, whose random numbers go on.
         model: The model as the user gave it; None if only parameters are known.
         mesh: The ranks that shall own rows, if the user names them.
         params: The parameters.
@@ -29,16 +29,26 @@ def find_team(
     Raises:
         StructPrecondError: If the parameters or the mesh cannot be used.
     """
-    shared = mesh is not None or any(map(is_dtensor, params))
-    if isinstance(team, Owners):
-        return team
     device = local(params[0]).device if params else torch.device("cpu")
     replicas = replicas_of(model)
-    if shared:
+    if mesh is not None or any(map(is_dtensor, params)):
         ranks, everyone = holders_of(params, mesh)
         everyone = replicas or everyone
         agreement = Agreement(Ranks.of_group(everyone), device)
-        return Owners(agreement, share_of_data(model, everyone), ranks)
+        share = share_of_data(model, everyone)
+        return Owners(agreement, share, _seed(before, agreement), ranks)
     if replicas is None or dist.get_world_size(replicas) == 1:
-        return team
-    return Replicas(Agreement(Ranks.of_group(replicas), device), 1.0)
+        return Alone()
+    agreement = Agreement(Ranks.of_group(replicas), device)
+    return Replicas(agreement, 1.0, _seed(before, agreement))
+
+
+def _seed(before: Alone, agreement: Agreement) -> int:
+    """Return the seed of all random numbers: torch's on the first rank.
+
+    Every new team shares it at once, since ranks that own nothing never need it.
+    """
+    if isinstance(before, Replicas):
+        return before.seed  # without asking other ranks, which may replace nothing
+    seed: int = agreement.share(torch.initial_seed(), "the seed")[0]
+    return seed

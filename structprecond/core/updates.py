@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from structprecond.core.bucket import Bucket
-from structprecond.core.finite import exclude_unusable
 from structprecond.core.options import Nonfinite
 from structprecond.core.state import State
 from structprecond.core.step import Plan
+
+Exclude = Callable[[Sequence[Plan], bool], str | None]
+"""As `exclude_unusable`."""
 
 
 class Updates:
@@ -39,15 +41,18 @@ class Updates:
     def _keep(self, state: State) -> None:
         self._kept.extend((t, t.clone()) for t in state.named_tensors().values())
 
-    def prepare(self, nonfinite: Nonfinite, warn: Callable[[str | None], None]) -> None:
+    def prepare(
+        self, nonfinite: Nonfinite, warn: Callable[[str | None], None], exclude: Exclude
+    ) -> None:
         """Exclude unusable units, and update the state of buckets that run other code.
 
         Args:
             nonfinite: What to do with unusable gradients.
             warn: Warns of excluded units, if there are any.
+            exclude: Excludes them from plans, or refuses them; returns a message.
         """
         if nonfinite != "ignore":
-            warn(exclude_unusable(self._plans, refuse=nonfinite == "raise"))
+            warn(exclude(self._plans, nonfinite == "raise"))
         for plan in self._others:
             self._keep(plan.bucket.state)
             self._writes.append(plan.prepare())

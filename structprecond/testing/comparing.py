@@ -40,5 +40,8 @@ def same_bits(a: Any, b: Any) -> bool:
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    first, second = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(first, second)
+    return torch.equal(_bits_of(a), _bits_of(b))
+
+
+def _bits_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

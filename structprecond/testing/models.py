@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Size, Tensor, nn
@@ -59,16 +60,22 @@ def loss_of(model: nn.Module, step: int, part: int, dtype: torch.dtype) -> Tenso
         part: The number of the micro-batch; micro-batches differ in size.
         dtype: The dtype of the images.
     """
-    generator = torch.Generator().manual_seed(1000 * step + part)
-    samples = _SAMPLES + part
-    images = torch.randn(samples, 1, 3, 3, generator=generator, dtype=torch.float64).to(dtype)
-    tokens = torch.randint(5, (samples,), generator=generator)
-    targets = torch.randint(5, (samples,), generator=generator)
+    images, tokens, targets = _batch(step, part, dtype)
     logits: Tensor = model(images, tokens)
     # a loss in half precision would underflow
     return nn.functional.cross_entropy(
         logits.to(torch.promote_types(dtype, torch.float32)), targets
     )
+
+
+@cache  # every run of a contract reads the same batches
+def _batch(step: int, part: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + part)
+    samples = _SAMPLES + part
+    images = torch.randn(samples, 1, 3, 3, generator=generator, dtype=torch.float64).to(dtype)
+    tokens = torch.randint(5, (samples,), generator=generator)
+    targets = torch.randint(5, (samples,), generator=generator)
+    return images, tokens, targets
 
 
 def noise(shape: Size, step: int, place: int) -> Tensor:

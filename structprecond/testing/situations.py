@@ -9,7 +9,7 @@ from torch import nn
 
 from structprecond.testing.models import TinyModel
 
-STEPS = 30
+STEPS = 22
 """The length of a run."""
 
 SAVED_AT = 7

@@ -55,7 +55,7 @@ class StrategyContract:
         """Return an optimizer with the strategy for a model.
 
         Choose hyperparameters so that refreshes and the like happen within 7 steps and again within
-        30.
+        22.
 
         Args:
             model: The model.

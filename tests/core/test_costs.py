@@ -5,31 +5,37 @@ from __future__ import annotations
 import ast
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from structprecond import (
     KLSOAP,
     SOAP,
     AdamW,
     AdamWStrategy,
+    DenseMatrix,
     DiagonalMatrix,
     KLShampoo,
     Muon,
+    MuonStrategy,
+    ScionStrategy,
     Shampoo,
     SIRFShampoo,
+    SOAPStrategy,
     StackExperts,
+    Strategy,
     StructuredOptimizer,
 )
-from structprecond.core.costs import count_entries
+from structprecond.core.bucket import BucketKey
+from structprecond.core.costs import count_entries, step_operations
+from structprecond.core.strategy import StepContext
 from structprecond.structures import structure_class
-from tests.helpers import set_grads
+from tests.helpers import Allocations, set_grads
 
 
 def sirf(model: nn.Module, **given: Any) -> SIRFShampoo:
@@ -52,30 +58,6 @@ def messages(make: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
         make(*args, **kwargs)
     assert all(warning.filename == __file__ for warning in caught)
     return [str(warning.message) for warning in caught]
-
-
-class Allocations(TorchDispatchMode):
-    """Records the largest tensor with memory that an operation returns.
-
-    But for `torch.empty`: what is never written to takes no memory.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        # kept, so that their addresses are not used again
-        self.untouched: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor) and not t.is_meta:
-                storage = t.untyped_storage()
-                if "empty" in str(func):
-                    self.untouched[storage.data_ptr()] = storage
-                if storage.data_ptr() not in self.untouched:
-                    self.largest = max(self.largest, storage.nbytes())
-        return result
 
 
 # --- counting ------------------------------------------------------------------------------------
@@ -181,7 +163,7 @@ def test_advice_that_would_not_help_is_not_given() -> None:
         (SOAP, (2800, 100), ""),
         (SOAP, (2950, 100), "MiB of state"),
         # an eigendecomposition takes more operations than an orthogonal iteration
-        (Shampoo, (2850, 100), "a refresh takes as long as 11"),
+        (Shampoo, (2850, 100), "a refresh takes as long as 172"),
         # 25 * 1500**3 operations are not worth a word, 1600**3 are
         (Shampoo, (1500, 10), ""),
         (Shampoo, (1600, 10), "a refresh takes as long as"),
@@ -276,3 +258,47 @@ def test_other_errors_stay_as_they_are() -> None:
     with pytest.raises(RuntimeError) as caught:
         StructuredOptimizer(nn.Linear(3, 2), strategy=failing(error, "init"))
     assert caught.value is error
+
+
+# --- steps ---------------------------------------------------------------------------------------
+
+
+def products_of(strategy: Strategy[Any], *dims: int, structure: Any = None) -> int:
+    """Return the operations of a step, less those of an entrywise one."""
+    shape, order = torch.Size(dims), len(dims)
+    dtypes = (torch.float32,) * order
+    key = BucketKey(None, shape, (structure,) * order, dtypes, torch.float32, torch.device("cpu"))
+    bare = replace(key, structures=(None,) * order)
+    return step_operations(strategy, key) - step_operations(AdamWStrategy(), bare)
+
+
+@pytest.mark.parametrize("strategy", [MuonStrategy(num_ns_steps=4), ScionStrategy(num_ns_steps=4)])
+@pytest.mark.parametrize(("dims", "short", "long"), [((12, 8), 8, 12), ((8, 3, 2, 2), 8, 12)])
+def test_operations_of_a_step_include_the_products_of_an_orthogonalization(
+    strategy: MuonStrategy | ScionStrategy, dims: tuple[int, ...], short: int, long: int
+) -> None:
+    # X X^T, its square, and the product with X
+    assert products_of(strategy, *dims) == 4 * 2 * short**2 * (2 * long + short)
+
+
+def test_steps_of_other_norms_have_no_products() -> None:
+    assert products_of(ScionStrategy(norm="row"), 12, 8) == 0
+
+
+def test_operations_of_soap_are_two_rotations_and_the_factors() -> None:
+    # a product with a square factor along an axis of length d takes 2 d operations per entry
+    assert products_of(SOAPStrategy(), 12, 8, structure=DenseMatrix) == 12 * 8 * 6 * (12 + 8)
+    assert products_of(SOAPStrategy(), 12, 8) == 0
+
+
+@dataclass(frozen=True)
+class LooksAtValues(SOAPStrategy):
+    """Cannot run on the meta device."""
+
+    def update(self, state: Any, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext) -> Tensor:
+        assert grad.isfinite().all()
+        return super().update(state, grad, hp, ctx)
+
+
+def test_operations_of_a_strategy_that_looks_at_values_are_those_of_dense_rotations() -> None:
+    assert products_of(LooksAtValues(), 12, 8, structure=DenseMatrix) == 12 * 8 * 6 * (12 + 8)

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -119,6 +119,14 @@ def _train(
     return model, optimizer, just_after
 
 
+@cache
+def _without_fault(
+    make: Make, due: tuple[int, ...] = DUE
+) -> tuple[nn.ParameterList, StructuredOptimizer, dict[str, Any]]:
+    """Train without a fault, once for all tests that compare with this."""
+    return _train(make, due)
+
+
 def _unit(shown: dict[str, Any], row: int) -> dict[str, Any]:
     """Return a unit's parameter and state, without the counter of failures."""
     state = {name: t for name, t in shown["shown"][str(row)].items() if name != "failed"}
@@ -144,8 +152,8 @@ def test_rows_that_fail_stay_as_they_are_and_the_others_are_refreshed(
     with pytest.warns(UserWarning, match="could not be decomposed at step 6") as caught:
         model, optimizer, just_after = _train(make, fault=fault)
     assert fault.bad
-    _, _, healthy = _train(make)
-    *_, kept = _train(make, due=tuple(step for step in DUE if step != FAULT))
+    _, _, healthy = _without_fault(make)
+    *_, kept = _without_fault(make, due=tuple(step for step in DUE if step != FAULT))
     for row in range(ROWS):
         expected, other = (kept, healthy) if row in rows else (healthy, kept)
         assert same_bits(_unit(just_after, row), _unit(expected, row))
@@ -164,8 +172,8 @@ def test_failed_rows_recover_at_the_next_refresh(make: Make, owner: Any, functio
     fault = Fault(owner, function, [1], size=2 if blocks else 6, raises=False)
     with pytest.warns(UserWarning, match="could not be decomposed"):
         model, optimizer, _ = _train(make, fault=fault)
-    healthy, same, _ = _train(make)
-    kept, without, _ = _train(make, due=tuple(step for step in DUE if step != FAULT))
+    healthy, same, _ = _without_fault(make)
+    kept, without, _ = _without_fault(make, due=tuple(step for step in DUE if step != FAULT))
     for row in range(ROWS):
         expected, theirs = (kept, without) if row == 1 else (healthy, same)
         assert torch.equal(model[row], expected[row])
@@ -184,7 +192,7 @@ def test_what_fails_in_float32_is_computed_in_float64(
     _, optimizer, just_after = _train(make, fault=fault)
     assert fault.seen.count(torch.float64) >= 1
     assert optimizer.failed == 0
-    *_, healthy = _train(make)
+    *_, healthy = _without_fault(make)
     for row in range(ROWS):
         mine, expected = _unit(just_after, row), _unit(healthy, row)
         assert row == 1 or same_bits(mine, expected)

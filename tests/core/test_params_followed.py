@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import prune
 
@@ -366,22 +364,3 @@ def test_other_idle_steps_do_not_warn(why: str) -> None:
     optimizer = AdamW(model if why == "the model is known" else params)
     for _ in range(11):
         optimizer.step()
-
-
-# --- distributed tensors -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def mesh() -> Iterator[Any]:
-    if not dist.is_available():
-        pytest.skip("needs torch.distributed")
-    from torch.distributed.device_mesh import init_device_mesh
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, about itself
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group("gloo", rank=0, world_size=1, store=store)
-        try:
-            yield init_device_mesh("cpu", (1,))
-        finally:
-            dist.destroy_process_group()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import atexit
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tests import processes
 
 LIMIT_S = 60.0
 """How long a function may take, in seconds."""
+AFTER_A_FAILURE_S = 10.0
+"""How long the other ranks may take once one has failed, in seconds."""
 
 
 class RankFailedError(AssertionError):
@@ -63,24 +66,30 @@ class Pool:
             store = str(Path(folder) / "store")
             for rank, (_, pipe) in enumerate(self._workers):
                 pipe.send((function, args, rank, self.world, store, group_s))
-            answers = []
-            for rank, (_, pipe) in enumerate(self._workers):
-                answers.append(self._answer(rank, pipe, limit_s))
+            answers = self._answers(limit_s)
         failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(answers) if text]
         if failures:
             self.stop()  # whatever it left behind goes too
             raise RankFailedError("\n".join(failures))
         return [result for result, _ in answers]
 
-    @staticmethod
-    def _answer(rank: int, pipe: Connection, limit_s: float) -> tuple[Any, str | None]:
-        try:
-            if pipe.poll(limit_s):
-                answer: tuple[Any, str | None] = pipe.recv()
-                return answer
-        except (EOFError, OSError):
-            return None, "the process died"
-        return None, f"no answer within {limit_s:g} s"
+    def _answers(self, limit_s: float) -> list[tuple[Any, str | None]]:
+        """Return the result of each rank, or how it failed."""
+        answers: list[tuple[Any, str | None]] = [(None, "no answer in time")] * self.world
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers)}
+        until = time.monotonic() + limit_s
+        while waiting and (ready := wait(list(waiting), max(0, until - time.monotonic()))):
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                try:
+                    answer = pipe.recv()
+                except (EOFError, OSError):
+                    answer = None, "the process died"
+                answers[waiting.pop(pipe)] = answer
+                if answer[1] is not None:
+                    # the others may wait for it
+                    until = min(until, time.monotonic() + AFTER_A_FAILURE_S)
+        return answers
 
     def stop(self) -> None:
         """Kill all processes."""
@@ -134,6 +143,7 @@ def _call(
         timeout=timedelta(seconds=group_s),
     )
     try:
+        dist.barrier()  # a rank that is done at once would leave while others still connect
         return function(rank, *args)
     finally:
         dist.destroy_process_group()

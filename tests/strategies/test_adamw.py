@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from structprecond import AdamW
+from structprecond import AdamW, SplitHeads
+from tests.helpers import set_grads
 
 
 @pytest.mark.parametrize(
@@ -58,3 +60,19 @@ def test_rows_of_one_stack_at_different_updates(shape: tuple[int, ...]) -> None:
         reference.step()
         for p, q in zip(params, others, strict=True):
             assert (p - q).norm() <= 1e-12 * q.norm()
+
+
+def test_rows_of_an_embedding_are_updated_as_the_whole() -> None:
+    torch.manual_seed(0)
+    whole = nn.Embedding(33, 5, dtype=torch.float64)
+    rows = copy.deepcopy(whole)
+    optimizers = [
+        AdamW(whole, lr=0.1),
+        AdamW(rows, lr=0.1, combine_params=(SplitHeads("weight", heads=11),)),
+    ]
+    for seed in range(3):
+        for model, optimizer in zip((whole, rows), optimizers, strict=True):
+            set_grads(model.parameters(), seed)
+            optimizer.step()
+    assert optimizers[1].buckets[0].rows == 11
+    assert torch.equal(whole.weight, rows.weight)
