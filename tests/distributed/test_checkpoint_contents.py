@@ -124,6 +124,25 @@ def test_phase_offsets_of_a_checkpoint_stay() -> None:
         assert found == expected
 
 
+def starts_anew(rank: int, name: str) -> bool:
+    """Load what was saved before any step into an optimizer that has made some."""
+    make = resuming.OPTIMIZERS[name]
+    _, optimizer = resuming.build("fsdp", make)
+    saved = optimizer.state_dict()
+    model, new = resuming.build("fsdp", make)
+    start = layouts.full_params(model)
+    resuming.train(model, new, 3, 6)
+    resuming.set_params(model, start)
+    new.load_state_dict(saved)
+    resuming.train(model, new, 0, resuming.STEPS)
+    return same_bits(layouts.full_params(model), resuming.uninterrupted("fsdp", make))
+
+
+@pytest.mark.parametrize("name", resuming.OPTIMIZERS)
+def test_state_that_was_never_stepped_starts_a_run_anew(name: str) -> None:
+    assert all(pool.run(2, starts_anew, name))
+
+
 def loads_numbers(rank: int) -> list[Any]:
     model, optimizer = resuming.build(
         "fsdp", lambda m: SIRFShampoo(m, lr=torch.tensor(0.25), batch_size=8)
