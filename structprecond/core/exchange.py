@@ -201,7 +201,7 @@ class Exchange:
             if tensor is None or not held.fits(part := local(tensor)):
                 return None
             dense = part.layout == torch.strided and part.is_floating_point()
-            return held.in_param(piece.box, part) if dense else None
+            return held.in_param(piece.box, part) if dense and part.device == self._device else None
 
         what = f"the gradients of {self.name}"
         self._arrival = self.inward.start(source, self._dtype, self._device, what)

@@ -1,4 +1,4 @@
-"""Sends parts of tensors between ranks in one collective."""
+"""Sends pieces of tensors between ranks in one all-to-all."""
 
 from __future__ import annotations
 

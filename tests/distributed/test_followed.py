@@ -247,7 +247,8 @@ def converted(model: Any, optimizer: Any) -> None:
 
 
 def copied(model: Any, optimizer: Any) -> None:
-    optimizer.param_groups[:] = [dict(g, lr=2 * g["lr"]) for g in optimizer.param_groups]
+    new = {"lr": 0.03, "precondition_frequency": 2}
+    optimizer.param_groups[:] = [group | new for group in optimizer.param_groups]
 
 
 REFUSED_LATER: dict[Change, str] = {
@@ -317,6 +318,24 @@ def test_changes_after_steps_are_refused_by_all_ranks(
         assert ("Rank 1 cannot make the step" in text) == (only == 1 and rank == 0)
         assert same
         assert step == 2
+
+
+def move_on_one_rank(rank: int) -> str:
+    model = layouts.fsdp(layouts.mlp())
+    optimizer = soap(model)
+    steps(model, optimizer, 0, 2)
+    layouts.set_grads(model, 2)
+    if rank == 1:
+        for p in model.parameters():
+            p.grad = None
+        model.to("meta")
+    return refused(optimizer.step, StructPrecondError)
+
+
+def test_a_rank_that_moves_its_parameters_stops_all() -> None:
+    first, second = pool.run(2, move_on_one_rank)
+    assert "on meta, expected torch.float64" in second
+    assert "Rank 1 cannot make the step" in first
 
 
 # --- groups that are added -----------------------------------------------------------------------
@@ -399,6 +418,21 @@ def test_sharded_parameters_cannot_join_whole_ones_after_steps() -> None:
         assert "After 2 steps" in message
         assert groups == 1
         assert not still
+
+
+def add_after_a_refusal(rank: int) -> tuple[str, int]:
+    model = Mixed()
+    optimizer = soap(model, [{"params": list(model.whole.parameters())}])
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(3)))
+    layouts.fsdp(model.sharded)
+    new = {"params": list(model.sharded.parameters())}
+    return refused(lambda: optimizer.add_param_group(new)), len(optimizer.param_groups)
+
+
+def test_sharded_parameters_cannot_join_while_another_change_is_refused() -> None:
+    for message, groups in pool.run(2, add_after_a_refusal):
+        assert "of shape (3,), was not given to the optimizer" in message
+        assert groups == 1
 
 
 def add_from_another_mesh(rank: int, when: int) -> str:
