@@ -68,6 +68,8 @@ class Box:
             tensor: The entries of `held`.
             held: A box around this one.
         """
+        if self.size == held.size:
+            return tensor
         for axis, (start, length) in enumerate(zip(self.offset, self.size, strict=True)):
             if length != tensor.shape[axis]:
                 tensor = tensor.narrow(axis, start - held.offset[axis], length)

@@ -16,7 +16,7 @@ from structprecond.core.holders import Holders
 from structprecond.core.naming import enumerate_names
 from structprecond.core.ownership import Share
 from structprecond.core.ranks import Ranks
-from structprecond.core.transfer import Arrival, Piece, Transfer
+from structprecond.core.transfer import Arrival, Piece, Transfer, allocate, free
 from structprecond.errors import GradientError, StructPrecondError
 
 
@@ -116,6 +116,8 @@ class Exchange:
         self._dtype, self._device = first.dtype, local(first).device
         self._held = [held for share in shares for held in Held.of(share, ranks)]
         self._copies = [held.copy for held in self._held if held.copy is not None]
+        # without memory between steps, so views of them are made once
+        self._copy_grads = [torch.empty_like(copy) for copy in self._copies]
         # the gradient of a parameter is tensor 2i, the parameter itself 2i + 1
         self.inward = Transfer(
             ranks,
@@ -134,7 +136,31 @@ class Exchange:
                 for piece in held.spread()
             ),
         )
+        self._into, self._from = self._views_of_copies()
+        self.free()
         self._arrival: Arrival | None = None
+        # what this rank holds in this step: its parts, and their gradients
+        self._parts: list[Tensor] = []
+        self._grads: list[Tensor | None] = []
+
+    def _views_of_copies(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Return where arriving pieces belong, and whence those to spread come.
+
+        The latter are None where the owner updates the parameter itself.
+        """
+        for copy in self._copies:
+            allocate(copy)
+        grads = dict(zip(self._copies, self._copy_grads, strict=True))
+
+        def view(piece: Piece) -> Tensor | None:
+            held = self._held[piece.tensor // 2]
+            if held.copy is None:
+                return None
+            tensor = held.copy.detach() if piece.tensor % 2 else grads[held.copy]
+            return held.in_copy(piece.box, tensor)
+
+        into = [t for t in map(view, self.inward.incoming) if t is not None]
+        return into, [*map(view, self.outward.outgoing)]
 
     @property
     def name(self) -> str:
@@ -167,8 +193,10 @@ class Exchange:
             StructPrecondError: If the shape, dtype or device of a part has changed.
             GradientError: If a gradient is sparse, complex, or placed otherwise.
         """
-        for held in self._held:
-            p, part = held.param, local(held.param)
+        if not self._parts:  # thawed in this step, so not collected yet
+            self._read()
+        for held, part, local_grad in zip(self._held, self._parts, self._grads, strict=True):
+            p = held.param
             if not self._has(held, part):
                 raise StructPrecondError(
                     f"This rank's part of {names[p]} is {part.dtype} of shape {tuple(part.shape)} "
@@ -176,7 +204,7 @@ class Exchange:
                     f"{self._device}. Build a new optimizer."
                 )
             grad = p.grad
-            if grad is None:
+            if grad is None or local_grad is None:
                 continue
             placed = not is_dtensor(p) or (is_dtensor(grad) and grad.placements == p.placements)
             if not placed or grad.shape != p.shape:
@@ -186,31 +214,40 @@ class Exchange:
                     f"expected those of the parameter, {tuple(p.shape)} with "
                     f"{getattr(p, 'placements', 'none')}. Redistribute it."
                 )
-            if local(grad).layout != torch.strided or not grad.is_floating_point():
+            if not _is_dense(local_grad):
                 raise GradientError(
                     f"The gradient of {names[p]} has {grad.dtype} and the layout {grad.layout}, "
                     "expected real numbers in a dense layout."
                 )
 
+    def _read(self) -> None:
+        """Note what this rank holds."""
+        self._parts = [local(held.param) for held in self._held]
+        self._grads = [
+            None if (grad := held.param.grad) is None else local(grad) for held in self._held
+        ]
+
     def collect(self) -> None:
         """Start to send gradients and parameters to the owners; zeros for what `check` refuses."""
+        self._read()
 
         def source(piece: Piece) -> Tensor | None:
-            held = self._held[piece.tensor // 2]
-            tensor = held.param if piece.tensor % 2 else held.param.grad
-            if tensor is None or not held.fits(part := local(tensor)):
+            i, is_param = divmod(piece.tensor, 2)
+            held, tensor = self._held[i], (self._parts if is_param else self._grads)[i]
+            if tensor is None or not held.fits(tensor) or tensor.device != self._device:
                 return None
-            dense = part.layout == torch.strided and part.is_floating_point()
-            return held.in_param(piece.box, part) if dense and part.device == self._device else None
+            return held.in_param(piece.box, tensor) if _is_dense(tensor) else None
 
+        sources = [*map(source, self.inward.outgoing)]
         what = f"the gradients of {self.name}"
-        self._arrival = self.inward.start(source, self._dtype, self._device, what)
+        self._arrival = self.inward.start(sources, self._dtype, self._device, what)
 
     def allocate(self) -> None:
         """Allocate the copies and their gradients, while all ranks still raise together."""
-        for copy in self._copies:
-            copy.untyped_storage().resize_(copy.numel() * copy.element_size())
-            copy.grad = torch.empty_like(copy)
+        for copy, grad in zip(self._copies, self._copy_grads, strict=True):
+            allocate(copy)
+            allocate(grad)
+            copy.grad = grad
 
     def arrive(self) -> None:
         """Write what has arrived into the copies and their gradients."""
@@ -218,27 +255,21 @@ class Exchange:
         assert arrival is not None
         self._arrival = None
         arrival.wait()
-
-        def target(piece: Piece) -> Tensor:
-            held = self._held[piece.tensor // 2]
-            assert held.copy is not None
-            tensor = held.copy if piece.tensor % 2 else held.copy.grad
-            assert tensor is not None
-            return held.in_copy(piece.box, tensor.detach())
-
-        arrival.write(target)
+        arrival.write(self._into)
 
     def spread(self) -> None:
         """Start to send updated parameters to the ranks that hold them."""
-
-        def source(piece: Piece) -> Tensor:
-            held = self._held[piece.tensor // 2]
-            if held.copy is None:
-                return held.in_param(piece.box, local(held.param))
-            return held.in_copy(piece.box, held.copy.detach())
-
+        sources = [
+            self._in_part(piece) if view is None else view
+            for piece, view in zip(self.outward.outgoing, self._from, strict=True)
+        ]
         what = f"the parameters of {self.name}"
-        self._arrival = self.outward.start(source, self._dtype, self._device, what)
+        self._arrival = self.outward.start(sources, self._dtype, self._device, what)
+
+    def _in_part(self, piece: Piece) -> Tensor:
+        """Return the view of a piece in this rank's part of its parameter."""
+        i = piece.tensor // 2
+        return self._held[i].in_param(piece.box, self._parts[i])
 
     def finish(self) -> None:
         """Write the updated parameters that have arrived, and free the copies."""
@@ -247,12 +278,7 @@ class Exchange:
             return
         self._arrival = None
         arrival.wait()
-
-        def target(piece: Piece) -> Tensor:
-            held = self._held[piece.tensor // 2]
-            return held.in_param(piece.box, local(held.param))
-
-        arrival.write(target)
+        arrival.write([*map(self._in_part, self.outward.incoming)])
         self.free()
 
     def drop(self) -> None:
@@ -260,10 +286,17 @@ class Exchange:
         if self._arrival is not None:
             arrival, self._arrival = self._arrival, None
             arrival.wait()
+            arrival.drop()
         self.free()
 
     def free(self) -> None:
         """Free the copies and their gradients."""
-        for copy in self._copies:
+        for copy, grad in zip(self._copies, self._copy_grads, strict=True):
             copy.grad = None
-            copy.untyped_storage().resize_(0)
+            free(copy)
+            free(grad)
+        self._parts, self._grads = [], []
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.is_floating_point()

@@ -188,13 +188,14 @@ class ShardedState:
             return shards[piece.tensor].narrow(0, start, piece.box.size[0])
 
         source, target = (shard, owned) if to_owners else (owned, shard)
+        transfers = {kind: Transfer(self._ranks, pieces) for kind, pieces in kinds.items()}
         arrivals = [
-            Transfer(self._ranks, pieces).start(source, *kind, _WHAT)
-            for kind, pieces in kinds.items()
+            transfer.start([*map(source, transfer.outgoing)], *kind, _WHAT)
+            for kind, transfer in transfers.items()
         ]
-        for arrival in arrivals:
+        for transfer, arrival in zip(transfers.values(), arrivals, strict=True):
             arrival.wait()
-            arrival.write(target)
+            arrival.write([*map(target, transfer.incoming)])
 
     def _gather_numbers(self, state: ByParameter, whole: dict[Any, dict[str, Tensor]]) -> None:
         """Share the numbers of all rows, which are few."""
