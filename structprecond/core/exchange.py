@@ -61,6 +61,10 @@ class Held:
             mine_of_p = holders.boxes[ranks.me]
             yield cls(p, holders, mine_of_p, parts, share.copied, copy, rows, length)
 
+    def fits(self, part: Tensor) -> bool:
+        """Return whether a tensor has the shape of this rank's part; empty parts may have any."""
+        return part.shape == self.mine.size or part.numel() == self.mine.numel == 0
+
     def in_param(self, box: Box, tensor: Tensor) -> Tensor:
         """Return the view of a box in this rank's part of the parameter or of its gradient."""
         return box.of(tensor, self.mine)
@@ -153,8 +157,8 @@ class Exchange:
         return all(self._has(held, local(held.param)) for held in self._held)
 
     def _has(self, held: Held, part: Tensor) -> bool:
-        found = (part.dtype, part.device, part.shape)
-        return found == (self._dtype, self._device, held.mine.size)
+        found = part.dtype, part.device
+        return found == (self._dtype, self._device) and held.fits(part)
 
     def check(self, names: Mapping[nn.Parameter, str]) -> None:
         """Check that this rank's parts and their gradients are as they were at construction.
@@ -194,12 +198,10 @@ class Exchange:
         def source(piece: Piece) -> Tensor | None:
             held = self._held[piece.tensor // 2]
             tensor = held.param if piece.tensor % 2 else held.param.grad
-            if tensor is None:
+            if tensor is None or not held.fits(part := local(tensor)):
                 return None
-            part = local(tensor)
-            fits = part.layout == torch.strided and part.is_floating_point()
-            placed = (part.shape, part.device) == (held.mine.size, self._device)
-            return held.in_param(piece.box, part) if fits and placed else None
+            dense = part.layout == torch.strided and part.is_floating_point()
+            return held.in_param(piece.box, part) if dense and part.device == self._device else None
 
         what = f"the gradients of {self.name}"
         self._arrival = self.inward.start(source, self._dtype, self._device, what)
