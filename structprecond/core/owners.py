@@ -48,6 +48,8 @@ class Owners(Replicas):
     Attributes:
         exchanges: The exchanges, in the order in which all ranks make them.
         loads: The loads of the owners.
+        shares_skips: Whether ranks tell each other which units they skip: other ranks own rows of
+            these units, or a replica of them.
     """
 
     def __init__(self, agreement: Agreement, share: float, seed: int, ranks: Ranks) -> None:
@@ -56,6 +58,7 @@ class Owners(Replicas):
         self.loads = self._made_loads = Loads.none(ranks.size)
         self._made: list[Exchange] = []
         self._before = 0, self.loads
+        self.shares_skips = False
         self._exchange_of: dict[Bucket, int] = {}
         self._rounding: Rounding = "nearest"
         self._step = _Step()
@@ -119,6 +122,7 @@ class Owners(Replicas):
         new, self._made, self.loads = self._made, [], self._made_loads
         self.exchanges += new
         self._step.add(new)
+        self._look()
         elsewhere: dict[Unit, dict[str, Tensor]] = {}
         for one in self._tensors_of(new):
             if one.share.mine is None:
@@ -129,6 +133,13 @@ class Owners(Replicas):
         """Undo the last `adopt`."""
         number, self.loads = self._before
         del self.exchanges[number:]
+        self._look()
+
+    def _look(self) -> None:
+        """Note what follows from the exchanges."""
+        shares = [share for exchange in self.exchanges for share in exchange.shares]
+        replicated = self.agreement.ranks.size > self.ranks.size
+        self.shares_skips = replicated or any(share.by_rows for share in shares)
 
     @property
     def units(self) -> list[RoutedUnit]:
@@ -186,8 +197,23 @@ class Owners(Replicas):
             plan.bucket.counters.phase_offset.copy_(all_rows.offsets_of(plan.bucket.units))
 
     def exclude(self, plans: Sequence[Plan], refuse: bool) -> str | None:
-        """Exclude unusable units of this rank; the others get what their owners decide."""
-        return exclude_unusable(plans, refuse)
+        """Exclude on all ranks the units that are unusable on one that owns rows of them."""
+        if not self.shares_skips:
+            return exclude_unusable(plans, refuse)
+
+        def make() -> tuple[tuple[str | None, list[str]], Facts, tuple[int, int]]:
+            message = exclude_unusable(plans, refuse)
+            # units without a gradient are among them, the same on all ranks
+            units = _left_out(plans) if message is not None else []
+            return (message, units), {}, (len(units), 0)
+
+        self._step.agreed = False
+        (message, own), (count, _) = self.agreement.reach(make)
+        if count:
+            skipped = set().union(*self.agreement.share(own, "the units to skip"))
+            for plan in plans:
+                plan.exclude([unit.label in skipped for unit in plan.bucket.units])
+        return message
 
     def _suspects(self, plans: Sequence[Plan]) -> int:
         """Return 0, since gradients have not arrived."""
@@ -261,6 +287,16 @@ class Owners(Replicas):
     def _tensors_of(self, exchanges: Sequence[Exchange]) -> Iterator[StateTensor]:
         for exchange in exchanges:
             yield from StateTensor.of(exchange, self._rounding)
+
+
+def _left_out(plans: Sequence[Plan]) -> list[str]:
+    """Return the names of the units that take no part in a step."""
+    return [
+        unit.label
+        for plan in plans
+        for unit, on in zip(plan.bucket.units, plan.live, strict=True)
+        if not on
+    ]
 
 
 class _Step:

@@ -19,7 +19,9 @@ from structprecond import (
     SOAP,
     Hyperparameter,
     Muon,
+    PerParameter,
     SIRFShampoo,
+    SplitHeads,
     State,
     StepContext,
     Strategy,
@@ -34,7 +36,7 @@ Fault = Callable[[Any, StructuredOptimizer], Undo]
 
 # --- set-ups -------------------------------------------------------------------------------------
 
-SETUPS = {"ddp": 2, "replicated": 2, "fsdp": 2, "tensor_parallel": 4}
+SETUPS = {"ddp": 2, "replicated": 2, "fsdp": 2, "hsdp": 4, "tensor_parallel": 4}
 """Where each fault is tried, with the number of ranks."""
 
 
@@ -344,7 +346,9 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(setup: str)
             assert [i for i, on in enumerate(m) if not on] == ([weight] if any(skipped) else [])
         skips.append(sum(skipped))
     # replicas count on every rank; whole gradients are equal, so their owner looks at its own alone
-    assert sorted(skips) == {"ddp": [2, 2], "replicated": [0, 1]}.get(setup, [1, 1])
+    assert sorted(skips) == {
+        "ddp": [2, 2], "hsdp": [2, 2], "replicated": [0, 1]
+    }.get(setup, [1, 1])  # fmt: skip
 
 
 @pytest.mark.parametrize("setup", SETUPS)
@@ -365,6 +369,31 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_refused_by_all(setup: str)
             assert not any(moved)
             assert skipped == 0
     assert refused == (1 if setup == "replicated" else 2)
+
+
+def skip_a_head(rank: int, nonfinite: Any) -> list[Any]:
+    """Spoil one head of a weight whose heads have several owners; return what is then raised."""
+    heads = SplitHeads("2.weight", heads=4), PerParameter()
+    model = layouts.fsdp(layouts.mlp())
+    optimizer = SOAP(model, lr=0.01, combine_params=heads, nonfinite=nonfinite)
+    for number in range(2):
+        step(model, optimizer, number)
+    weight: Any = model.get_parameter("2.weight")
+    layouts.set_grads(model, 2)
+    if rank == 0:
+        local(weight.grad)[0, 0] = torch.nan  # of the first head
+    start = layouts.full(weight)
+    raised = outcome(optimizer.step)
+    moved = not torch.equal(layouts.full(weight), start)
+    return [raised.partition(":")[0], moved, optimizer.skipped]
+
+
+def test_one_bad_head_skips_the_whole_unit_whoever_owns_the_other_heads() -> None:
+    found = pool.run(2, skip_a_head, "skip")
+    assert [answer[:2] for answer in found] == [["nothing", False]] * 2
+    assert sum(skipped for _, _, skipped in found) == 1
+    found = pool.run(2, skip_a_head, "raise")
+    assert sorted(found) == [["DistributedError", False, 0], ["GradientError", False, 0]]
 
 
 # --- samples and random numbers ------------------------------------------------------------------
@@ -390,9 +419,9 @@ def count(rank: int, setup: str) -> tuple[set[int], bool]:
     return noted, same_bits(*ends)
 
 
-@pytest.mark.parametrize("setup", [*SETUPS, "hsdp"])
+@pytest.mark.parametrize("setup", SETUPS)
 def test_counted_samples_are_those_of_all_ranks_and_each_counts_once(setup: str) -> None:
-    world = SETUPS.get(setup, 4)
+    world = SETUPS[setup]
     total = 11 if setup == "tensor_parallel" else {2: 9, 4: 20}[world]
     assert pool.run(world, count, setup) == [({total}, True)] * world
 
