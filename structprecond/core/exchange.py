@@ -137,11 +137,11 @@ class Exchange:
             ),
         )
         self._into, self._from = self._views_of_copies()
-        self.free()
         self._arrival: Arrival | None = None
         # what this rank holds in this step: its parts, and their gradients
         self._parts: list[Tensor] = []
         self._grads: list[Tensor | None] = []
+        self.free()
 
     def _views_of_copies(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """Return where arriving pieces belong, and whence those to spread come.
@@ -250,12 +250,14 @@ class Exchange:
             copy.grad = grad
 
     def arrive(self) -> None:
-        """Write what has arrived into the copies and their gradients."""
+        """Write what has arrived into the copies and their gradients; once more does nothing."""
         arrival = self._arrival
-        assert arrival is not None
-        self._arrival = None
+        if arrival is None:
+            return
         arrival.wait()
         arrival.write(self._into)
+        self._arrival = None  # not before: an interrupted rank goes on here
+        arrival.free()
 
     def spread(self) -> None:
         """Start to send updated parameters to the ranks that hold them."""
@@ -276,7 +278,6 @@ class Exchange:
         arrival = self._arrival
         if arrival is None:
             return
-        self._arrival = None
         arrival.wait()
         arrival.write([*map(self._in_part, self.outward.incoming)])
         self.free()
@@ -284,13 +285,14 @@ class Exchange:
     def drop(self) -> None:
         """Wait for what is under way without writing it, and free the copies."""
         if self._arrival is not None:
-            arrival, self._arrival = self._arrival, None
-            arrival.wait()
-            arrival.drop()
+            self._arrival.wait()
         self.free()
 
     def free(self) -> None:
-        """Free the copies and their gradients."""
+        """Forget what is under way, and free the copies and their gradients."""
+        if self._arrival is not None:
+            self._arrival.free()
+        self._arrival = None
         for copy, grad in zip(self._copies, self._copy_grads, strict=True):
             copy.grad = None
             free(copy)

@@ -185,9 +185,8 @@ class Arrival:
         """
         arrived = [] if self.received is None else self.received.views
         _copy(targets, [*self.own, *arrived])
-        self.drop()
 
-    def drop(self) -> None:
+    def free(self) -> None:
         """Free what has arrived."""
         if self.received is not None:
             self.received.free()

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from structprecond import (
     SOAP,
     AdamW,
+    CapturedStep,
     GroupError,
     LinearWeightBias,
     Muon,
@@ -67,6 +69,56 @@ def untouched(model: nn.Module, call: Callable[[], object]) -> bool:
 
 def shard(model: Any, optimizer: Any) -> None:
     layouts.fsdp(model)
+
+
+def state_at_once(rank: int) -> tuple[bool, list[str]]:
+    """Load into an optimizer whose model was sharded later, and save; return what differs."""
+    model = layouts.fsdp(layouts.mlp())
+    optimizer = soap(model)
+    steps(model, optimizer, 0, 4)
+    saved = optimizer.state_dict()
+    later = layouts.mlp()
+    new = soap(later)
+    layouts.fsdp(later)
+    shown = new.state_dict()["state"][0]
+    sharded = all(isinstance(t, DTensor) for t in shown.values() if t.ndim)
+    unsharded = layouts.mlp()
+    another = soap(unsharded)
+    layouts.fsdp(unsharded)
+    another.load_state_dict(saved)
+    found = another.state_dict()["state"]
+    return sharded, [
+        f"{i}, {name}"
+        for i, entry in saved["state"].items()
+        for name, t in entry.items()
+        if not torch.equal(layouts.full(t), layouts.full(found[i][name]))
+    ]
+
+
+def test_checkpoints_follow_a_model_that_was_sharded_before_they_ask_other_ranks() -> None:
+    assert pool.run(2, state_at_once) == [(True, [])] * 2
+
+
+def capture(rank: int) -> list[str]:
+    """Capture steps of optimizers on several ranks; return the errors."""
+    parallel = DistributedDataParallel(layouts.mlp())
+    sharded = layouts.fsdp(layouts.mlp())
+    calls: list[Callable[[], object]] = [
+        lambda: CapturedStep(soap(parallel, nonfinite="ignore")),
+        lambda: CapturedStep(soap(sharded, nonfinite="ignore")),
+    ]
+    later = layouts.mlp()
+    captured = CapturedStep(soap(later, nonfinite="ignore"))
+    layouts.fsdp(later)
+    layouts.set_grads(later, 0)
+    calls.append(captured)
+    return [refused(call, StructPrecondError) for call in calls]
+
+
+def test_steps_of_several_ranks_are_not_captured() -> None:
+    for messages in pool.run(2, capture):
+        for message in messages:
+            assert "steps of one process, but 2 ranks make those of this optimizer" in message
 
 
 def shard_as_accelerate(model: Any, optimizer: Any) -> None:
