@@ -213,10 +213,10 @@ class Exchange:
             copy.grad = torch.empty_like(copy)
 
     def arrive(self) -> None:
-        """Write what has arrived into the copies and their gradients."""
+        """Write what has arrived into the copies and their gradients; once more does nothing."""
         arrival = self._arrival
-        assert arrival is not None
-        self._arrival = None
+        if arrival is None:
+            return
         arrival.wait()
 
         def target(piece: Piece) -> Tensor:
@@ -227,6 +227,7 @@ class Exchange:
             return held.in_copy(piece.box, tensor.detach())
 
         arrival.write(target)
+        self._arrival = None  # not before: an interrupted rank goes on here
 
     def spread(self) -> None:
         """Start to send updated parameters to the ranks that hold them."""
@@ -245,7 +246,6 @@ class Exchange:
         arrival = self._arrival
         if arrival is None:
             return
-        self._arrival = None
         arrival.wait()
 
         def target(piece: Piece) -> Tensor:
@@ -258,12 +258,12 @@ class Exchange:
     def drop(self) -> None:
         """Wait for what is under way without writing it, and free the copies."""
         if self._arrival is not None:
-            arrival, self._arrival = self._arrival, None
-            arrival.wait()
+            self._arrival.wait()
         self.free()
 
     def free(self) -> None:
-        """Free the copies and their gradients."""
+        """Forget what is under way, and free the copies and their gradients."""
+        self._arrival = None
         for copy in self._copies:
             copy.grad = None
             copy.untyped_storage().resize_(0)

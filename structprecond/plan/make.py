@@ -119,7 +119,10 @@ class _Part:
 
 
 def _forecast(optimizer: StructuredOptimizer, team: Owners, spec: MeshSpec) -> Forecast:
-    schedule, stacks = RefreshSchedule(optimizer.refresh == "staggered"), team.stacks([])
+    schedule, stacks = (
+        RefreshSchedule(optimizer.refresh == "staggered"),
+        team.stacks(optimizer.buckets),
+    )
     intervals = schedule.intervals(stacks, 0)
     schedule.stagger(stacks, intervals)
     parts = [

@@ -213,6 +213,60 @@ def assert_matches(pattern: str, text: str) -> None:
         raise RuntimeError(text)
 
 
+# --- owners that differ --------------------------------------------------------------------------
+
+
+def own_differently(rank: int) -> list[str]:
+    """Let each rank find other owners; return what steps raise."""
+    sizes = (16, 96), (96, 16), (16, 160), (64, 64), (48, 48)
+    model = nn.Sequential(*[nn.Linear(n, m, bias=False) for n, m in sizes]).double()
+    layouts.fsdp(model)
+    optimizer = SOAP(model, lr=0.01, precondition_frequency=1000 if rank else 1)
+    layouts.set_grads(model, 0)
+    (group,) = optimizer.param_groups
+    found = [outcome(optimizer.step)]
+    group["precondition_frequency"] = 10
+    return [*found, outcome(optimizer.step)]
+
+
+def test_ranks_that_find_other_owners_all_raise() -> None:
+    for first, second in pool.run(2, own_differently):
+        assert_matches(
+            "DistributedError: The ranks differ in param group 0, .* rank 0 has "
+            "precondition_frequency: 1, rank 1 has precondition_frequency: 1000",
+            first,
+        )
+        assert_matches("DistributedError: The ranks differ in what has owners", second)
+
+
+def add_a_group_late(rank: int) -> list[Any]:
+    """Add a group on one rank, and then on the other; return what steps raise, and the end."""
+    model = layouts.fsdp(layouts.mlp())
+    params = list(model.parameters())
+    optimizer = SOAP(model, [{"params": params[:4]}], lr=0.01)
+    step(model, optimizer, 0)
+    found = []
+    for late in (0, 1):
+        if rank == late:
+            optimizer.add_param_group({"params": params[4:]})
+        layouts.set_grads(model, 1)
+        found.append(outcome(optimizer.step))
+    return [*found, layouts.full_params(model)]
+
+
+def test_a_group_that_only_some_ranks_have_lets_all_raise() -> None:
+    model = layouts.mlp()
+    params = list(model.parameters())
+    optimizer = SOAP(model, [{"params": params[:4]}], lr=0.01)
+    step(model, optimizer, 0)
+    optimizer.add_param_group({"params": params[4:]})
+    step(model, optimizer, 1)
+    for first, second, ends in pool.run(2, add_a_group_late):
+        assert_matches("DistributedError: The ranks differ in param group 1, ", first)
+        assert second == "nothing"
+        assert same_bits(ends, layouts.full_params(model))
+
+
 # --- code of the user's own ----------------------------------------------------------------------
 
 FAILS: set[str] = set()
