@@ -42,7 +42,7 @@ class Owners(Replicas):
 
     Args:
         agreement: The agreement of all ranks.
-        share: The number of different batches over the number of ranks.
+        share: The number of different batches over the number of ranks; None if it is unknown.
         seed: The seed of all random numbers.
         ranks: The ranks that hold whole parameters together.
 
@@ -53,7 +53,7 @@ class Owners(Replicas):
             these units, or a replica of them.
     """
 
-    def __init__(self, agreement: Agreement, share: float, seed: int, ranks: Ranks) -> None:
+    def __init__(self, agreement: Agreement, share: float | None, seed: int, ranks: Ranks) -> None:
         super().__init__(agreement, share, seed)
         self.ranks, self.exchanges = ranks, list[Exchange]()
         self.loads = self._made_loads = Loads.none(ranks.size)
@@ -61,6 +61,7 @@ class Owners(Replicas):
         self._before = 0, self.loads
         self._look()
         self._exchange_of: dict[Bucket, int] = {}
+        self._intervals: list[int | bool] = []
         self._rounding: Rounding = "nearest"
         self._traffic = Traffic(self.exchanges)
 
