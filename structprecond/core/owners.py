@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from structprecond.core.agreement import NOTHING, Agreement, Facts, digest_of
-from structprecond.core.all_rows import AllRows, known_rows
+from structprecond.core.all_rows import AllRows
 from structprecond.core.batch_size import Samples
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit
@@ -198,15 +198,14 @@ class Owners(Replicas):
         stacks = self._all_rows
         if not schedule.moved(stacks, self._intervals):
             return
-        own = [known_rows(plan.bucket) for plan in plans]
+        mine = [(self._exchange_of[plan.bucket], plan.bucket) for plan in plans]
+        own = [(number, stacks[number].known(bucket)) for number, bucket in mine]
         for known in self.agreement.share(own, "the phase offsets"):
-            for rows in known:
-                for stack in stacks:
-                    stack.learn(rows)
+            for number, rows in known:
+                stacks[number].learn(rows)
         schedule.stagger(stacks, self._intervals)
-        for plan in plans:
-            all_rows = stacks[self._exchange_of[plan.bucket]]
-            plan.bucket.counters.phase_offset.copy_(all_rows.offsets_of(plan.bucket.units))
+        for number, bucket in mine:
+            bucket.counters.phase_offset.copy_(stacks[number].offsets_of(bucket))
 
     def exclude(self, plans: Sequence[Plan], refuse: bool) -> str | None:
         """Exclude on all ranks the units that are unusable on one that owns rows of them."""
