@@ -31,6 +31,7 @@ from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routes, UserRoutes, as_routing, settle, with_defaults
 from structprecond.core.step import Plan
 from structprecond.core.team import Alone
+from structprecond.core.teams import apart
 from structprecond.core.updates import all_or_nothing
 from structprecond.core.warn import warn_once
 from structprecond.groups import PreconditionerGroup
@@ -267,10 +268,12 @@ class StructuredOptimizer(options.SharedKeywords, Resumable):
 
     @step_precision()
     def _step(self) -> None:
-        if self.global_step == 0:
-            self._assembly.meet(self._follow)
         # given last: as errors, warnings on one rank would break a step that others make
         warnings: dict[str, str | None] = {}
+        if self.global_step == 0 or not self.team.has_met:
+            self._assembly.meet(self._follow)
+            counts = self._samples.counts
+            warnings["apart"] = apart(self.team, self.model, self.rounding, counts)
         try:
             with self.team.step(self.buckets):
                 plans = self.plan()

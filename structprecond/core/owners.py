@@ -25,6 +25,7 @@ from structprecond.core.ownership import Loads, Share, assign, bytes_of_row, ite
 from structprecond.core.ranks import Ranks
 from structprecond.core.refresh import RefreshSchedule, Stack
 from structprecond.core.rounding import Rounding
+from structprecond.core.seed import Seed
 from structprecond.core.sharded_state import ShardedState, StateTensor
 from structprecond.core.state import ByParameter
 from structprecond.core.step import Plan
@@ -43,7 +44,7 @@ class Owners(Replicas):
     Args:
         agreement: The agreement of all ranks.
         share: The number of different batches over the number of ranks.
-        seed: The seed of all random numbers.
+        seed: The seed of all random numbers, as for `Replicas`.
         ranks: The ranks that hold whole parameters together.
 
     Attributes:
@@ -53,7 +54,7 @@ class Owners(Replicas):
             these units, or a replica of them.
     """
 
-    def __init__(self, agreement: Agreement, share: float, seed: int, ranks: Ranks) -> None:
+    def __init__(self, agreement: Agreement, share: float, seed: Seed, ranks: Ranks) -> None:
         super().__init__(agreement, share, seed)
         self.ranks, self.exchanges = ranks, list[Exchange]()
         self.loads = self._made_loads = Loads.none(ranks.size)
