@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from structprecond.core.agreement import NOTHING, Agreement, Facts, digest_of
+from structprecond.core.agreement import Agreement, Facts, digest_of
 from structprecond.core.all_rows import AllRows, known_rows
 from structprecond.core.batch_size import Samples
 from structprecond.core.bucket import Bucket
@@ -280,7 +280,10 @@ class Owners(Replicas):
 
     def decide(self, make: Callable[[], tuple[T, Facts]], verb: str) -> T:
         """Prepare to save or to load a checkpoint on all ranks, or on none."""
-        return self.agreement.reach(lambda: (*make(), NOTHING), "checkpoint", verb)[0]
+        own = self._own_seed
+        result, numbers = self.agreement.reach(lambda: (*make(), own), "checkpoint", verb)
+        self._learn_seed(numbers, self._exchange_of)
+        return result
 
     def gather(self, state: ByParameter) -> ByParameter:
         """Return the state of all ranks, for a checkpoint."""

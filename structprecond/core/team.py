@@ -210,11 +210,19 @@ class Replicas(Alone):
 
     def meet(self, parameters: Callable[[], Facts], buckets: Sequence[Bucket]) -> None:
         """Check before the first step that all ranks train the same parameters; share the seed."""
-        # in two numbers, since a seed may take 64 bits; the other ranks add nothing
-        own = divmod(self.seed.own, 2**32) if self.speaks else NOTHING
-        _, (high, low) = self.agreement.reach(lambda: (None, parameters(), own))
+        own = self._own_seed
+        _, numbers = self.agreement.reach(lambda: (None, parameters(), own))
+        self._learn_seed(numbers, buckets)
+
+    @property
+    def _own_seed(self) -> tuple[int, int]:
+        """This rank's summand of the common seed, in two numbers, since a seed may take 64 bits."""
+        return divmod(self.seed.own, 2**32) if self.speaks else NOTHING
+
+    def _learn_seed(self, numbers: tuple[int, int], buckets: Iterable[Bucket]) -> None:
+        """Note the common seed, given the sum over ranks, and give it to buckets without one."""
         if self.seed.common is None:
-            self.seed.common = high * 2**32 + low
+            self.seed.common = numbers[0] * 2**32 + numbers[1]
         self.seed.give_to(buckets)
 
     def make_buckets(self, units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:

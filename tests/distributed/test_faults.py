@@ -62,9 +62,12 @@ def step(model: Any, optimizer: StructuredOptimizer, number: int) -> None:
 
 
 def seen(model: nn.Module, optimizer: StructuredOptimizer) -> list[Any]:
-    """Copy what this rank holds, whatever a step may change."""
+    """Copy what this rank holds, whatever a step may change; seeds are learned once for all."""
     params = [local(p).clone() for p in model.parameters()]
-    state = [{k: t.clone() for k, t in b.named_tensors().items()} for b in optimizer.buckets]
+    state = [
+        {k: t.clone() for k, t in b.named_tensors().items() if k != "seed"}
+        for b in optimizer.buckets
+    ]
     return [params, state, optimizer.global_step, optimizer.skipped, optimizer.failed]
 
 
