@@ -58,7 +58,9 @@ class Agreement:
             result, facts, numbers = make()
         except Exception as raised:
             error, facts, numbers = raised, {}, NOTHING
-        rows = self._gather([0 if error is None else 1, _digest(facts), *numbers], what)
+        rows = self._gather(
+            [0 if error is None else 1, digest_of(sorted(facts.items())), *numbers], what
+        )
         if any(row[0] for row in rows):
             text = None if error is None else _describe(error)
             texts = self.share(text, f"what went wrong in the {what}")
@@ -76,7 +78,7 @@ class Agreement:
     def _difference(self, facts: Facts, what: str, verb: str) -> str:
         """Return a message about facts that differ."""
         everywhere: list[Facts] = self.share(dict(facts), f"what differs in the {what}")
-        for name in facts:
+        for name in dict.fromkeys(name for known in everywhere for name in known):
             values = [repr(known.get(name)) for known in everywhere]
             if len(set(values)) > 1:
                 other = next(i for i, value in enumerate(values) if value != values[0])
@@ -127,8 +129,9 @@ def naming_ranks(what: str, ranks: Ranks) -> Iterator[None]:
         ) from error
 
 
-def _digest(facts: Facts) -> int:
-    digest = blake2b(repr(sorted(facts.items())).encode(), digest_size=8).digest()
+def digest_of(value: Any) -> int:
+    """Return a number that is almost surely another one for a value with another `repr`."""
+    digest = blake2b(repr(value).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 

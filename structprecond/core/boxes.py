@@ -86,23 +86,6 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local().detach() if is_dtensor(tensor) else tensor.detach()
 
 
-def norm_over_ranks(norm: Tensor, order: float, p: Tensor) -> Tensor:
-    """Return the norm of a tensor on all ranks, given that of this rank's part.
-
-    Args:
-        norm: The norm of the part, 0-d.
-        order: 2 or infinity.
-        p: A tensor that is placed alike; unless it is a DTensor, its part is the whole.
-    """
-    if not is_dtensor(p):
-        return norm
-    total = norm if order == math.inf else norm.square()
-    for dim in sharded_dims(p):
-        op = dist.ReduceOp.MAX if order == math.inf else dist.ReduceOp.SUM
-        dist.all_reduce(total, op, group=p.device_mesh.get_group(dim))
-    return total if order == math.inf else total.sqrt()
-
-
 def box_of(p: Tensor, coordinate: Sequence[int]) -> Box:
     """Return the box of a parameter that a rank holds.
 

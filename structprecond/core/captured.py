@@ -9,6 +9,7 @@ import torch
 
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.step import Plan, Recorded
+from structprecond.core.team import Replicas
 from structprecond.errors import StructPrecondError
 from structprecond.linalg.precision import step_precision, without_autocast
 
@@ -34,7 +35,8 @@ class CapturedStep:
         replays: The number of replayed steps.
 
     Raises:
-        StructPrecondError: If the optimizer is not from this library, or checks gradients.
+        StructPrecondError: If the optimizer is not from this library, checks gradients, or makes
+            its steps together with other ranks.
 
     Example:
         >>> from structprecond import SOAP
@@ -58,6 +60,7 @@ class CapturedStep:
                 'cannot wait. Build the optimizer with nonfinite="ignore".'
             )
         self.optimizer = optimizer
+        self._check_team()
         self.replays = 0
         self._inputs: list[Recorded] = []
         # one graph for steps with a refresh, and one for those without
@@ -68,8 +71,10 @@ class CapturedStep:
         """Make one step.
 
         Raises:
-            StructPrecondError: As `optimizer.step()`, or if parameters are not on one CUDA device.
+            StructPrecondError: As `optimizer.step()`, or if parameters are not on one CUDA device,
+                or on several ranks by now.
         """
+        self._check_team()
         # a callable interval is called in every step, which a graph cannot do
         if any(callable(bucket.interval) for bucket in self.optimizer.buckets):
             self.optimizer.step()
@@ -91,6 +96,19 @@ class CapturedStep:
         self.optimizer.count_step()
         replay()
         self.replays += 1
+
+    def _check_team(self) -> None:
+        """Raise `StructPrecondError` if other ranks take part in a step, which a graph cannot ask.
+
+        The model may have been sharded after the optimizer was built.
+        """
+        self.optimizer._follow(quiet=True)
+        team = self.optimizer.team
+        if isinstance(team, Replicas):
+            raise StructPrecondError(
+                f"CapturedStep replays the steps of one process, but {team.agreement.ranks.size} "
+                "ranks make those of this optimizer together. Call optimizer.step() on all of them."
+            )
 
     def _due(self, plans: Sequence[Plan]) -> tuple[bool, ...] | None:
         """Return which buckets are refreshed; None if the step cannot be captured."""

@@ -61,6 +61,10 @@ class Held:
             mine_of_p = holders.boxes[ranks.me]
             yield cls(p, holders, mine_of_p, parts, share.copied, copy, rows, length)
 
+    def fits(self, part: Tensor) -> bool:
+        """Return whether a tensor has the shape of this rank's part; empty parts may have any."""
+        return part.shape == self.mine.size or part.numel() == self.mine.numel == 0
+
     def in_param(self, box: Box, tensor: Tensor) -> Tensor:
         """Return the view of a box in this rank's part of the parameter or of its gradient."""
         return box.of(tensor, self.mine)
@@ -106,7 +110,7 @@ class Exchange:
 
     def __init__(self, ranks: Ranks, shares: Sequence[Share], key: BucketKey) -> None:
         self.ranks, self.shares = ranks, list(shares)
-        self.all_rows = AllRows(key, [share.routed for share in shares])
+        self.all_rows = AllRows(key, [(share.routed, share.mine) for share in shares])
         self.runs_other_code = runs_other_code(shares[0].routed.route.strategy, key.structures)
         first = shares[0].routed.unit.params[0]
         self._dtype, self._device = first.dtype, local(first).device
@@ -153,15 +157,15 @@ class Exchange:
         return all(self._has(held, local(held.param)) for held in self._held)
 
     def _has(self, held: Held, part: Tensor) -> bool:
-        found = (part.dtype, part.device, part.shape)
-        return found == (self._dtype, self._device, held.mine.size)
+        found = part.dtype, part.device
+        return found == (self._dtype, self._device) and held.fits(part)
 
     def check(self, names: Mapping[nn.Parameter, str]) -> None:
         """Check that this rank's parts and their gradients are as they were at construction.
 
         Raises:
             StructPrecondError: If the shape, dtype or device of a part has changed.
-            GradientError: If a gradient is sparse, complex, or placed otherwise.
+            GradientError: If a gradient is sparse, complex, of another dtype, or placed otherwise.
         """
         for held in self._held:
             p, part = held.param, local(held.param)
@@ -174,6 +178,12 @@ class Exchange:
             grad = p.grad
             if grad is None:
                 continue
+            if grad.is_floating_point() and grad.dtype != self._dtype:
+                raise GradientError(
+                    f"The gradient of {names[p]} is {grad.dtype}, expected {self._dtype} as the "
+                    "parameter, since sending it would round it. Leave grad_dtype alone, or keep "
+                    "the parameter in the precision of its gradient."
+                )
             placed = not is_dtensor(p) or (is_dtensor(grad) and grad.placements == p.placements)
             if not placed or grad.shape != p.shape:
                 raise GradientError(
@@ -194,12 +204,10 @@ class Exchange:
         def source(piece: Piece) -> Tensor | None:
             held = self._held[piece.tensor // 2]
             tensor = held.param if piece.tensor % 2 else held.param.grad
-            if tensor is None:
+            if tensor is None or not held.fits(part := local(tensor)):
                 return None
-            part = local(tensor)
-            fits = part.layout == torch.strided and part.is_floating_point()
-            placed = (part.shape, part.device) == (held.mine.size, self._device)
-            return held.in_param(piece.box, part) if fits and placed else None
+            dense = part.layout == torch.strided and part.is_floating_point()
+            return held.in_param(piece.box, part) if dense and part.device == self._device else None
 
         what = f"the gradients of {self.name}"
         self._arrival = self.inward.start(source, self._dtype, self._device, what)
@@ -211,10 +219,10 @@ class Exchange:
             copy.grad = torch.empty_like(copy)
 
     def arrive(self) -> None:
-        """Write what has arrived into the copies and their gradients."""
+        """Write what has arrived into the copies and their gradients; once more does nothing."""
         arrival = self._arrival
-        assert arrival is not None
-        self._arrival = None
+        if arrival is None:
+            return
         arrival.wait()
 
         def target(piece: Piece) -> Tensor:
@@ -225,6 +233,7 @@ class Exchange:
             return held.in_copy(piece.box, tensor.detach())
 
         arrival.write(target)
+        self._arrival = None  # not before: an interrupted rank goes on here
 
     def spread(self) -> None:
         """Start to send updated parameters to the ranks that hold them."""
@@ -243,7 +252,6 @@ class Exchange:
         arrival = self._arrival
         if arrival is None:
             return
-        self._arrival = None
         arrival.wait()
 
         def target(piece: Piece) -> Tensor:
@@ -256,12 +264,12 @@ class Exchange:
     def drop(self) -> None:
         """Wait for what is under way without writing it, and free the copies."""
         if self._arrival is not None:
-            arrival, self._arrival = self._arrival, None
-            arrival.wait()
+            self._arrival.wait()
         self.free()
 
     def free(self) -> None:
-        """Free the copies and their gradients."""
+        """Forget what is under way, and free the copies and their gradients."""
+        self._arrival = None
         for copy in self._copies:
             copy.grad = None
             copy.untyped_storage().resize_(0)

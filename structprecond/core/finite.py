@@ -9,8 +9,9 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from structprecond.core.boxes import is_dtensor, local, norm_over_ranks
+from structprecond.core.boxes import is_dtensor, local
 from structprecond.core.naming import enumerate_names
+from structprecond.core.norms import norm_over_ranks
 from structprecond.core.step import Plan
 from structprecond.errors import GradientError
 

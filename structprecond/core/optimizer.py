@@ -201,9 +201,15 @@ class StructuredOptimizer(options.SharedKeywords, Resumable):
         """The number of times a unit was skipped for a non-finite or too large gradient.
 
         If rows have owners, only those of this rank count: reading an attribute does not wait for
-        other ranks. Sum over ranks for all.
+        other ranks. Sum over the ranks of one replica for all. A unit whose rows have several
+        owners counts at that of its first row.
         """
-        return sum(int(b.counters.skipped[span.start]) for b in self.buckets for span in b.spans)
+        return sum(
+            int(bucket.counters.skipped[span.start])
+            for bucket in self.buckets
+            for unit, span in zip(bucket.units, bucket.spans, strict=True)
+            if unit.row_numbers is None or unit.row_numbers[0] == 0
+        )
 
     @property
     def failed(self) -> int:

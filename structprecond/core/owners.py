@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from structprecond.core.agreement import NOTHING, Agreement, Facts
-from structprecond.core.all_rows import known_rows
+from structprecond.core.agreement import NOTHING, Agreement, Facts, digest_of
+from structprecond.core.all_rows import AllRows
 from structprecond.core.batch_size import Samples
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit
@@ -29,10 +29,11 @@ from structprecond.core.sharded_state import ShardedState, StateTensor
 from structprecond.core.state import ByParameter
 from structprecond.core.step import Plan
 from structprecond.core.team import INTERVALS, WITHOUT, Replicas, T
+from structprecond.core.traffic import Traffic
 from structprecond.core.units import Unit
 from structprecond.errors import LostRankError, StructPrecondError
 
-OWNED = "what has owners: were other parameters thawed, or added"
+OWNED = "what has owners (were parameters thawed, added or configured on some ranks only?)"
 """Name of a fact."""
 
 
@@ -41,24 +42,28 @@ class Owners(Replicas):
 
     Args:
         agreement: The agreement of all ranks.
-        share: The number of different batches over the number of ranks.
+        share: The number of different batches over the number of ranks; None if it is unknown.
         seed: The seed of all random numbers.
         ranks: The ranks that hold whole parameters together.
 
     Attributes:
         exchanges: The exchanges, in the order in which all ranks make them.
         loads: The loads of the owners.
+        shares_skips: Whether ranks tell each other which units they skip: other ranks own rows of
+            these units, or a replica of them.
     """
 
-    def __init__(self, agreement: Agreement, share: float, seed: int, ranks: Ranks) -> None:
+    def __init__(self, agreement: Agreement, share: float | None, seed: int, ranks: Ranks) -> None:
         super().__init__(agreement, share, seed)
         self.ranks, self.exchanges = ranks, list[Exchange]()
         self.loads = self._made_loads = Loads.none(ranks.size)
-        self._made: list[Exchange] = []
+        self._made: list[tuple[Exchange, list[Bucket]]] = []
         self._before = 0, self.loads
+        self._look()
         self._exchange_of: dict[Bucket, int] = {}
+        self._intervals: list[int | bool] = []
         self._rounding: Rounding = "nearest"
-        self._step = _Step()
+        self._traffic = Traffic(self.exchanges)
 
     def problem_with(self, params: Iterable[nn.Parameter]) -> str | None:
         """Return why the team cannot train some parameters, as an object; None if it can."""
@@ -96,9 +101,7 @@ class Owners(Replicas):
             ]
             mine = [replace(s.routed, unit=s.mine) for s in shares if s.mine is not None]
             buckets = super().make_buckets(mine, rounding)
-            number = len(self.exchanges) + len(self._made)
-            self._exchange_of |= dict.fromkeys(buckets, number)
-            self._made.append(Exchange(self.ranks, shares, key))
+            self._made.append((Exchange(self.ranks, shares, key), buckets))
             made += buckets
         return made
 
@@ -116,9 +119,12 @@ class Owners(Replicas):
     def adopt(self) -> list[tuple[Unit, dict[str, Tensor]]]:
         """Use the last buckets that were made, since nothing has failed after that."""
         self._before = len(self.exchanges), self.loads
-        new, self._made, self.loads = self._made, [], self._made_loads
+        made, self._made, self.loads = self._made, [], self._made_loads
+        for number, (_, buckets) in enumerate(made, len(self.exchanges)):
+            self._exchange_of |= dict.fromkeys(buckets, number)
+        new = [exchange for exchange, _ in made]
         self.exchanges += new
-        self._step.add(new)
+        self._look()
         elsewhere: dict[Unit, dict[str, Tensor]] = {}
         for one in self._tensors_of(new):
             if one.share.mine is None:
@@ -129,6 +135,20 @@ class Owners(Replicas):
         """Undo the last `adopt`."""
         number, self.loads = self._before
         del self.exchanges[number:]
+        self._exchange_of = {b: i for b, i in self._exchange_of.items() if i < number}
+        self._look()
+
+    def _look(self) -> None:
+        """Note what follows from the exchanges."""
+        shares = [share for exchange in self.exchanges for share in exchange.shares]
+        replicated = self.agreement.ranks.size > self.ranks.size
+        self.shares_skips = replicated or any(share.by_rows for share in shares)
+        owners = [(share.routed.unit.label, share.owners) for share in shares]
+        self._owned = {
+            "stacks": len(self.exchanges),
+            "state in bytes": self.loads.state_bytes,
+            "a digest of the owners": digest_of(owners),
+        }
 
     @property
     def units(self) -> list[RoutedUnit]:
@@ -155,39 +175,56 @@ class Owners(Replicas):
 
     def stacks(self, buckets: Sequence[Bucket]) -> Sequence[Stack]:
         """Return the stacks over whose rows refreshes are staggered: those of all ranks."""
+        return self._all_rows
+
+    @property
+    def _all_rows(self) -> list[AllRows]:
         return [exchange.all_rows for exchange in self.exchanges]
 
     def intervals(
         self, schedule: RefreshSchedule, buckets: Sequence[Bucket], global_step: int
     ) -> list[int | bool]:
         """Return the refresh interval of each bucket, or whether to refresh it now."""
-        self._intervals = schedule.intervals(self.stacks(buckets), global_step)
+        self._intervals = schedule.intervals(self._all_rows, global_step)
         return [self._intervals[self._exchange_of[bucket]] for bucket in buckets]
 
     def _facts(self, plans: Sequence[Plan]) -> Facts:
         """Return what else has to be the same on all ranks."""
         units = [routed.unit for routed in self.units]
         dead = [unit.label for unit, on in zip(units, are_live(units), strict=True) if not on]
-        owned = {"stacks": len(self.exchanges), "state in bytes": self.loads.state_bytes}
-        return {OWNED: owned, WITHOUT: dead, INTERVALS: self._intervals}
+        return {OWNED: self._owned, WITHOUT: dead, INTERVALS: self._intervals}
 
     def _stagger(self, plans: Sequence[Plan], schedule: RefreshSchedule) -> None:
-        stacks = self.stacks([])
+        stacks = self._all_rows
         if not schedule.moved(stacks, self._intervals):
             return
-        own = [known_rows(plan.bucket) for plan in plans]
+        mine = [(self._exchange_of[plan.bucket], plan.bucket) for plan in plans]
+        own = [(number, stacks[number].known(bucket)) for number, bucket in mine]
         for known in self.agreement.share(own, "the phase offsets"):
-            for rows in known:
-                for exchange in self.exchanges:
-                    exchange.all_rows.learn(rows)
+            for number, rows in known:
+                stacks[number].learn(rows)
         schedule.stagger(stacks, self._intervals)
-        for plan in plans:
-            all_rows = self.exchanges[self._exchange_of[plan.bucket]].all_rows
-            plan.bucket.counters.phase_offset.copy_(all_rows.offsets_of(plan.bucket.units))
+        for number, bucket in mine:
+            bucket.counters.phase_offset.copy_(stacks[number].offsets_of(bucket))
 
     def exclude(self, plans: Sequence[Plan], refuse: bool) -> str | None:
-        """Exclude unusable units of this rank; the others get what their owners decide."""
-        return exclude_unusable(plans, refuse)
+        """Exclude on all ranks the units that are unusable on one that owns rows of them."""
+        if not self.shares_skips:
+            return exclude_unusable(plans, refuse)
+
+        def make() -> tuple[tuple[str | None, list[str]], Facts, tuple[int, int]]:
+            message = exclude_unusable(plans, refuse)
+            # units without a gradient are among them, the same on all ranks
+            units = _left_out(plans) if message is not None else []
+            return (message, units), {}, (len(units), 0)
+
+        self._traffic.agreed = False
+        (message, own), (count, _) = self.agreement.reach(make)
+        if count:
+            skipped = set().union(*self.agreement.share(own, "the units to skip"))
+            for plan in plans:
+                plan.exclude([unit.label in skipped for unit in plan.bucket.units])
+        return message
 
     def _suspects(self, plans: Sequence[Plan]) -> int:
         """Return 0, since gradients have not arrived."""
@@ -199,18 +236,16 @@ class Owners(Replicas):
     @contextmanager
     def step(self, buckets: Sequence[Bucket]) -> Iterator[None]:
         """Bring gradients to the owners before a step, and parameters back to the others after."""
-        self._step = _Step()
-        self._step.add(self.exchanges)
-        self._step.collect()
         try:
+            self._traffic.begin()
             yield
+            self._traffic.finish()
         except LostRankError:
-            self._step.abandon()
+            self._traffic.abandon()
             raise
         except BaseException:
-            self._step.fail()
+            self._traffic.fail()
             raise
-        self._step.finish()
 
     def agree(
         self,
@@ -222,26 +257,25 @@ class Owners(Replicas):
     ) -> list[Plan]:
         """Plan a step on all ranks, or on none; counted samples are those of all ranks."""
         plans = super().agree(plan, facts, samples, schedule, nonfinite)
-        self._step.agreed = True
+        self._traffic.agreed = True
         return plans
 
     def arrive(self, buckets: Sequence[Bucket]) -> None:
         """Wait for the gradients."""
         for bucket in buckets:
-            self._step.waiting[self._exchange_of[bucket]].add(bucket)
-        self._step.arrive()
+            self._traffic.await_update(self._exchange_of[bucket], bucket)
+        self._traffic.arrive()
 
     def confirm(self, make: Callable[[], T], plans: Sequence[Plan], may_fail: bool) -> T:
         """Do something on all ranks, or on none."""
-        self._step.agreed = not (may_fail or self._runs_other_code(plans))
+        self._traffic.agreed = not (may_fail or self._runs_other_code(plans))
         result = super().confirm(make, plans, may_fail)
-        self._step.agreed = True
+        self._traffic.agreed = True
         return result
 
     def moved(self, bucket: Bucket) -> None:
         """Note that the parameters of a bucket have been updated; send them if all are."""
-        self._step.waiting[self._exchange_of[bucket]].discard(bucket)
-        self._step.spread()
+        self._traffic.moved(self._exchange_of[bucket], bucket)
 
     def decide(self, make: Callable[[], tuple[T, Facts]], verb: str) -> T:
         """Prepare to save or to load a checkpoint on all ranks, or on none."""
@@ -263,64 +297,11 @@ class Owners(Replicas):
             yield from StateTensor.of(exchange, self._rounding)
 
 
-class _Step:
-    """The exchanges of one step.
-
-    Attributes:
-        waiting: For each exchange, the buckets that this rank still has to update.
-        agreed: Whether all ranks make the step, so that the others wait for this one.
-    """
-
-    def __init__(self) -> None:
-        self._exchanges: list[Exchange] = []
-        self.waiting: list[set[Bucket]] = []
-        self.agreed = False
-        self._arrived = False
-        self._collected = self._spread = 0
-
-    def add(self, exchanges: Sequence[Exchange]) -> None:
-        """Add exchanges, also of units that were thawed after `collect`."""
-        self._exchanges += exchanges
-        self.waiting += [set() for _ in exchanges]
-
-    def collect(self) -> None:
-        """Start to bring gradients to the owners."""
-        for exchange in self._exchanges[self._collected :]:
-            exchange.collect()
-        self._collected = len(self._exchanges)
-
-    def arrive(self) -> None:
-        """Wait for the gradients."""
-        self._arrived = True
-        self.collect()
-        for exchange in self._exchanges:
-            exchange.arrive()
-
-    def spread(self, everything: bool = False) -> None:
-        """Start to send what is complete, in the same order on all ranks."""
-        while self._spread < len(self._exchanges):
-            if self.waiting[self._spread] and not everything:
-                return
-            self._exchanges[self._spread].spread()
-            self._spread += 1
-
-    def finish(self) -> None:
-        """Send the rest, and wait for everything."""
-        self.spread(everything=True)
-        for exchange in self._exchanges:
-            exchange.finish()
-
-    def fail(self) -> None:
-        """Go on as the other ranks do: they stop as well, or wait for the parameters."""
-        if not self.agreed:
-            for exchange in self._exchanges:
-                exchange.drop()
-            return
-        if not self._arrived:
-            self.arrive()
-        self.finish()
-
-    def abandon(self) -> None:
-        """Free what was under way; nothing more will arrive."""
-        for exchange in self._exchanges:
-            exchange.free()
+def _left_out(plans: Sequence[Plan]) -> list[str]:
+    """Return the names of the units that take no part in a step."""
+    return [
+        unit.label
+        for plan in plans
+        for unit, on in zip(plan.bucket.units, plan.live, strict=True)
+        if not on
+    ]

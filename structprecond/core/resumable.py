@@ -14,6 +14,7 @@ from structprecond.core.agreement import Facts
 from structprecond.core.assembly import Assembly
 from structprecond.core.batch_size import Samples
 from structprecond.core.build import RoutedUnit
+from structprecond.core.entry import Entries
 from structprecond.core.refresh import RefreshSchedule
 
 _T = TypeVar("_T")
@@ -26,7 +27,8 @@ class Resumable(Optimizer):
     _assembly: Assembly
     _samples: Samples
     _schedule: RefreshSchedule
-    _follow: Callable[[], None]
+    _entries: Entries
+    _follow: Callable[..., None]
     _thaw: Callable[[Callable[[RoutedUnit], bool]], None]
 
     def state_dict(self) -> dict[str, Any]:
@@ -42,6 +44,7 @@ class Resumable(Optimizer):
         Raises:
             DistributedError: If another rank cannot do the same.
         """
+        self._follow(quiet=True)  # after this, the team is that of all ranks
         team = self._assembly.team
         groups = team.decide(self._prepare_to_save, "save")
         saved = checkpoint.save(groups, team.gather(self.state))
@@ -67,11 +70,12 @@ class Resumable(Optimizer):
             CheckpointError: If it does not fit; the message lists the differences.
             DistributedError: If it does not fit on another rank.
         """
+        self._follow(quiet=True)
         team, names = self._assembly.team, self._assembly.names
         prepare = partial(self._prepare_to_load, state_dict)
         state_dict, used, saved = team.decide(prepare, "load")
-        self._thaw(lambda routed: routed.unit.params[0] in saved)
-        with self._samples.loading():
+        with self._assembly.thawing(self._entries, self.state), self._samples.loading():
+            self._thaw(lambda routed: routed.unit.params[0] in saved)
             checkpoint.load(team, self.param_groups, used, self.state, names, state_dict)
         self._schedule.adopt(team.stacks(self._assembly.buckets))
         for hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -24,6 +24,7 @@ from structprecond.core.rounding import Rounding
 from structprecond.core.state import ByParameter
 from structprecond.core.step import Plan
 from structprecond.core.units import Unit
+from structprecond.errors import StructPrecondError
 
 T = TypeVar("T")
 WITHOUT, INTERVALS = "the units without a gradient", "the refresh intervals"
@@ -171,11 +172,11 @@ class Replicas(Alone):
 
     Args:
         agreement: The agreement of all ranks.
-        share: The number of different batches over the number of ranks.
+        share: The number of different batches over the number of ranks; None if it is unknown.
         seed: The seed of all random numbers.
     """
 
-    def __init__(self, agreement: Agreement, share: float, seed: int) -> None:
+    def __init__(self, agreement: Agreement, share: float | None, seed: int) -> None:
         self.agreement, self._share, self.seed = agreement, share, seed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -217,10 +218,16 @@ class Replicas(Alone):
             fixed = None if samples.counts else samples.count
             known = {**facts(), "the fixed batch size": fixed, **self._facts(plans)}
             suspects = self._suspects(plans) if nonfinite != "ignore" else 0
+            if samples.counts and self._share is None:
+                raise StructPrecondError(
+                    "The batch size cannot be counted, since the parameters are DTensors, but no "
+                    "module of the model is under fully_shard, which knows the ranks that see the "
+                    "same batch. Pass batch_size= as an integer, the samples of all ranks."
+                )
             return plans, known, (samples.count or 0, suspects)
 
         plans, (total, self._doubts) = self.agreement.reach(make)
-        if samples.counts and total:
+        if samples.counts and self._share is not None and total:
             total = round(total * self._share)
             samples.add_ranks(total)
             for one in plans:

@@ -35,7 +35,8 @@ def find_team(
         ranks, everyone = holders_of(params, mesh)
         everyone = replicas or everyone
         agreement = Agreement(Ranks.of_group(everyone), device)
-        share = share_of_data(model, everyone)
+        # all ranks of DistributedDataParallel see different batches
+        share = share_of_data(model, ranks, agreement.ranks.size) if replicas is None else 1.0
         return Owners(agreement, share, _seed(before, agreement), ranks)
     if replicas is None or dist.get_world_size(replicas) == 1:
         return Alone()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from structprecond.core.boxes import norm_over_ranks
+from structprecond.core.norms import norm_over_ranks
 
 
 @dataclass

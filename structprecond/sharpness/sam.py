@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from structprecond.core.agreement import Facts
 from structprecond.core.boxes import is_dtensor, local
-from structprecond.core.finite import are_nonfinite_on_a_rank
-from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.warn import warn
 from structprecond.errors import GradientError, StructPrecondError
 from structprecond.linalg.precision import without_autocast
 from structprecond.sharpness import arguments
 from structprecond.sharpness.batch_norm import freeze_batch_norm
 from structprecond.sharpness.perturbation import Part, total_norm
+from structprecond.sharpness.together import agree, agree_on_parts, would_not_notice
 
 _TINY = 1e-12
 # the attributes that copies and pickles keep, without hooks and a scheduler's wrapper
@@ -217,7 +217,7 @@ class SAM(Optimizer):
             GradientError: If a gradient is sparse or complex; the parameters stay at p.
         """
         self.restore()
-        parts = self._parts()
+        parts = agree_on_parts(self.base_optimizer, self._parts)
         norm, unit = total_norm(parts)
         # from here on the step is pending
         self._old, self._failed = {}, not math.isfinite(norm)
@@ -275,50 +275,48 @@ class SAM(Optimizer):
 
     def _complete(self) -> None:
         """Make the second step; the caller restores if it raises."""
+        # no rank may wait for the others in the base if one of them skips the step
+        base = self.base_optimizer
+        grads, (failures, overflows) = agree(base, self._second_pass, "second step of SAM")
+        self._go_back()
+        if failures or overflows or would_not_notice(base, self._with_gradient()):
+            self.skipped += not self._failed
+            if not overflows:  # an overflow is normal under a scaler
+                self._warn("first" if failures else "second")
+        else:
+            if (scale := getattr(self, "grad_scale", None)) is not None and grads:
+                torch._foreach_mul_(grads, 1 / float(scale))
+            assert self._old is not None
+            new = set(self._with_gradient()) - self._old.keys()
+            self._old |= {p: local(p).clone() for p in new}
+            base.step()
+        self._old = None
+
+    def _second_pass(self) -> tuple[list[Tensor], Facts, tuple[int, int]]:
+        """Return the gradients, and whether the first pass failed or the second overflowed."""
         if self._old is None:
             raise StructPrecondError(
                 "SAM has nothing to complete: no first step is pending. Call first_step() before "
                 "step() or second_step(), or pass a closure to step()."
             )
-        self._go_back()
-        overflow = bool(getattr(self, "found_inf", False))
-        if self._failed or overflow or self._base_would_not_notice():
-            self.skipped += not self._failed
-            if not overflow:  # an overflow is normal under a scaler
-                self._warn()
-        else:
-            self._unscale()
-            new = set(self._with_gradient()) - self._old.keys()
-            self._old |= {p: local(p).clone() for p in new}
-            self.base_optimizer.step()
-        self._old = None
-
-    def _base_would_not_notice(self) -> bool:
-        """Return whether gradients are not finite and the base would not check them."""
-        checks = isinstance(self.base_optimizer, StructuredOptimizer)
-        return not checks and are_nonfinite_on_a_rank(self._with_gradient())
-
-    def _unscale(self) -> None:
-        """Divide the gradients by the scale, if `GradScaler` has set one."""
-        scale = getattr(self, "grad_scale", None)
         grads = _local_grads(self._with_gradient())
-        if scale is None or not grads:
-            return
-        if any(g.dtype == torch.float16 for g in grads):
+        overflow = bool(getattr(self, "found_inf", False))
+        scaled = getattr(self, "grad_scale", None) is not None
+        if scaled and any(g.dtype == torch.float16 for g in grads):
             raise GradientError(
                 "Gradients are float16, which lose small values when unscaled. Keep the parameters "
                 "in float32 and run the forward pass under torch.autocast."
             )
-        torch._foreach_mul_(grads, 1 / float(scale))
+        return grads, {}, (int(self._failed), int(overflow))
 
-    def _warn(self) -> None:
+    def _warn(self, which: str) -> None:
         if self._warned:
             return
         self._warned = True
         warn(
-            f"SAM skipped a step, because a gradient of the {'first' if self._failed else 'second'}"
-            " pass was not finite. The step left parameters and state unchanged. Later skips give "
-            "no warning; sam.skipped counts them."
+            f"SAM skipped a step, because a gradient of the {which} pass was not finite. The step "
+            "left parameters and state unchanged. Later skips give no warning; sam.skipped counts "
+            "them."
         )
 
     def _parts(self) -> list[Part]:

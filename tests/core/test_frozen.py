@@ -150,6 +150,29 @@ def test_state_of_a_layer_that_was_frozen_when_it_was_saved_stays_fresh() -> Non
         other.load_state_dict(optimizer.state_dict())
 
 
+def test_a_refused_checkpoint_thaws_nothing() -> None:
+    model = mlp()
+    whole = SOAP(model)
+    set_grads(list(model.parameters()), 0)
+    whole.step()
+    saved = whole.state_dict()
+    damaged = copy.deepcopy(saved)
+    damaged["state"][2]["exp_avg"] = torch.zeros(7)
+    frozen = mlp()
+    frozen[0].requires_grad_(False)
+    optimizer = SOAP(frozen)
+    stacks, size = list(optimizer.buckets), _bytes(optimizer)
+    with pytest.raises(CheckpointError, match="exp_avg is"):
+        optimizer.load_state_dict(damaged)
+    assert [r.unit.label for r in optimizer.frozen_units] == ["0.weight", "0.bias"]
+    assert (optimizer.buckets, _bytes(optimizer)) == (stacks, size)
+    assert set(optimizer.state[frozen[0].weight]) == COUNTERS
+    optimizer.load_state_dict(saved)
+    assert not optimizer.frozen_units
+    for i, p in enumerate(frozen.parameters()):
+        assert same_bits(dict(optimizer.state[p]), saved["state"][i])
+
+
 def test_copies_keep_frozen_units_apart() -> None:
     model = mlp()
     model[2].requires_grad_(False)

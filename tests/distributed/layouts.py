@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import pairwise
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,18 +17,32 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from structprecond.core.boxes import Box, box_of
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
 # Multiples of 16: then kernels treat the rows of a stack alike, wherever they are in memory.
 DIMS = (16, 16, 32, 16, 16, 16)
 
 
+def same_on_all_ranks(build: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Let a function use the same random numbers on all ranks."""
+
+    @wraps(build)
+    def seeded(*args: _P.args, **keywords: _P.kwargs) -> _T:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return build(*args, **keywords)
+
+    return seeded
+
+
+@same_on_all_ranks
 def mlp(dims: Sequence[int] = DIMS, dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    """Return a network of linear layers, the same on all ranks."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        layers: list[nn.Module] = []
-        for n_in, n_out in pairwise(dims):
-            layers += [nn.Linear(n_in, n_out), nn.Tanh()]
-        return nn.Sequential(*layers[:-1]).to(dtype)
+    """Return a network of linear layers."""
+    layers: list[nn.Module] = []
+    for n_in, n_out in pairwise(dims):
+        layers += [nn.Linear(n_in, n_out), nn.Tanh()]
+    return nn.Sequential(*layers[:-1]).to(dtype)
 
 
 def replicated(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import sys
 import tempfile
 import time
 import traceback
@@ -147,3 +148,14 @@ def _call(
         return function(rank, *args)
     finally:
         dist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """Clear what torch has cached for meshes, whose groups exist no more."""
+    redistribute = sys.modules.get("torch.distributed.tensor._redistribute")
+    if redistribute is not None:
+        from torch.distributed.tensor import debug
+
+        redistribute._gen_transform_infos.cache_clear()
+        debug._clear_sharding_prop_cache()

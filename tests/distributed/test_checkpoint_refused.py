@@ -91,6 +91,27 @@ def test_a_checkpoint_that_does_not_fit_on_one_rank_changes_none(kind: str, dama
     assert text.startswith(expected), text
 
 
+def load_frozen(rank: int) -> tuple[list[str], list[str], bool]:
+    """Load a checkpoint that is damaged on one rank while a layer is frozen; return what was."""
+    model, optimizer = resuming.build("fsdp", SOAP)
+    resuming.train(model, optimizer, 0, 2)
+    saved = optimizer.state_dict()
+    frozen = layouts.fsdp(layouts.mlp())
+    frozen.get_submodule("2").requires_grad_(False)
+    new = SOAP(frozen)
+    before = everything(new)
+    with pytest.raises((CheckpointError, DistributedError)):
+        new.load_state_dict(transpose(copy.deepcopy(saved)) if rank else saved)
+    refused = [routed.unit.label for routed in new.frozen_units]
+    unchanged = same_bits(everything(new), before)
+    new.load_state_dict(saved)
+    return refused, [routed.unit.label for routed in new.frozen_units], unchanged
+
+
+def test_a_refused_checkpoint_thaws_nothing_on_any_rank() -> None:
+    assert pool.run(2, load_frozen) == [(["2.weight", "2.bias"], [], True)] * 2
+
+
 def load_different(rank: int) -> tuple[str, bool]:
     """Load whole tensors on one rank, and the parts of each rank on the other."""
     _, optimizer = resuming.build("fsdp", SOAP)

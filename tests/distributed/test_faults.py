@@ -19,7 +19,9 @@ from structprecond import (
     SOAP,
     Hyperparameter,
     Muon,
+    PerParameter,
     SIRFShampoo,
+    SplitHeads,
     State,
     StepContext,
     Strategy,
@@ -34,7 +36,7 @@ Fault = Callable[[Any, StructuredOptimizer], Undo]
 
 # --- set-ups -------------------------------------------------------------------------------------
 
-SETUPS = {"ddp": 2, "replicated": 2, "fsdp": 2, "tensor_parallel": 4}
+SETUPS = {"ddp": 2, "replicated": 2, "fsdp": 2, "hsdp": 4, "tensor_parallel": 4}
 """Where each fault is tried, with the number of ranks."""
 
 
@@ -211,6 +213,60 @@ def assert_matches(pattern: str, text: str) -> None:
         raise RuntimeError(text)
 
 
+# --- owners that differ --------------------------------------------------------------------------
+
+
+def own_differently(rank: int) -> list[str]:
+    """Let each rank find other owners; return what steps raise."""
+    sizes = (16, 96), (96, 16), (16, 160), (64, 64), (48, 48)
+    model = nn.Sequential(*[nn.Linear(n, m, bias=False) for n, m in sizes]).double()
+    layouts.fsdp(model)
+    optimizer = SOAP(model, lr=0.01, precondition_frequency=1000 if rank else 1)
+    layouts.set_grads(model, 0)
+    (group,) = optimizer.param_groups
+    found = [outcome(optimizer.step)]
+    group["precondition_frequency"] = 10
+    return [*found, outcome(optimizer.step)]
+
+
+def test_ranks_that_find_other_owners_all_raise() -> None:
+    for first, second in pool.run(2, own_differently):
+        assert_matches(
+            "DistributedError: The ranks differ in param group 0, .* rank 0 has "
+            "precondition_frequency: 1, rank 1 has precondition_frequency: 1000",
+            first,
+        )
+        assert_matches("DistributedError: The ranks differ in what has owners", second)
+
+
+def add_a_group_late(rank: int) -> list[Any]:
+    """Add a group on one rank, and then on the other; return what steps raise, and the end."""
+    model = layouts.fsdp(layouts.mlp())
+    params = list(model.parameters())
+    optimizer = SOAP(model, [{"params": params[:4]}], lr=0.01)
+    step(model, optimizer, 0)
+    found = []
+    for late in (0, 1):
+        if rank == late:
+            optimizer.add_param_group({"params": params[4:]})
+        layouts.set_grads(model, 1)
+        found.append(outcome(optimizer.step))
+    return [*found, layouts.full_params(model)]
+
+
+def test_a_group_that_only_some_ranks_have_lets_all_raise() -> None:
+    model = layouts.mlp()
+    params = list(model.parameters())
+    optimizer = SOAP(model, [{"params": params[:4]}], lr=0.01)
+    step(model, optimizer, 0)
+    optimizer.add_param_group({"params": params[4:]})
+    step(model, optimizer, 1)
+    for first, second, ends in pool.run(2, add_a_group_late):
+        assert_matches("DistributedError: The ranks differ in param group 1, ", first)
+        assert second == "nothing"
+        assert same_bits(ends, layouts.full_params(model))
+
+
 # --- code of the user's own ----------------------------------------------------------------------
 
 FAILS: set[str] = set()
@@ -344,7 +400,9 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(setup: str)
             assert [i for i, on in enumerate(m) if not on] == ([weight] if any(skipped) else [])
         skips.append(sum(skipped))
     # replicas count on every rank; whole gradients are equal, so their owner looks at its own alone
-    assert sorted(skips) == {"ddp": [2, 2], "replicated": [0, 1]}.get(setup, [1, 1])
+    assert sorted(skips) == {
+        "ddp": [2, 2], "hsdp": [2, 2], "replicated": [0, 1]
+    }.get(setup, [1, 1])  # fmt: skip
 
 
 @pytest.mark.parametrize("setup", SETUPS)
@@ -365,6 +423,31 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_refused_by_all(setup: str)
             assert not any(moved)
             assert skipped == 0
     assert refused == (1 if setup == "replicated" else 2)
+
+
+def skip_a_head(rank: int, nonfinite: Any) -> list[Any]:
+    """Spoil one head of a weight whose heads have several owners; return what is then raised."""
+    heads = SplitHeads("2.weight", heads=4), PerParameter()
+    model = layouts.fsdp(layouts.mlp())
+    optimizer = SOAP(model, lr=0.01, combine_params=heads, nonfinite=nonfinite)
+    for number in range(2):
+        step(model, optimizer, number)
+    weight: Any = model.get_parameter("2.weight")
+    layouts.set_grads(model, 2)
+    if rank == 0:
+        local(weight.grad)[0, 0] = torch.nan  # of the first head
+    start = layouts.full(weight)
+    raised = outcome(optimizer.step)
+    moved = not torch.equal(layouts.full(weight), start)
+    return [raised.partition(":")[0], moved, optimizer.skipped]
+
+
+def test_one_bad_head_skips_the_whole_unit_whoever_owns_the_other_heads() -> None:
+    found = pool.run(2, skip_a_head, "skip")
+    assert [answer[:2] for answer in found] == [["nothing", False]] * 2
+    assert sum(skipped for _, _, skipped in found) == 1
+    found = pool.run(2, skip_a_head, "raise")
+    assert sorted(found) == [["DistributedError", False, 0], ["GradientError", False, 0]]
 
 
 # --- samples and random numbers ------------------------------------------------------------------
@@ -390,9 +473,9 @@ def count(rank: int, setup: str) -> tuple[set[int], bool]:
     return noted, same_bits(*ends)
 
 
-@pytest.mark.parametrize("setup", [*SETUPS, "hsdp"])
+@pytest.mark.parametrize("setup", SETUPS)
 def test_counted_samples_are_those_of_all_ranks_and_each_counts_once(setup: str) -> None:
-    world = SETUPS.get(setup, 4)
+    world = SETUPS[setup]
     total = 11 if setup == "tensor_parallel" else {2: 9, 4: 20}[world]
     assert pool.run(world, count, setup) == [({total}, True)] * world
 
@@ -452,3 +535,33 @@ def test_ranks_without_rows_make_steps_as_well(setup: str) -> None:
     assert sum(owned) == 1
     assert raised == ("HyperparameterError", *["DistributedError"] * (len(owned) - 1))
     assert all(same_bits(end, ends[0]) for end in ends)
+
+
+# --- gradients of another precision --------------------------------------------------------------
+
+
+def step_with_wide_gradient(rank: int) -> tuple[str, bool, str]:
+    """Give one rank a gradient that is wider than its parameter; return what the steps raise."""
+    model: Any = layouts.fsdp(layouts.mlp(dtype=torch.bfloat16))
+    optimizer = SOAP(model, lr=1e-3)
+    step(model, optimizer, 0)
+    p = model[2].weight
+    layouts.set_grads(model, 1)
+    narrow, p.grad = p.grad, None
+    p.grad_dtype = torch.float32 if rank else torch.bfloat16
+    p.grad = narrow.to(p.grad_dtype)
+    before = seen(model, optimizer)
+    raised = outcome(optimizer.step)
+    unchanged = same_bits(seen(model, optimizer), before)
+    p.grad = None
+    p.grad_dtype, p.grad = torch.bfloat16, narrow
+    return raised, unchanged, outcome(optimizer.step)
+
+
+def test_gradients_of_another_precision_are_not_rounded_on_the_way() -> None:
+    (told, *rest), (raised, *others) = pool.run(2, step_with_wide_gradient)
+    assert "GradientError: The gradient of 2.weight is torch.float32, expected torch.bfloat16" in (
+        raised
+    )
+    assert told.startswith("DistributedError: Rank 1 cannot make the step")
+    assert rest == others == [True, "nothing"]

@@ -10,13 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from structprecond import (
     SOAP,
     AdamW,
+    CapturedStep,
     GroupError,
     LinearWeightBias,
     Muon,
@@ -67,6 +70,56 @@ def untouched(model: nn.Module, call: Callable[[], object]) -> bool:
 
 def shard(model: Any, optimizer: Any) -> None:
     layouts.fsdp(model)
+
+
+def state_at_once(rank: int) -> tuple[bool, list[str]]:
+    """Load into an optimizer whose model was sharded later, and save; return what differs."""
+    model = layouts.fsdp(layouts.mlp())
+    optimizer = soap(model)
+    steps(model, optimizer, 0, 4)
+    saved = optimizer.state_dict()
+    later = layouts.mlp()
+    new = soap(later)
+    layouts.fsdp(later)
+    shown = new.state_dict()["state"][0]
+    sharded = all(isinstance(t, DTensor) for t in shown.values() if t.ndim)
+    unsharded = layouts.mlp()
+    another = soap(unsharded)
+    layouts.fsdp(unsharded)
+    another.load_state_dict(saved)
+    found = another.state_dict()["state"]
+    return sharded, [
+        f"{i}, {name}"
+        for i, entry in saved["state"].items()
+        for name, t in entry.items()
+        if not torch.equal(layouts.full(t), layouts.full(found[i][name]))
+    ]
+
+
+def test_checkpoints_follow_a_model_that_was_sharded_before_they_ask_other_ranks() -> None:
+    assert pool.run(2, state_at_once) == [(True, [])] * 2
+
+
+def capture(rank: int) -> list[str]:
+    """Capture steps of optimizers on several ranks; return the errors."""
+    parallel = DistributedDataParallel(layouts.mlp())
+    sharded = layouts.fsdp(layouts.mlp())
+    calls: list[Callable[[], object]] = [
+        lambda: CapturedStep(soap(parallel, nonfinite="ignore")),
+        lambda: CapturedStep(soap(sharded, nonfinite="ignore")),
+    ]
+    later = layouts.mlp()
+    captured = CapturedStep(soap(later, nonfinite="ignore"))
+    layouts.fsdp(later)
+    layouts.set_grads(later, 0)
+    calls.append(captured)
+    return [refused(call, StructPrecondError) for call in calls]
+
+
+def test_steps_of_several_ranks_are_not_captured() -> None:
+    for messages in pool.run(2, capture):
+        for message in messages:
+            assert "steps of one process, but 2 ranks make those of this optimizer" in message
 
 
 def shard_as_accelerate(model: Any, optimizer: Any) -> None:
@@ -451,6 +504,19 @@ def test_parameters_on_another_mesh_cannot_join() -> None:
     for message in pool.run(2, add_from_another_mesh, 1):
         assert "a new param group has a parameter of shape (16, 16), which is on" in message
     for message in pool.run(2, add_from_another_mesh, 0):
+        assert "which are no parts of one" in message
+
+
+def build_on_meshes_of_equal_names(rank: int) -> str:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("shard",)))
+    other = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model[1], mesh=other)
+    return refused(lambda: AdamW(model), StructPrecondError)
+
+
+def test_meshes_of_equal_names_and_other_ranks_are_no_parts_of_one() -> None:
+    for message in pool.run(2, build_on_meshes_of_equal_names):
         assert "which are no parts of one" in message
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,8 @@ from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
 from structprecond import SAM, SOAP, Muon
+from structprecond.core.boxes import local
+from structprecond.errors import StructPrecondError
 from tests.distributed import layouts, pool
 
 STEPS, BATCH = 8, 64
@@ -131,6 +134,44 @@ def test_sam_skips_on_all_ranks_what_one_rank_finds(base: Any, first: bool) -> N
     assert warned + warned_too == (2 if first or base is SGD else 1)
 
 
+def lose_a_gradient_with_sam(rank: int, base: Any) -> tuple[str, bool]:
+    """Make a first step in which a rank has no gradients; return the error, and what stayed."""
+    model = placed("fsdp")
+    sam = SAM(model, base, lr=0.1)
+    loss_of(model, rank, "fsdp", 0).backward()
+    params = list(model.parameters())
+    before = [local(p).clone() for p in params]
+    grads = [p.grad for p in params]
+    for p in params if rank else ():
+        p.grad = None
+    try:
+        sam.first_step()
+        message = "nothing"
+    except StructPrecondError as error:
+        message = f"{type(error).__name__}: {error}"
+    same = all(map(torch.equal, before, map(local, params)))
+    if base is not SGD:  # it has made no collective that the others missed
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        sam.first_step()
+        loss_of(model, rank, "fsdp", 0).backward()
+        sam.second_step()
+    return message, same
+
+
+def test_a_gradient_that_sam_misses_on_one_rank_raises_on_all() -> None:
+    for message, same in pool.run(2, lose_a_gradient_with_sam, Muon):
+        assert "DistributedError: The ranks differ in the sharded parameters with" in message
+        assert re.search(r"rank 0 has 0.weight: .*, rank 1 has 0.weight: None", message)
+        assert same
+
+
+def test_a_norm_that_does_not_arrive_names_the_ranks() -> None:
+    (message, same), _ = pool.run(2, lose_a_gradient_with_sam, SGD, group_s=2)
+    assert "LostRankError: Rank 0 did not get the norm of the gradients from the ranks 1" in message
+    assert same
+
+
 # --- accumulation, clipping, scaling -------------------------------------------------------------
 
 
@@ -198,7 +239,8 @@ def scale_on_ranks(rank: int) -> tuple[float, list[Tensor]]:
 
 def test_a_scaler_skips_on_all_ranks() -> None:
     (scale, params), (other, others) = pool.run(2, scale_on_ranks)
-    assert scale == other
+    # 2 good steps, half after the bad one, double after 3 good ones, and 2 more
+    assert (scale, other) == (1024.0, 1024.0)
     assert all(p.isfinite().all() for p in params)
     assert all(map(torch.equal, params, others))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,39 +41,53 @@ def build(case: str) -> tuple[nn.Module, SAM]:
     return model, SAM(model, base, rho=RHO, **kwargs)
 
 
-def train(rank: int, case: str, bad: bool) -> list[Tensor]:
-    """Train as the docstring of SAM says."""
+def build_parallel(case: str, wrapped: bool) -> tuple[DistributedDataParallel, SAM]:
+    """Return a parallel model, and a SAM that was given it if `wrapped`, else the model inside."""
     model, sam = build(case)
     parallel = DistributedDataParallel(model)
+    base, kwargs = CASES[case]
+    return parallel, SAM(parallel, base, rho=RHO, **kwargs) if wrapped else sam
+
+
+def train(rank: int, case: str, bad: bool, wrapped: bool) -> tuple[list[Tensor], int]:
+    """Train as the docstring of SAM says; return the parameters, and the number of skips."""
+    parallel, sam = build_parallel(case, wrapped)
     for step in range(STEPS):
         sam.zero_grad()
         with parallel.no_sync():
             loss_of(parallel, step, rank).backward()
         if bad and (step, rank) == (BAD_STEP, BAD_RANK):
-            grad = next(model.parameters()).grad
+            grad = next(parallel.parameters()).grad
             assert grad is not None
             grad[0, 0] = torch.inf
         sam.first_step(zero_grad=True)
         loss_of(parallel, step, rank).backward()
         sam.second_step()
-    return [p.detach().clone() for p in model.parameters()]
+    return [p.detach().clone() for p in parallel.parameters()], sam.skipped
 
 
 def work(rank: int, folder: str) -> None:
     """Run all cases on one rank."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(seconds=30),
     )
     try:
-        results = {(case, bad): train(rank, case, bad) for case in CASES for bad in (False, True)}
+        results = {
+            kind: train(rank, *kind)
+            for kind in itertools.product(CASES, (False, True), (False, True))
+        }
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, list[Tensor]]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """Return the final values of every rank."""
     folder = tmp_path_factory.mktemp("ranks")
     start_processes(work, (str(folder),), nprocs=RANKS, start_method=processes.METHOD)
@@ -105,12 +121,16 @@ def by_hand(case: str, bad: bool) -> list[Tensor]:
     return [p.detach() for p in params]
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("bad", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_agree_with_each_other_and_with_one_process(
-    case: str, bad: bool, results: list[dict[Any, list[Tensor]]]
+    case: str, bad: bool, wrapped: bool, results: list[dict[Any, Any]]
 ) -> None:
     """Also if the first pass fails on one rank, unnoticed by the others."""
-    first, second = (result[case, bad] for result in results)
+    (first, skips), (second, others) = (result[case, bad, wrapped] for result in results)
     assert same_bits(first, second)
     assert_close(first, by_hand(case, bad), 1e-9)
+    # a structured base that knows of no other ranks skips by itself
+    knows = case == "SGD" or wrapped
+    assert (skips, others) == ((bad, bad) if knows else (0, bad))
