@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from structprecond.core.build import RoutedUnit
 from structprecond.core.counters import Counters
 from structprecond.core.units import Unit
 
-Row = tuple[str, int]
-"""The names of a unit's parameters, and the number of a row."""
+Known: TypeAlias = Mapping[int, tuple[int, int]]
+"""Updates and phase offsets of rows, by their place among all rows of a bucket."""
 
 
 class AllRows:
@@ -25,22 +25,26 @@ class AllRows:
 
     Args:
         key: What the units have in common.
-        routed: The units.
+        units: The units, each with what this rank owns of it.
 
     Attributes:
         first: The first one, whose param group has their interval.
     """
 
-    def __init__(self, key: BucketKey, routed: Sequence[RoutedUnit]) -> None:
-        self.key, self.first = key, routed[0]
-        self.units: list[Unit] = [one.unit for one in routed]
+    def __init__(self, key: BucketKey, units: Sequence[tuple[RoutedUnit, Unit | None]]) -> None:
+        self.key, self.first = key, units[0][0]
+        self.units: list[Unit] = [routed.unit for routed, _ in units]
         self.spans: list[slice] = []
-        self._place: dict[Row, int] = {}
-        for unit in self.units:
-            start = len(self._place)
-            self._place |= {(unit.label, row): start + row for row in range(unit.rows)}
+        # by this rank's units themselves: names may be equal
+        self._places: dict[Unit, list[int]] = {}
+        start = 0
+        for unit, (_, mine) in zip(self.units, units, strict=True):
+            if mine is not None:
+                own = range(unit.rows) if mine.row_numbers is None else mine.row_numbers
+                self._places[mine] = [start + row for row in own]
             self.spans.append(slice(start, start + unit.rows))
-        self.rows = len(self._place)
+            start += unit.rows
+        self.rows = start
         self.counters = Counters.of(self.units)
         self.staggered_over: int | None = None
 
@@ -50,26 +54,22 @@ class AllRows:
         first = self.first
         return interval_in(first.group, first.route.strategy, first.prefix)
 
-    def learn(self, known: dict[Row, tuple[int, int]]) -> None:
-        """Note updates and phase offsets of rows; those of other buckets are ignored."""
-        for row, (step, offset) in known.items():
-            if row in self._place:
-                self.counters.step[self._place[row]] = step
-                self.counters.phase_offset[self._place[row]] = offset
+    def known(self, bucket: Bucket) -> Known:
+        """Return updates and phase offsets of this rank's rows, for the other ranks."""
+        counters = bucket.counters
+        numbers = zip(counters.step.tolist(), counters.phase_offset.tolist(), strict=True)
+        return dict(zip(self._places_of(bucket), numbers, strict=True))
 
-    def offsets_of(self, units: Sequence[Unit]) -> Tensor:
-        """Return the phase offsets of a rank's rows."""
-        places = [self._place[row] for row in rows_of_units(units)]
-        return self.counters.phase_offset[torch.tensor(places, dtype=torch.int64, device="cpu")]
+    def learn(self, known: Known) -> None:
+        """Note updates and phase offsets of rows of any rank."""
+        for place, (step, offset) in known.items():
+            self.counters.step[place] = step
+            self.counters.phase_offset[place] = offset
 
+    def offsets_of(self, bucket: Bucket) -> Tensor:
+        """Return the phase offsets of this rank's rows."""
+        places = torch.tensor(self._places_of(bucket), dtype=torch.int64, device="cpu")
+        return self.counters.phase_offset[places]
 
-def rows_of_units(units: Sequence[Unit]) -> list[Row]:
-    """Return the rows of units, in the order of their stack."""
-    return [(u.label, row) for u in units for row in u.row_numbers or range(u.rows)]
-
-
-def known_rows(bucket: Bucket) -> dict[Row, tuple[int, int]]:
-    """Return updates and phase offsets of a rank's rows."""
-    counters = bucket.counters
-    numbers = zip(counters.step.tolist(), counters.phase_offset.tolist(), strict=True)
-    return dict(zip(rows_of_units(bucket.units), numbers, strict=True))
+    def _places_of(self, bucket: Bucket) -> list[int]:
+        return [place for unit in bucket.units for place in self._places[unit]]

@@ -110,7 +110,7 @@ class Exchange:
 
     def __init__(self, ranks: Ranks, shares: Sequence[Share], key: BucketKey) -> None:
         self.ranks, self.shares = ranks, list(shares)
-        self.all_rows = AllRows(key, [share.routed for share in shares])
+        self.all_rows = AllRows(key, [(share.routed, share.mine) for share in shares])
         self.runs_other_code = runs_other_code(shares[0].routed.route.strategy, key.structures)
         first = shares[0].routed.unit.params[0]
         self._dtype, self._device = first.dtype, local(first).device
@@ -165,7 +165,7 @@ class Exchange:
 
         Raises:
             StructPrecondError: If the shape, dtype or device of a part has changed.
-            GradientError: If a gradient is sparse, complex, or placed otherwise.
+            GradientError: If a gradient is sparse, complex, of another dtype, or placed otherwise.
         """
         for held in self._held:
             p, part = held.param, local(held.param)
@@ -178,6 +178,12 @@ class Exchange:
             grad = p.grad
             if grad is None:
                 continue
+            if grad.is_floating_point() and grad.dtype != self._dtype:
+                raise GradientError(
+                    f"The gradient of {names[p]} is {grad.dtype}, expected {self._dtype} as the "
+                    "parameter, since sending it would round it. Leave grad_dtype alone, or keep "
+                    "the parameter in the precision of its gradient."
+                )
             placed = not is_dtensor(p) or (is_dtensor(grad) and grad.placements == p.placements)
             if not placed or grad.shape != p.shape:
                 raise GradientError(

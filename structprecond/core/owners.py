@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from structprecond.core.agreement import Agreement, Facts, digest_of
-from structprecond.core.all_rows import AllRows, known_rows
+from structprecond.core.all_rows import AllRows
 from structprecond.core.batch_size import Samples
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit
@@ -43,7 +43,7 @@ class Owners(Replicas):
 
     Args:
         agreement: The agreement of all ranks.
-        share: The number of different batches over the number of ranks.
+        share: The number of different batches over the number of ranks; None if it is unknown.
         seed: The seed of all random numbers, as for `Replicas`.
         ranks: The ranks that hold whole parameters together.
 
@@ -54,7 +54,7 @@ class Owners(Replicas):
             these units, or a replica of them.
     """
 
-    def __init__(self, agreement: Agreement, share: float, seed: Seed, ranks: Ranks) -> None:
+    def __init__(self, agreement: Agreement, share: float | None, seed: Seed, ranks: Ranks) -> None:
         super().__init__(agreement, share, seed)
         self.ranks, self.exchanges = ranks, list[Exchange]()
         self.loads = self._made_loads = Loads.none(ranks.size)
@@ -62,6 +62,7 @@ class Owners(Replicas):
         self._before = 0, self.loads
         self._look()
         self._exchange_of: dict[Bucket, int] = {}
+        self._intervals: list[int | bool] = []
         self._rounding: Rounding = "nearest"
         self._traffic = Traffic(self.exchanges)
 
@@ -198,15 +199,14 @@ class Owners(Replicas):
         stacks = self._all_rows
         if not schedule.moved(stacks, self._intervals):
             return
-        own = [known_rows(plan.bucket) for plan in plans]
+        mine = [(self._exchange_of[plan.bucket], plan.bucket) for plan in plans]
+        own = [(number, stacks[number].known(bucket)) for number, bucket in mine]
         for known in self.agreement.share(own, "the phase offsets"):
-            for rows in known:
-                for stack in stacks:
-                    stack.learn(rows)
+            for number, rows in known:
+                stacks[number].learn(rows)
         schedule.stagger(stacks, self._intervals)
-        for plan in plans:
-            all_rows = stacks[self._exchange_of[plan.bucket]]
-            plan.bucket.counters.phase_offset.copy_(all_rows.offsets_of(plan.bucket.units))
+        for number, bucket in mine:
+            bucket.counters.phase_offset.copy_(stacks[number].offsets_of(bucket))
 
     def exclude(self, plans: Sequence[Plan], refuse: bool) -> str | None:
         """Exclude on all ranks the units that are unusable on one that owns rows of them."""

@@ -137,15 +137,22 @@ def holders_of(params: Sequence[Tensor], mesh: Mesh | None) -> tuple[Ranks, dist
     everyone = None if root is None else _group(root.mesh.flatten().tolist(), root)
     if mesh is not None:
         named = _group_of(mesh)
-        ranks = Ranks.of_group(named, root)
-        if problem := ranks.problem_with(params):
-            raise StructPrecondError(
-                f"The parameters include {problem}. Leave mesh= out, or name ranks that hold all "
-                "of them."
-            )
-        return ranks, everyone or named
-    assert root is not None
-    assert everyone is not None
+        ranks, advice = (
+            Ranks.of_group(named, root),
+            "Leave mesh= out, or name ranks that hold all of them",
+        )
+        everyone = everyone or named
+    else:
+        assert root is not None
+        assert everyone is not None
+        ranks, advice = _ranks_that_shard(params, root), "Shard them along one mesh"
+    if problem := ranks.problem_with(params):
+        raise StructPrecondError(f"The parameters include {problem}. {advice}.")
+    return ranks, everyone
+
+
+def _ranks_that_shard(params: Sequence[Tensor], root: DeviceMesh) -> Ranks:
+    """Return the ranks along the dimensions of a mesh that any parameter is sharded along."""
     dims = {
         root.mesh_dim_names.index(p.device_mesh.mesh_dim_names[dim])  # type: ignore[union-attr,index]
         if p.device_mesh != root
@@ -157,11 +164,10 @@ def holders_of(params: Sequence[Tensor], mesh: Mesh | None) -> tuple[Ranks, dist
     mine = root.get_coordinate()
     if mine is None:
         raise StructPrecondError("This rank is not in the mesh of the parameters.")
-    index = tuple(slice(None) if dim in dims else mine[dim] for dim in range(root.ndim))
-    numbers = root.mesh[index].flatten().tolist()
     if len(dims) == 1:
-        return Ranks.of_group(root.get_group(dims.pop()), root), everyone
-    return Ranks.of_group(_group(numbers, root), root), everyone
+        return Ranks.of_group(root.get_group(dims.pop()), root)
+    index = tuple(slice(None) if dim in dims else mine[dim] for dim in range(root.ndim))
+    return Ranks.of_group(_group(root.mesh[index].flatten().tolist(), root), root)
 
 
 def _root_of(params: Sequence[Tensor]) -> DeviceMesh | None:
@@ -179,8 +185,13 @@ def _root_of(params: Sequence[Tensor]) -> DeviceMesh | None:
 
 
 def _is_part(mesh: DeviceMesh, root: DeviceMesh) -> bool:
-    """Return whether a mesh has some of the named dimensions of another one."""
-    return set(mesh.mesh_dim_names or (None,)) <= set(root.mesh_dim_names or ())
+    """Return whether a mesh has this rank's slice of another one, along some named dimensions."""
+    some, names, place = mesh.mesh_dim_names, root.mesh_dim_names, root.get_coordinate()
+    if some is None or names is None or place is None or not set(some) <= set(names):
+        return False
+    index = tuple(slice(None) if n in some else i for n, i in zip(names, place, strict=True))
+    kept = [name for name in names if name in some]
+    return torch.equal(root.mesh[index].permute([kept.index(n) for n in some]), mesh.mesh)
 
 
 def _group_of(mesh: Mesh) -> dist.ProcessGroup:
@@ -227,22 +238,26 @@ def replicas_of(model: object) -> dist.ProcessGroup | None:
     return None
 
 
-def share_of_data(model: nn.Module | None, everyone: dist.ProcessGroup) -> float:
+def share_of_data(model: nn.Module | None, ranks: Ranks, size: int) -> float | None:
     """Return the number of different batches of a step over the number of ranks.
 
     Ranks of tensor parallelism see the same batch. FSDP knows the ranks that see different ones.
 
     Args:
         model: The model; None if only parameters are known.
-        everyone: All ranks.
+        ranks: The ranks that hold whole parameters together.
+        size: The number of all ranks.
+
+    Returns:
+        The quotient; None if it is unknown, because something else than FSDP has placed DTensors.
     """
     for module in () if model is None else model.modules():
         state = getattr(module, "_get_fsdp_state", None)
         # private, but pinned by a test
         group = None if state is None else state()._fsdp_param_group
         if group is not None:
-            return float(group.mesh_info.mesh.size() / everyone.size())
-    return 1.0
+            return float(group.mesh_info.mesh.size() / size)
+    return 1.0 if ranks.root is None else None
 
 
 def device_for(group: dist.ProcessGroup, device: torch.device) -> torch.device:

@@ -25,6 +25,7 @@ from structprecond.core.seed import Seed
 from structprecond.core.state import ByParameter
 from structprecond.core.step import Plan
 from structprecond.core.units import Unit
+from structprecond.errors import StructPrecondError
 
 T = TypeVar("T")
 WITHOUT, INTERVALS = "the units without a gradient", "the refresh intervals"
@@ -182,12 +183,12 @@ class Replicas(Alone):
 
     Args:
         agreement: The agreement of all ranks.
-        share: The number of different batches over the number of ranks.
+        share: The number of different batches over the number of ranks; None if it is unknown.
         seed: The seed of all random numbers, which the first step shares: no rank waits for others
             while an optimizer is built.
     """
 
-    def __init__(self, agreement: Agreement, share: float, seed: Seed) -> None:
+    def __init__(self, agreement: Agreement, share: float | None, seed: Seed) -> None:
         self.agreement, self._share, self.seed = agreement, share, seed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -246,10 +247,17 @@ class Replicas(Alone):
             fixed = None if samples.counts else samples.count
             known = {**facts(), "the fixed batch size": fixed, **self._facts(plans)}
             suspects = self._suspects(plans) if nonfinite != "ignore" else 0
+            if samples.counts and self._share is None:
+                raise StructPrecondError(
+                    "The batch size cannot be counted, since the parameters are DTensors, but no "
+                    "module of the model is under fully_shard, which knows the ranks that see the "
+                    "same batch. Pass batch_size= as an integer, the samples of all ranks."
+                )
             return plans, known, (samples.count or 0, suspects)
 
         plans, (total, self._doubts) = self.agreement.reach(make)
-        total = round(total * self._share) if samples.counts else 0
+        # 0 if nothing is counted, or if ranks may share a batch
+        total = round(total * (self._share or 0)) if samples.counts else 0
         samples.note_total(total or None)
         if total:
             for one in plans:

@@ -46,7 +46,9 @@ def find_team(
         ranks, everyone = holders_of(params, mesh)
         everyone = replicas or everyone
         agreement = Agreement(Ranks.of_group(everyone), device)
-        return Owners(agreement, share_of_data(model, everyone), seed, ranks)
+        # all ranks of DistributedDataParallel see different batches
+        share = share_of_data(model, ranks, agreement.ranks.size) if replicas is None else 1.0
+        return Owners(agreement, share, seed, ranks)
     if replicas is None or dist.get_world_size(replicas) == 1:
         return Alone()
     return Replicas(Agreement(Ranks.of_group(replicas), device), 1.0, seed)
@@ -63,9 +65,8 @@ def apart(team: Alone, model: nn.Module | None, rounding: Rounding, counts: bool
     """
     if isinstance(team, Replicas) or replicas_of(model) is not None or not world_size() > 1:
         return None
-    differ = ["stochastic rounding"] * (rounding == "stochastic") + [
-        "the counted batch size"
-    ] * counts
+    rounds = rounding == "stochastic"
+    differ = ["stochastic rounding"] * rounds + ["the counted batch size"] * counts
     if not differ:
         return None
     return (

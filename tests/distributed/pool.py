@@ -155,4 +155,7 @@ def _forget_meshes() -> None:
     """Clear what torch has cached for meshes, whose groups exist no more."""
     redistribute = sys.modules.get("torch.distributed.tensor._redistribute")
     if redistribute is not None:
+        from torch.distributed.tensor import debug
+
         redistribute._gen_transform_infos.cache_clear()
+        debug._clear_sharding_prop_cache()

@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from workloads import WORKLOADS
 
 from structprecond import SOAP, KLShampoo, Muon, SIRFShampoo, StructuredOptimizer
 from structprecond.core import agreement
 from structprecond.core.boxes import Box, box_of
-from structprecond.core.ranks import share_of_data
+from structprecond.core.ranks import holders_of, share_of_data
+from structprecond.errors import StructPrecondError
 from structprecond.plan import plan
 from tests.distributed import layouts, pool
+from tests.helpers import same_bits
 
 # --- collectives and bytes -----------------------------------------------------------------------
 
@@ -192,16 +195,46 @@ def test_ranks_hold_the_boxes_of_their_layout(layout: str, dims: tuple[int, ...]
     assert pool.run(4, look_at_layout, layout, dims) == [[]] * 4
 
 
-def shares(rank: int) -> list[float]:
-    found = []
-    everyone: Any = dist.group.WORLD
-    for layout in ("replicated", "fsdp", "hsdp", "tensor_parallel"):
-        found.append(share_of_data(layouts.LAYOUTS[layout](layouts.mlp()), everyone))
+def share_of(model: nn.Module, mesh: Any = None) -> float | None:
+    ranks, everyone = holders_of(list(model.parameters()), mesh)
+    return share_of_data(model, ranks, everyone.size())
+
+
+def shares(rank: int) -> list[float | None]:
+    found = [share_of(layouts.mlp(), dist.group.WORLD)]
+    for layout in ("fsdp", "hsdp", "tensor_parallel"):
+        found.append(share_of(layouts.LAYOUTS[layout](layouts.mlp())))
     model = nn.Sequential(layouts.mlp())
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     fully_shard(model[0], mesh=mesh["data"])  # only a part, and not the root
-    return [*found, share_of_data(model, everyone), share_of_data(None, everyone)]
+    found.append(share_of(model))
+    # placed by something else: these ranks may see the same batch or different ones
+    model = layouts.mlp()
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    return [*found, share_of(model)]
 
 
 def test_the_share_of_data_is_that_of_fsdps_own_mesh() -> None:
-    assert pool.run(4, shares) == [[1.0, 1.0, 1.0, 0.5, 0.5, 1.0]] * 4
+    assert pool.run(4, shares) == [[1.0, 1.0, 1.0, 0.5, 1.0, None]] * 4
+
+
+def count_under_tensor_parallelism(rank: int) -> tuple[str, int]:
+    """Return the error of counting samples, and the number that state shows if it is given."""
+    model = layouts.mlp()
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    optimizer = SIRFShampoo(model, lr=0.01)
+    before = [layouts.full(p) for p in model.parameters()]
+    model(torch.ones(8, layouts.DIMS[0], dtype=torch.float64)).square().mean().backward()
+    with pytest.raises(StructPrecondError) as caught:
+        optimizer.step()
+    assert same_bits(before, layouts.full_params(model))
+    optimizer.batch_size = 8
+    optimizer.step()
+    return str(caught.value), int(optimizer.state_dict()["state"][0]["batch_size"])
+
+
+def test_samples_are_not_counted_where_ranks_may_share_a_batch() -> None:
+    for message, number in pool.run(2, count_under_tensor_parallelism):
+        assert "Pass batch_size= as an integer, the samples of all ranks" in message
+        assert number == 8

@@ -575,3 +575,33 @@ def test_ranks_without_rows_make_steps_as_well(setup: str) -> None:
     assert sum(owned) == 1
     assert raised == ("HyperparameterError", *["DistributedError"] * (len(owned) - 1))
     assert all(same_bits(end, ends[0]) for end in ends)
+
+
+# --- gradients of another precision --------------------------------------------------------------
+
+
+def step_with_wide_gradient(rank: int) -> tuple[str, bool, str]:
+    """Give one rank a gradient that is wider than its parameter; return what the steps raise."""
+    model: Any = layouts.fsdp(layouts.mlp(dtype=torch.bfloat16))
+    optimizer = SOAP(model, lr=1e-3)
+    step(model, optimizer, 0)
+    p = model[2].weight
+    layouts.set_grads(model, 1)
+    narrow, p.grad = p.grad, None
+    p.grad_dtype = torch.float32 if rank else torch.bfloat16
+    p.grad = narrow.to(p.grad_dtype)
+    before = seen(model, optimizer)
+    raised = outcome(optimizer.step)
+    unchanged = same_bits(seen(model, optimizer), before)
+    p.grad = None
+    p.grad_dtype, p.grad = torch.bfloat16, narrow
+    return raised, unchanged, outcome(optimizer.step)
+
+
+def test_gradients_of_another_precision_are_not_rounded_on_the_way() -> None:
+    (told, *rest), (raised, *others) = pool.run(2, step_with_wide_gradient)
+    assert "GradientError: The gradient of 2.weight is torch.float32, expected torch.bfloat16" in (
+        raised
+    )
+    assert told.startswith("DistributedError: Rank 1 cannot make the step")
+    assert rest == others == [True, "nothing"]

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -503,6 +504,19 @@ def test_parameters_on_another_mesh_cannot_join() -> None:
     for message in pool.run(2, add_from_another_mesh, 1):
         assert "a new param group has a parameter of shape (16, 16), which is on" in message
     for message in pool.run(2, add_from_another_mesh, 0):
+        assert "which are no parts of one" in message
+
+
+def build_on_meshes_of_equal_names(rank: int) -> str:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("shard",)))
+    other = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model[1], mesh=other)
+    return refused(lambda: AdamW(model), StructPrecondError)
+
+
+def test_meshes_of_equal_names_and_other_ranks_are_no_parts_of_one() -> None:
+    for message in pool.run(2, build_on_meshes_of_equal_names):
         assert "which are no parts of one" in message
 
 

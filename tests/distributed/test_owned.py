@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from structprecond import (
+    SOAP,
     FlattenEmbedding,
     LinearWeightBias,
     PerParameter,
@@ -21,6 +22,7 @@ from structprecond import (
     SplitHeads,
     StackExperts,
     StructuredOptimizer,
+    describe,
 )
 from structprecond.core.boxes import Box, box_of, local
 from structprecond.testing import covering_array
@@ -278,3 +280,39 @@ def test_heads_and_experts_have_an_owner_each_but_not_heads_of_inputs(setup: str
             numbers = numbers[: len(numbers) // 2]  # of one of two groups of owners
         assert sum(numbers) == (4 if grouping == "experts" else 3)
         assert (len(numbers) > 1) == (grouping != "heads of inputs")
+
+
+# --- equal names ---------------------------------------------------------------------------------
+
+
+def train_two(layout: str) -> tuple[list[Tensor], list[int], int]:
+    """Train two models of equal names; return what they are, the turns of rows, and state bytes."""
+    models = [layouts.LAYOUTS[layout](layouts.mlp()) for _ in range(2)]
+    named = [pair for model in models for pair in model.named_parameters()]
+    optimizer = SOAP(named, lr=0.01, precondition_frequency=7, refresh="staggered")
+    for step in range(9):
+        for i, model in enumerate(models):
+            layouts.set_grads(model, 2 * step + i)
+        optimizer.step()
+    turns = [int(optimizer.state[p]["phase_offset"]) for _, p in named if owns(optimizer, p)]
+    return [layouts.full(p) for _, p in named], turns, describe(optimizer).state_bytes
+
+
+def owns(optimizer: StructuredOptimizer, p: Any) -> bool:
+    return optimizer.state[p]["phase_offset"].numel() > 0
+
+
+def compare_two(rank: int) -> tuple[bool, list[int], list[int], bool]:
+    owned, turns, size = train_two("fsdp")
+    alone, all_turns, whole = train_two("replicated")
+    return same_bits(owned, alone), turns, all_turns, size == whole
+
+
+def test_units_of_equal_names_stay_apart() -> None:
+    (same, turns, all_turns, size), (same_too, others, _, size_too) = pool.run(2, compare_two)
+    assert same
+    assert same_too
+    assert size
+    assert size_too
+    assert sorted(turns + others) == sorted(all_turns)
+    assert len(all_turns) == 20
