@@ -1,12 +1,15 @@
 """Measure what `structures="auto"` loses or gains by the factors that it leaves out.
 
-Two jobs whose layers differ in length and aspect ratio train with all factors dense, and with
-`"auto"` at several limits: an axis gets no factor if it is longer than `long` and more than `thin`
-times as long as all other axes together. Limits that choose the same factors share their runs.
+Jobs train with all factors dense, and with `"auto"` at several limits: an axis gets no factor if it
+is longer than `long` and more than `thin` times as long as all other axes together. Limits that
+choose the same factors share their runs. The first two jobs have layers of many lengths and aspect
+ratios, so the rule binds; the last two are the models of the examples.
 
 - `language`: the transformer of the examples on pairs of characters, with a vocabulary of 1,536
   (embedding and head: 1536x96) and a first MLP of 1152x96.
 - `digits`: a classifier of scikit-learn's digits, 64 - 768 - 160 - 1152 - 96 - 1152 - 10 neurons.
+- `demo`: the transformer of the demo.
+- `vision`: the convolutional network of the examples on the same digits.
 
     python benchmarks/auto_structures.py
     python benchmarks/auto_structures.py --jobs digits --optimizers shampoo klshampoo --limits
@@ -35,7 +38,7 @@ from demo import table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
-from vision import load
+from vision import load, network
 
 from structprecond import KLSOAP, SOAP, KLShampoo, Shampoo, SIRFShampoo, describe
 from structprecond.core.optimizer import StructuredOptimizer
@@ -122,6 +125,13 @@ JOBS = {
         steps=200,
     ),
     "digits": Job(_classifier, _digits, lambda: [load()[1]], steps=50),
+    "demo": Job(
+        lambda: CharLM(Shape()),
+        lambda seed: batches(load_corpus().train, Shape(), seed),
+        lambda: list(islice(batches(load_corpus().validation, Shape(), seed=0), 8)),
+        steps=100,
+    ),
+    "vision": Job(lambda: network(32), _digits, lambda: [load()[1]], steps=50),
 }
 
 Make = Callable[..., StructuredOptimizer]
@@ -131,13 +141,18 @@ def _sirf(model: nn.Module, **options: Any) -> StructuredOptimizer:
     return SIRFShampoo(model, beta2=0.1, lam=0.03, **options)
 
 
+def _rates(language: float, digits: float) -> dict[str, float]:
+    """Return the learning rate of each job."""
+    return {"language": language, "demo": language, "digits": digits, "vision": digits}
+
+
 # the learning rates are fixed, and the same with all factors and without some
 OPTIMIZERS: dict[str, tuple[Make, dict[str, float]]] = {
-    "soap": (SOAP, {"language": 1.6e-2, "digits": 3e-3}),
-    "klsoap": (KLSOAP, {"language": 1.6e-2, "digits": 3e-3}),
-    "klshampoo": (KLShampoo, {"language": 6.4e-2, "digits": 6.4e-2}),
-    "shampoo": (Shampoo, {"language": 3e-3, "digits": 3e-3}),
-    "sirf": (_sirf, {"language": 0.1, "digits": 0.01}),
+    "soap": (SOAP, _rates(language=1.6e-2, digits=3e-3)),
+    "klsoap": (KLSOAP, _rates(language=1.6e-2, digits=3e-3)),
+    "klshampoo": (KLShampoo, _rates(language=6.4e-2, digits=6.4e-2)),
+    "shampoo": (Shampoo, _rates(language=3e-3, digits=3e-3)),
+    "sirf": (_sirf, _rates(language=0.1, digits=0.01)),
 }
 
 
@@ -201,21 +216,15 @@ def run(job: Job, make: Make, lr: float, name: str, seed: int, steps: int) -> Ru
     return Run(statistics.fmean(last), statistics.fmean(losses), seconds, state)
 
 
-def left_out(job: Job, make: Make, name: str) -> tuple[str, ...]:
-    """Return the shapes of the stacks that have an axis without a dense factor, and which axis.
+def structures_of(job: Job, make: Make, name: str) -> tuple[tuple[str, ...], ...]:
+    """Return the structures of each stack.
 
     The model is made without memory, so this costs next to nothing.
     """
     with torch.device("meta"):
         model = job.make()
     with limits(name) as structures:
-        rows = describe(make(model, structures=structures)).rows
-    return tuple(
-        "x".join(map(str, row.shape)) + f" axis {axis}"
-        for row in rows
-        for axis, structure in enumerate(row.structures)
-        if structure != "dense" and len(row.shape) > 1
-    )
+        return tuple(row.structures for row in describe(make(model, structures=structures)).rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -235,17 +244,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         job, rows = JOBS[job_name], []
         for optimizer_name in args.optimizers:
             make, rates = OPTIMIZERS[optimizer_name]
-            finished: dict[tuple[str, ...], list[Run]] = {}
+            finished: dict[tuple[tuple[str, ...], ...], list[Run]] = {}
             dense: list[Run] = []
             for name in (DENSE, DEFAULT, *args.limits):
-                without = left_out(job, make, name)
-                if without not in finished:
-                    finished[without] = []
+                chosen = structures_of(job, make, name)
+                without = sum(s != "dense" for row in chosen for s in row if len(row) > 1)
+                if chosen not in finished:
+                    finished[chosen] = []
                     for seed in range(1, args.seeds + 1):
                         this = run(job, make, rates[job_name], name, seed, args.steps or job.steps)
-                        finished[without].append(this)
+                        finished[chosen].append(this)
                         print(f"{job_name} {optimizer_name} {name} {seed}: {this}", file=sys.stderr)
-                runs = finished[without]
+                runs = finished[chosen]
                 dense = dense or runs
                 losses = [r.loss for r in runs]
                 spread = statistics.stdev(losses) if len(losses) > 1 else math.nan
@@ -256,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     (
                         optimizer_name,
                         name + " (default)" * (name == DEFAULT),
-                        str(len(without)),
+                        str(without),
                         f"{statistics.fmean(r.train_loss for r in runs):.4f}",
                         f"{statistics.fmean(losses):.4f} ± {spread:.4f}",
                         f"{difference:+.4f}",

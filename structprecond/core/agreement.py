@@ -13,6 +13,7 @@ from torch import Tensor
 
 from structprecond.core.naming import enumerate_names
 from structprecond.core.param_groups import CONFIGURATION
+from structprecond.core.plain import plain_number
 from structprecond.core.ranks import Ranks, device_for
 from structprecond.errors import DistributedError, LostRankError
 
@@ -160,10 +161,13 @@ def facts_of(param_groups: Sequence[Mapping[str, Any]], global_step: Tensor) -> 
 
 
 def _plain(value: Any) -> Any:
+    """Return a value whose `repr` is the same on all ranks if the values are."""
     if isinstance(value, Tensor):
-        return value.tolist() if value.device.type == "cpu" else str(value.device)
+        return value.tolist() if value.device.type == "cpu" else value.device.type
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    number = plain_number(value)
+    # other objects may show an address, or the device of a rank
     return (
-        value
-        if isinstance(value, int | float | str | tuple | list | None)
-        else type(value).__name__
+        number if number is None or isinstance(number, int | float | str) else type(value).__name__
     )

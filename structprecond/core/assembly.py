@@ -249,7 +249,7 @@ class Assembly:
             self.follower.note(change)
 
     def meet(self, follow: Callable[..., None]) -> None:
-        """Check before the first step that all ranks train the same parameters.
+        """Check before the first step that all ranks train the same parameters; share the seed.
 
         Args:
             follow: Calls `follow`, given `quiet`.
@@ -261,4 +261,4 @@ class Assembly:
             return {"the parameters": placed}
 
         follow(quiet=True)  # after this, the team is that of all ranks
-        self.team.meet(parameters)
+        self.team.meet(parameters, self.buckets)

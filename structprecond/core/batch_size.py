@@ -36,8 +36,11 @@ class Samples:
         """Whether the number is counted, and not a fixed one."""
         return self._counter is not None
 
-    def add_ranks(self, total: int) -> None:
-        """Note the number of samples behind the gradients of this step on all ranks."""
+    def note_total(self, total: int | None) -> None:
+        """Note the number of samples behind the gradients of this step, counted on all ranks.
+
+        None if it is not counted.
+        """
         self._total = total
 
     @property

@@ -15,6 +15,8 @@ from structprecond.core.units import Unit
 
 UNASSIGNED = -1
 """The phase offset of rows that have none yet."""
+UNSEEDED = -1
+"""The seed of rows that have none yet."""
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Counters(State):
         overdue: Whether each row missed a refresh because it was not live, bool.
         phase_offset: The phase offset of each row's refreshes, in steps before its multiples of the
             interval, int64; `UNASSIGNED` until refreshes are staggered, see `refresh.stagger`.
-        seed: The seed of each row's random numbers, int64.
+        seed: The seed of each row's random numbers, int64; `UNSEEDED` until `seed_rows`.
     """
 
     step: Tensor
@@ -43,23 +45,12 @@ class Counters(State):
     seed: Tensor
 
     @classmethod
-    def of(cls, units: Sequence[Unit], seed: int | None = None) -> Self:
-        """Return the initial counters of the rows of some units.
-
-        Args:
-            units: The units.
-            seed: What all random numbers depend on. Default: None, torch's seed.
-        """
-        seed = torch.initial_seed() if seed is None else seed
-        # by name, so that random numbers do not depend on the order of the rows
-        seeds = [
-            _seed(seed, unit.label, row)
-            for unit in units
-            for row in unit.row_numbers or range(unit.rows)
-        ]
+    def of(cls, units: Sequence[Unit]) -> Self:
+        """Return the initial counters of the rows of some units."""
+        rows = sum(unit.rows for unit in units)
 
         def zeros(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(len(seeds), dtype=dtype, device="cpu")
+            return torch.zeros(rows, dtype=dtype, device="cpu")
 
         return cls(
             step=zeros(torch.int64),
@@ -68,8 +59,26 @@ class Counters(State):
             initialized=zeros(torch.bool),
             overdue=zeros(torch.bool),
             phase_offset=zeros(torch.int64).fill_(UNASSIGNED),
-            seed=torch.tensor(seeds, dtype=torch.int64, device="cpu"),
+            seed=zeros(torch.int64).fill_(UNSEEDED),
         )
+
+    def seed_rows(self, units: Sequence[Unit], seed: int) -> None:
+        """Give seeds to the rows that have none.
+
+        Args:
+            units: The units of the rows.
+            seed: What all random numbers depend on.
+        """
+        without = self.seed == UNSEEDED
+        if not bool(without.any()):
+            return
+        # by name, so that random numbers do not depend on the order of the rows
+        seeds = [
+            _seed(seed, unit.label, row)
+            for unit in units
+            for row in unit.row_numbers or range(unit.rows)
+        ]
+        self.seed[without] = torch.tensor(seeds, dtype=torch.int64, device="cpu")[without]
 
 
 def _seed(seed: int, label: str, row: int) -> int:

@@ -19,7 +19,7 @@ from structprecond.core.naming import enumerate_names
 from structprecond.core.places import Places
 from structprecond.core.units import Unit
 from structprecond.core.usable import problem_of
-from structprecond.errors import GroupError, StructPrecondError
+from structprecond.errors import DistributedError, GroupError, StructPrecondError
 
 _MOST_IDLE_STEPS = 10
 
@@ -151,6 +151,8 @@ class Follower:
         """
         try:
             yield
+        except DistributedError:
+            raise
         except StructPrecondError as error:
             self.refusal = error
             if not quiet:

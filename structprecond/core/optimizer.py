@@ -31,6 +31,7 @@ from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Routes, UserRoutes, as_routing, settle, with_defaults
 from structprecond.core.step import Plan
 from structprecond.core.team import Alone
+from structprecond.core.teams import apart
 from structprecond.core.updates import all_or_nothing
 from structprecond.core.warn import warn_once
 from structprecond.groups import PreconditionerGroup
@@ -267,20 +268,28 @@ class StructuredOptimizer(options.SharedKeywords, Resumable):
 
     @step_precision()
     def _step(self) -> None:
-        if self.global_step == 0:
+        # given last: as errors, warnings on one rank would break a step that others make
+        warnings: dict[str, str | None] = {}
+        if self.global_step == 0 or not self.team.has_met:
             self._assembly.meet(self._follow)
-        with self.team.step(self.buckets):
-            plans = self.plan()
-            idle = self._assembly.follower.idle([plan.live for plan in plans])
-            warn_once(self._warned, "idle", idle)
-            self.team.arrive(self.buckets)
-            with all_or_nothing(plans) as updates:
-                warn = partial(warn_once, self._warned, "skipped")
-                prepare = partial(updates.prepare, self.nonfinite, warn, self.team.exclude)
-                self.team.confirm(prepare, plans, self.nonfinite == "raise")
-                failed = updates.apply(self.team.moved)
-        warn_once(self._warned, "failed", warning_of_failures(failed, self.global_step))
-        self.count_step()
+            counts = self._samples.counts
+            warnings["apart"] = apart(self.team, self.model, self.rounding, counts)
+        try:
+            with self.team.step(self.buckets):
+                plans = self.plan()
+                idle = self._assembly.follower.idle([plan.live for plan in plans])
+                warnings["idle"] = idle
+                self.team.arrive(self.buckets)
+                with all_or_nothing(plans) as updates:
+                    note = partial(warnings.__setitem__, "skipped")
+                    prepare = partial(updates.prepare, self.nonfinite, note, self.team.exclude)
+                    self.team.confirm(prepare, plans, self.nonfinite == "raise")
+                    failed = updates.apply(self.team.moved)
+            warnings["failed"] = warning_of_failures(failed, self.global_step)
+            self.count_step()
+        finally:
+            for kind, message in warnings.items():
+                warn_once(self._warned, kind, message)
 
     def plan(self) -> list[Plan]:
         """Check all inputs of a step, or raise; return its plan for each bucket."""

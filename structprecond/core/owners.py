@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from structprecond.core.agreement import NOTHING, Agreement, Facts, digest_of
+from structprecond.core.agreement import Agreement, Facts, digest_of
 from structprecond.core.all_rows import AllRows
 from structprecond.core.batch_size import Samples
 from structprecond.core.bucket import Bucket
@@ -25,6 +25,7 @@ from structprecond.core.ownership import Loads, Share, assign, bytes_of_row, ite
 from structprecond.core.ranks import Ranks
 from structprecond.core.refresh import RefreshSchedule, Stack
 from structprecond.core.rounding import Rounding
+from structprecond.core.seed import Seed
 from structprecond.core.sharded_state import ShardedState, StateTensor
 from structprecond.core.state import ByParameter
 from structprecond.core.step import Plan
@@ -43,7 +44,7 @@ class Owners(Replicas):
     Args:
         agreement: The agreement of all ranks.
         share: The number of different batches over the number of ranks; None if it is unknown.
-        seed: The seed of all random numbers.
+        seed: The seed of all random numbers, as for `Replicas`.
         ranks: The ranks that hold whole parameters together.
 
     Attributes:
@@ -53,7 +54,7 @@ class Owners(Replicas):
             these units, or a replica of them.
     """
 
-    def __init__(self, agreement: Agreement, share: float | None, seed: int, ranks: Ranks) -> None:
+    def __init__(self, agreement: Agreement, share: float | None, seed: Seed, ranks: Ranks) -> None:
         super().__init__(agreement, share, seed)
         self.ranks, self.exchanges = ranks, list[Exchange]()
         self.loads = self._made_loads = Loads.none(ranks.size)
@@ -279,7 +280,10 @@ class Owners(Replicas):
 
     def decide(self, make: Callable[[], tuple[T, Facts]], verb: str) -> T:
         """Prepare to save or to load a checkpoint on all ranks, or on none."""
-        return self.agreement.reach(lambda: (*make(), NOTHING), "checkpoint", verb)[0]
+        own = self._own_seed
+        result, numbers = self.agreement.reach(lambda: (*make(), own), "checkpoint", verb)
+        self._learn_seed(numbers, self._exchange_of)
+        return result
 
     def gather(self, state: ByParameter) -> ByParameter:
         """Return the state of all ranks, for a checkpoint."""

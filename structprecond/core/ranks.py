@@ -223,6 +223,11 @@ def _group(numbers: list[int], mesh: DeviceMesh) -> dist.ProcessGroup:
     return group
 
 
+def world_size() -> int:
+    """Return the number of ranks of torch.distributed; 1 without it."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def replicas_of(model: object) -> dist.ProcessGroup | None:
     """Return the process group of a model under DistributedDataParallel; None for another one."""
     while isinstance(model, nn.Module):

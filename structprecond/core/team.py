@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -15,12 +16,12 @@ from structprecond.core.batch_size import Samples
 from structprecond.core.boxes import is_dtensor
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit, make_buckets
-from structprecond.core.counters import Counters
 from structprecond.core.finite import exclude_unusable, with_large_gradient
 from structprecond.core.inspection import check_step
 from structprecond.core.options import Nonfinite
 from structprecond.core.refresh import RefreshSchedule, Stack
 from structprecond.core.rounding import Rounding
+from structprecond.core.seed import Seed
 from structprecond.core.state import ByParameter
 from structprecond.core.step import Plan
 from structprecond.core.units import Unit
@@ -63,16 +64,26 @@ class Alone:
             groups: By the identity of a group that was used, the one that replaces it.
         """
 
-    def meet(self, parameters: Callable[[], Facts]) -> None:
-        """Check before the first step that all ranks train the same parameters.
+    @property
+    def has_met(self) -> bool:
+        """Whether the ranks have met."""
+        return True
+
+    def meet(self, parameters: Callable[[], Facts], buckets: Sequence[Bucket]) -> None:
+        """Check before the first step that all ranks train the same parameters; share the seed.
 
         Args:
-            parameters: Returns them.
+            parameters: Returns the parameters.
+            buckets: All buckets. Rows that have no seed get one, also after loading a checkpoint
+                that ranks have saved before they met.
         """
+        Seed(common=torch.initial_seed()).give_to(buckets)
 
     def make_buckets(self, units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:
         """Stack the units that this rank owns, which allocates their state."""
-        return make_buckets(units, rounding)
+        buckets = make_buckets(units, rounding)
+        Seed(common=torch.initial_seed()).give_to(buckets)
+        return buckets
 
     def adopt(self) -> list[tuple[Unit, dict[str, Tensor]]]:
         """Use the last buckets that were made, since nothing has failed after that.
@@ -173,10 +184,11 @@ class Replicas(Alone):
     Args:
         agreement: The agreement of all ranks.
         share: The number of different batches over the number of ranks; None if it is unknown.
-        seed: The seed of all random numbers.
+        seed: The seed of all random numbers, which the first step shares: no rank waits for others
+            while an optimizer is built.
     """
 
-    def __init__(self, agreement: Agreement, share: float | None, seed: int) -> None:
+    def __init__(self, agreement: Agreement, share: float | None, seed: Seed) -> None:
         self.agreement, self._share, self.seed = agreement, share, seed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -192,15 +204,32 @@ class Replicas(Alone):
         """Whether this is the first rank."""
         return self.agreement.ranks.me == 0
 
-    def meet(self, parameters: Callable[[], Facts]) -> None:
-        """Check before the first step that all ranks train the same parameters."""
-        self.agreement.reach(lambda: (None, parameters(), NOTHING))
+    @property
+    def has_met(self) -> bool:
+        """Whether the ranks have met, so that this one knows the common seed."""
+        return self.seed.common is not None
+
+    def meet(self, parameters: Callable[[], Facts], buckets: Sequence[Bucket]) -> None:
+        """Check before the first step that all ranks train the same parameters; share the seed."""
+        own = self._own_seed
+        _, numbers = self.agreement.reach(lambda: (None, parameters(), own))
+        self._learn_seed(numbers, buckets)
+
+    @property
+    def _own_seed(self) -> tuple[int, int]:
+        """This rank's summand of the common seed, in two numbers, since a seed may take 64 bits."""
+        return divmod(self.seed.own, 2**32) if self.speaks else NOTHING
+
+    def _learn_seed(self, numbers: tuple[int, int], buckets: Iterable[Bucket]) -> None:
+        """Note the common seed, given the sum over ranks, and give it to buckets without one."""
+        if self.seed.common is None:
+            self.seed.common = numbers[0] * 2**32 + numbers[1]
+        self.seed.give_to(buckets)
 
     def make_buckets(self, units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:
         """Stack the units that this rank owns, with the same seeds on all ranks."""
-        buckets = super().make_buckets(units, rounding)
-        for bucket in buckets:
-            bucket.counters.seed = Counters.of(bucket.units, self.seed).seed
+        buckets = make_buckets(units, rounding)
+        self.seed.give_to(buckets)
         return buckets
 
     def agree(
@@ -227,9 +256,10 @@ class Replicas(Alone):
             return plans, known, (samples.count or 0, suspects)
 
         plans, (total, self._doubts) = self.agreement.reach(make)
-        if samples.counts and self._share is not None and total:
-            total = round(total * self._share)
-            samples.add_ranks(total)
+        # 0 if nothing is counted, or if ranks may share a batch
+        total = round(total * (self._share or 0)) if samples.counts else 0
+        samples.note_total(total or None)
+        if total:
             for one in plans:
                 one.batch_size = total
         self._stagger(plans, schedule)

@@ -42,17 +42,17 @@ class Updates:
         self._kept.extend((t, t.clone()) for t in state.named_tensors().values())
 
     def prepare(
-        self, nonfinite: Nonfinite, warn: Callable[[str | None], None], exclude: Exclude
+        self, nonfinite: Nonfinite, note: Callable[[str | None], None], exclude: Exclude
     ) -> None:
         """Exclude unusable units, and update the state of buckets that run other code.
 
         Args:
             nonfinite: What to do with unusable gradients.
-            warn: Warns of excluded units, if there are any.
+            note: Takes the message about excluded units; None if there are none.
             exclude: Excludes them from plans, or refuses them; returns a message.
         """
         if nonfinite != "ignore":
-            warn(exclude(self._plans, nonfinite == "raise"))
+            note(exclude(self._plans, nonfinite == "raise"))
         for plan in self._others:
             self._keep(plan.bucket.state)
             self._writes.append(plan.prepare())

@@ -35,8 +35,15 @@ def made(optimizer: Any) -> tuple[Any, Any, Any]:
     return model, own, LambdaLR(own, lambda step: 1 / (1 + step))
 
 
-def accelerated(rank: int, optimizer: Any, sharded: bool) -> tuple[float, bool]:
-    """Return how far training under `accelerate` is from training alone, and whether it shards."""
+def accelerated(rank: int, optimizer: Any, sharded: bool, first: bool) -> tuple[float, str]:
+    """Return how far training under `accelerate` is from training alone, and the kind of team.
+
+    Args:
+        rank: The rank.
+        optimizer: The optimizer's class.
+        sharded: Whether to use FSDP2 instead of DDP.
+        first: Whether the model is prepared before the optimizer is built.
+    """
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedType
@@ -53,7 +60,13 @@ def accelerated(rank: int, optimizer: Any, sharded: bool) -> tuple[float, bool]:
                 fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=200
             )
             accelerator.state.distributed_type = DistributedType.FSDP
-        model, own, schedule = accelerator.prepare(*made(optimizer))
+        if first:
+            model = accelerator.prepare(layouts.mlp())
+            own = optimizer(model, lr=0.01)
+            schedule = LambdaLR(own, lambda step: 1 / (1 + step))
+            own, schedule = accelerator.prepare(own, schedule)
+        else:
+            model, own, schedule = accelerator.prepare(*made(optimizer))
         own_part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
         # the schedule is stepped once per process otherwise
         train(model, own, schedule.scheduler, accelerator.backward, own_part)
@@ -68,13 +81,18 @@ def accelerated(rank: int, optimizer: Any, sharded: bool) -> tuple[float, bool]:
         float((p - q).norm() / q.norm())
         for p, q in zip(layouts.full_params(model), layouts.full_params(alone[0]), strict=True)
     ]
-    return max(distances), hasattr(own.optimizer.team, "exchanges")
+    return max(distances), type(own.optimizer.team).__name__
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("sharded", "first", "team"),
+    [(False, False, "Alone"), (False, True, "Replicas"), (True, False, "Owners")],
+)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_accelerate_trains_as_one_process(optimizer: Any, sharded: bool) -> None:
+def test_accelerate_trains_as_one_process(
+    optimizer: Any, sharded: bool, first: bool, team: str
+) -> None:
     pytest.importorskip("accelerate")
-    for distance, owned in pool.run(2, accelerated, optimizer, sharded):
+    for distance, kind in pool.run(2, accelerated, optimizer, sharded, first):
         assert distance < 1e-9
-        assert owned == sharded
+        assert kind == team

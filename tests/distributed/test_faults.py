@@ -62,9 +62,12 @@ def step(model: Any, optimizer: StructuredOptimizer, number: int) -> None:
 
 
 def seen(model: nn.Module, optimizer: StructuredOptimizer) -> list[Any]:
-    """Copy what this rank holds, whatever a step may change."""
+    """Copy what this rank holds, whatever a step may change; seeds are learned once for all."""
     params = [local(p).clone() for p in model.parameters()]
-    state = [{k: t.clone() for k, t in b.named_tensors().items()} for b in optimizer.buckets]
+    state = [
+        {k: t.clone() for k, t in b.named_tensors().items() if k != "seed"}
+        for b in optimizer.buckets
+    ]
     return [params, state, optimizer.global_step, optimizer.skipped, optimizer.failed]
 
 
@@ -423,6 +426,43 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_refused_by_all(setup: str)
             assert not any(moved)
             assert skipped == 0
     assert refused == (1 if setup == "replicated" else 2)
+
+
+def skip_with_warnings_as_errors(rank: int, setup: str) -> list[Any]:
+    """Let each rank raise its warnings; return what a step raises, the steps, and the end."""
+    model, optimizer = build(setup, partial(SOAP, lr=0.01))
+    for number in range(2):
+        step(model, optimizer, number)
+    layouts.set_grads(model, 2)
+    if rank == 0:
+        spoil(bare(model)[2].weight)
+    raised = "nothing"
+    try:
+        optimizer.step()  # the pool makes warnings errors
+    except UserWarning as warning:
+        raised = str(warning)
+    steps = optimizer.global_step
+    step(model, optimizer, 3)
+    return [raised, steps, layouts.full_params(model)]
+
+
+@pytest.mark.parametrize("setup", ["ddp", "fsdp"])
+def test_a_warning_that_is_an_error_on_one_rank_breaks_no_step(setup: str) -> None:
+    model = layouts.mlp()
+    optimizer = SOAP(model, lr=0.01)
+    for number in range(4):
+        layouts.set_grads(model, number)
+        if number == 2:
+            spoil(bare(model)[2].weight)
+        assert outcome(optimizer.step) == "nothing"
+    answers = pool.run(SETUPS[setup], skip_with_warnings_as_errors, setup)
+    raised = [text for text, _, _ in answers if text != "nothing"]
+    assert raised
+    for text in raised:
+        assert_matches(r"The gradients of (module\.)?2\.weight are not finite", text)
+    for _, steps, ends in answers:
+        assert steps == 3
+        assert same_bits(ends, layouts.full_params(model))
 
 
 def skip_a_head(rank: int, nonfinite: Any) -> list[Any]:
