@@ -14,6 +14,7 @@ from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
 from structprecond.core.naming import describe_shape, enumerate_names, names_of_structures
 from structprecond.core.strategy import StepContext, Strategy, interval_of
 from structprecond.core.units import Unit
+from structprecond.linalg.precision import step_precision
 from structprecond.structures import StructuredMatrix
 
 # a unit's state is large if it exceeds both
@@ -62,7 +63,8 @@ def _products(strategy: Strategy[Any], key: BucketKey) -> int:
     """Return how many operations the products of an ordinary step of one row take."""
     shape, dtype = (1, *key.shape), compute_dtype(key.param_dtype)
     try:
-        with torch.device("meta"), FlopCounterMode(display=False) as counted:
+        # precision first: on some CPUs, the first use of it multiplies matrices to check it
+        with step_precision(), torch.device("meta"), FlopCounterMode(display=False) as counted:
             grad = torch.empty(shape, dtype=dtype)
             state = strategy.init(grad, key.structures, key.dtypes)
             context = StepContext(

@@ -31,9 +31,11 @@ from structprecond import (
     Strategy,
     StructuredOptimizer,
 )
+from structprecond.core import costs
 from structprecond.core.bucket import BucketKey
 from structprecond.core.costs import count_entries, step_operations
 from structprecond.core.strategy import StepContext
+from structprecond.linalg import precision
 from structprecond.structures import structure_class
 from tests.helpers import Allocations, set_grads
 
@@ -97,6 +99,8 @@ def test_structures_that_look_at_values_count_as_dense() -> None:
 
 def test_construction_without_values_takes_no_memory() -> None:
     model = params((20_000, 8), (3000, 3000), (40,))
+    with precision.step_precision():
+        pass  # the first time, some CPUs check what it does
     with Allocations() as seen:
         given: Any = {"structures": "dense", "max_precond_dim": 10**6}
         (message,) = messages(SOAP, model, **given)
@@ -279,6 +283,12 @@ def test_operations_of_a_step_include_the_products_of_an_orthogonalization(
 ) -> None:
     # X X^T, its square, and the product with X
     assert products_of(strategy, *dims) == 4 * 2 * short**2 * (2 * long + short)
+
+
+def test_operations_do_not_count_the_check_of_the_precision() -> None:
+    for cached in (precision._onednn_keeps_float32, precision._checked, costs._products):
+        cached.cache_clear()
+    assert products_of(MuonStrategy(num_ns_steps=1), 8, 12) == 2 * 8**2 * (2 * 12 + 8)
 
 
 def test_steps_of_other_norms_have_no_products() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from itertools import pairwise
 from typing import ParamSpec, TypeVar
@@ -93,6 +95,14 @@ def _shard(model: nn.Module, shape: tuple[int, ...], names: tuple[str, ...]) -> 
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Train on one rank without the others, of which optimizers warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"torch\.distributed has")
+        yield
 
 
 def like(p: Tensor, whole: Tensor) -> Tensor:

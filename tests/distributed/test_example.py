@@ -25,7 +25,7 @@ def losses_of(ranks: int, *arguments: str) -> dict[int, float]:
         timeout=120,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
     found = re.findall(r"step +(\d+) +loss ([\d.]+)", done.stdout)
     return {int(step): float(loss) for step, loss in found}
 

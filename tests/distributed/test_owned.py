@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -141,9 +140,7 @@ def alone(
     """Train as one process does, with the seed of the first rank."""
     dtype, rounding = PRECISIONS[precision]
     model = build(grouping).to(dtype)
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        # of ranks that train alone by mistake
-        warnings.filterwarnings("ignore", r"torch\.distributed has")
+    with torch.random.fork_rng(), layouts.alone():
         torch.manual_seed(0)
         train(model, make(build, strategy, model, grouping, rounding, None))
     return layouts.full_params(model)
