@@ -29,6 +29,7 @@ class Layout:
     def __init__(self, units: Sequence[Unit]) -> None:
         self.units = list(units)
         self.params: list[nn.Parameter] = [t for unit in units for t in unit.tensors]
+        self._members = [p for unit in units for p in unit.params]
         self.shapes: list[Size] = [p.shape for p in self.params]
         self.spans: list[slice] = []
         self._windows: list[Window] | None = []
@@ -61,6 +62,8 @@ class Layout:
 
     def live(self) -> list[bool]:
         """Return whether each unit takes part: its parameters require and have gradients."""
+        if all(p.grad is not None and p.requires_grad for p in self._members):
+            return [True] * len(self.units)
         return are_live(self.units)
 
     def per_param(self, live: Sequence[bool]) -> list[bool]:
@@ -136,8 +139,6 @@ class Layout:
 
 def are_live(units: Sequence[Unit]) -> list[bool]:
     """Return whether each unit takes part: its parameters require and have gradients."""
-    if all(p.grad is not None and p.requires_grad for unit in units for p in unit.params):
-        return [True] * len(units)
     return [all(p.requires_grad and p.grad is not None for p in unit.params) for unit in units]
 
 
