@@ -10,9 +10,11 @@ from structprecond.core.strategy import Hyperparameter, StepContext, Strategy
 from structprecond.errors import (
     CheckpointError,
     DecompositionError,
+    DistributedError,
     GradientError,
     GroupError,
     HyperparameterError,
+    LostRankError,
     StructPrecondError,
     StructureError,
 )
@@ -70,6 +72,7 @@ __all__ = [
     "DecompositionError",
     "DenseMatrix",
     "DiagonalMatrix",
+    "DistributedError",
     "FlattenAndConcatenate",
     "FlattenEmbedding",
     "GradientError",
@@ -82,6 +85,7 @@ __all__ = [
     "KLShampooStrategy",
     "LARSStrategy",
     "LinearWeightBias",
+    "LostRankError",
     "Matricize",
     "MergeDims",
     "Muon",
