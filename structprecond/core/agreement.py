@@ -96,7 +96,8 @@ class Agreement:
         all_ = own.new_empty(self.ranks.size * len(own))
         with naming_ranks(f"the decision about the {what}", self.ranks):
             _all_gather(all_, own, group=self.ranks.group)
-        rows: list[list[int]] = all_.view(self.ranks.size, -1).tolist()
+            # read here: accelerators report errors of a collective only then
+            rows: list[list[int]] = all_.view(self.ranks.size, -1).tolist()
         return rows
 
     def share(self, own: Any, what: str) -> list[Any]:

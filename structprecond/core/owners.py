@@ -13,14 +13,12 @@ from typing_extensions import Self
 
 from structprecond.core.agreement import Agreement, Facts, digest_of
 from structprecond.core.all_rows import AllRows
-from structprecond.core.batch_size import Samples
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit
 from structprecond.core.exchange import Exchange
 from structprecond.core.finite import exclude_unusable
 from structprecond.core.inspection import check_values
 from structprecond.core.layout import are_live
-from structprecond.core.options import Nonfinite
 from structprecond.core.ownership import Loads, Share, assign, bytes_of_row, items_of
 from structprecond.core.ranks import Ranks
 from structprecond.core.refresh import RefreshSchedule, Stack
@@ -29,7 +27,7 @@ from structprecond.core.seed import Seed
 from structprecond.core.sharded_state import ShardedState, StateTensor
 from structprecond.core.state import ByParameter
 from structprecond.core.step import Plan
-from structprecond.core.team import INTERVALS, WITHOUT, Replicas, T
+from structprecond.core.team import INTERVALS, WITHOUT, Replicas, T, left_out
 from structprecond.core.traffic import Traffic
 from structprecond.core.units import Unit
 from structprecond.errors import LostRankError, StructPrecondError
@@ -195,7 +193,9 @@ class Owners(Replicas):
         dead = [unit.label for unit, on in zip(units, are_live(units), strict=True) if not on]
         return {OWNED: self._owned, WITHOUT: dead, INTERVALS: self._intervals}
 
-    def _stagger(self, plans: Sequence[Plan], schedule: RefreshSchedule) -> None:
+    def _settle(self, plans: Sequence[Plan], schedule: RefreshSchedule) -> None:
+        """Do what comes once all ranks have agreed to make a step."""
+        self._traffic.agreed = True
         stacks = self._all_rows
         if not schedule.moved(stacks, self._intervals):
             return
@@ -216,7 +216,7 @@ class Owners(Replicas):
         def make() -> tuple[tuple[str | None, list[str]], Facts, tuple[int, int]]:
             message = exclude_unusable(plans, refuse)
             # units without a gradient are among them, the same on all ranks
-            units = _left_out(plans) if message is not None else []
+            units = left_out(plans) if message is not None else []
             return (message, units), {}, (len(units), 0)
 
         self._traffic.agreed = False
@@ -247,19 +247,6 @@ class Owners(Replicas):
         except BaseException:
             self._traffic.fail()
             raise
-
-    def agree(
-        self,
-        plan: Callable[[], list[Plan]],
-        facts: Callable[[], Facts],
-        samples: Samples,
-        schedule: RefreshSchedule,
-        nonfinite: Nonfinite,
-    ) -> list[Plan]:
-        """Plan a step on all ranks, or on none; counted samples are those of all ranks."""
-        plans = super().agree(plan, facts, samples, schedule, nonfinite)
-        self._traffic.agreed = True
-        return plans
 
     def arrive(self, buckets: Sequence[Bucket]) -> None:
         """Wait for the gradients."""
@@ -299,13 +286,3 @@ class Owners(Replicas):
     def _tensors_of(self, exchanges: Sequence[Exchange]) -> Iterator[StateTensor]:
         for exchange in exchanges:
             yield from StateTensor.of(exchange, self._rounding)
-
-
-def _left_out(plans: Sequence[Plan]) -> list[str]:
-    """Return the names of the units that take no part in a step."""
-    return [
-        unit.label
-        for plan in plans
-        for unit, on in zip(plan.bucket.units, plan.live, strict=True)
-        if not on
-    ]

@@ -262,20 +262,15 @@ class Replicas(Alone):
         if total:
             for one in plans:
                 one.batch_size = total
-        self._stagger(plans, schedule)
+        self._settle(plans, schedule)
         return plans
 
     def _facts(self, plans: Sequence[Plan]) -> Facts:
         """Return what else has to be the same on all ranks."""
-        units = [
-            unit.label
-            for one in plans
-            for unit, on in zip(one.bucket.units, one.live, strict=True)
-            if not on
-        ]
-        return {WITHOUT: units, INTERVALS: [one.every for one in plans]}
+        return {WITHOUT: left_out(plans), INTERVALS: [one.every for one in plans]}
 
-    def _stagger(self, plans: Sequence[Plan], schedule: RefreshSchedule) -> None:
+    def _settle(self, plans: Sequence[Plan], schedule: RefreshSchedule) -> None:
+        """Do what comes once all ranks have agreed to make a step."""
         schedule.stagger([one.bucket for one in plans], [one.every for one in plans])
 
     def _suspects(self, plans: Sequence[Plan]) -> int:
@@ -302,3 +297,13 @@ class Replicas(Alone):
 
     def _runs_other_code(self, plans: Sequence[Plan]) -> bool:
         return any(one.bucket.runs_other_code for one in plans)
+
+
+def left_out(plans: Sequence[Plan]) -> list[str]:
+    """Return the names of the units that take no part in a step."""
+    return [
+        unit.label
+        for plan in plans
+        for unit, on in zip(plan.bucket.units, plan.live, strict=True)
+        if not on
+    ]
