@@ -3,6 +3,15 @@
 from structprecond.core.captured import CapturedStep
 from structprecond.core.inputs import get_batch_size, get_token_count
 from structprecond.core.optimizer import StructuredOptimizer
+from structprecond.core.policies import (
+    CapRMS,
+    CautiousDecay,
+    CautiousUpdate,
+    Hyperball,
+    MatchRMS,
+    Move,
+    Policy,
+)
 from structprecond.core.report import describe
 from structprecond.core.routing import Routing
 from structprecond.core.state import State
@@ -67,7 +76,10 @@ __all__ = [
     "AdamW",
     "AdamWStrategy",
     "BlockDiagonalMatrix",
+    "CapRMS",
     "CapturedStep",
+    "CautiousDecay",
+    "CautiousUpdate",
     "CheckpointError",
     "DecompositionError",
     "DenseMatrix",
@@ -78,6 +90,7 @@ __all__ = [
     "GradientError",
     "GroupError",
     "HierarchicalMatrix",
+    "Hyperball",
     "Hyperparameter",
     "HyperparameterError",
     "KLSOAPStrategy",
@@ -86,14 +99,17 @@ __all__ = [
     "LARSStrategy",
     "LinearWeightBias",
     "LostRankError",
+    "MatchRMS",
     "Matricize",
     "MergeDims",
+    "Move",
     "Muon",
     "MuonStrategy",
     "NorMuon",
     "NorMuonStrategy",
     "OrthogonalizedMomentumStrategy",
     "PerParameter",
+    "Policy",
     "PreconditionerGroup",
     "Routing",
     "SIRFShampoo",

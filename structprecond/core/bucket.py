@@ -12,6 +12,7 @@ from torch import Size, Tensor, nn
 
 from structprecond.core.counters import Counters
 from structprecond.core.layout import Layout
+from structprecond.core.policies import Policy
 from structprecond.core.rounding import Rounding, is_low_precision
 from structprecond.core.routing import hyperparameters_of
 from structprecond.core.state import Rows, State, on_device_of
@@ -35,6 +36,8 @@ class BucketKey:
     device: torch.device
     decays: bool = True
     """Whether the units have weight decay; False for those that `no_decay` leaves out."""
+    policies: tuple[Policy, ...] = ()
+    """What changes the directions before the parameters move."""
 
     def refresh_cost(self) -> int:
         """Return the number of operations to refresh one row, up to a constant factor."""
@@ -70,9 +73,10 @@ def weight_decay_in(
     return float(hyperparameters_of(strategy, group, prefix)[name]) if decays else 0.0
 
 
-def runs_other_code(strategy: Strategy[Any], structures: Sequence[Structure]) -> bool:
+def runs_other_code(strategy: Strategy[Any], key: BucketKey) -> bool:
     """Return whether a step calls code from outside the library."""
-    classes = [type(strategy), *(s for s in structures if s is not None)]
+    classes = [type(strategy), *map(type, key.policies)]
+    classes += [s for s in key.structures if s is not None]
     bases = {base for cls in classes for base in cls.__mro__}
     ours = {base.__module__.partition(".")[0] for base in bases} <= _TRUSTED
     values = [getattr(strategy, f.name) for f in fields(strategy)] if ours else []
@@ -97,12 +101,13 @@ class Bucket:
         counters: The core's counters for each row.
         compensation: The rounding error of the parameters `(b, *dims)`, in their dtype; None
             unless they have low precision and rounding is "kahan".
+        kept: The numbers that policies keep for each row `(b,)`, by name.
         refresh_decomposes: Whether a refresh decomposes matrices, which needs a host-device sync;
             None before the first refresh.
         staggered_over: The interval for which the rows' phase offsets were assigned; None if that
             is not known.
-        runs_other_code: Whether a step calls code from outside the library: a hook, or a strategy
-            or structure of the user's own.
+        runs_other_code: Whether a step calls code from outside the library: a hook, or a strategy,
+            structure or policy of the user's own.
     """
 
     def __init__(
@@ -124,13 +129,18 @@ class Bucket:
         self.compensation: Tensor | None = None
         if rounding == "kahan" and is_low_precision(key.param_dtype):
             self.compensation = torch.zeros(self.shape, dtype=key.param_dtype, device=key.device)
+        self.kept = {
+            name: torch.full((self.rows,), value, dtype=self.dtype, device=key.device)
+            for policy in key.policies
+            for name, value in policy.initial.items()
+        }
         self.refresh_decomposes: bool | None = None
         self.staggered_over: int | None = None
-        self.runs_other_code = runs_other_code(strategy, key.structures)
+        self.runs_other_code = runs_other_code(strategy, key)
         self._check_names()
 
     def _check_names(self) -> None:
-        own = {field.name for field in fields(Counters)} | {"compensation"}
+        own = {field.name for field in fields(Counters)} | {"compensation", *self.kept}
         if shadowing := sorted(own & set(self.state.named_tensors())):
             raise StructPrecondError(
                 f"The state of {type(self.strategy).__name__} has fields called "
@@ -191,7 +201,7 @@ class Bucket:
     def named_tensors(self) -> dict[str, Tensor]:
         """Return all state by name, stacked, the counters included."""
         more = {} if self.compensation is None else {"compensation": self.compensation}
-        return self.counters.named_tensors() | more | self.state.named_tensors()
+        return self.counters.named_tensors() | more | self.kept | self.state.named_tensors()
 
     def unit_tensors(self) -> list[dict[str, Tensor]]:
         """Return views of each unit's rows by name; units of one row have no row dimension."""
@@ -215,6 +225,7 @@ class Bucket:
         twin.state = self.state.map(torch.clone)
         twin.counters = self.counters.map(torch.clone)
         twin.compensation = None if self.compensation is None else self.compensation.clone()
+        twin.kept = {name: numbers.clone() for name, numbers in self.kept.items()}
         twin.layout = copy(self.layout)
         twin.layout.params = [nn.Parameter(p.detach().clone()) for p in self.params]
         return twin
@@ -240,6 +251,7 @@ class Bucket:
         self.state = self.state.map(lambda t: t.to(self.device))
         if self.compensation is not None:
             self.compensation = self.compensation.to(self.device)
+        self.kept = {name: numbers.to(self.device) for name, numbers in self.kept.items()}
         return True
 
     def keep(self, units: Sequence[bool], renewed: Mapping[nn.Parameter, nn.Parameter]) -> None:
@@ -254,6 +266,7 @@ class Bucket:
         if not all(units):
             rows = self.layout.live_rows(units).nonzero().squeeze(1)
             self.state = self.state.map(lambda t: t[on_device_of(rows, t)])
+            self.kept = {name: t[on_device_of(rows, t)] for name, t in self.kept.items()}
             self.counters = self.counters.map(lambda t: t[rows])
             if self.compensation is not None:
                 self.compensation = self.compensation[on_device_of(rows, self.compensation)]

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from structprecond.core.bucket import Bucket, BucketKey, compute_dtype
+from structprecond.core.chosen_policies import policies_of
 from structprecond.core.costs import count_entries, naming_units
 from structprecond.core.decay import decays, undecayed
 from structprecond.core.naming import BareParameters
+from structprecond.core.policies import Policy
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import Route, Routing
 from structprecond.core.strategy import Strategy
@@ -70,6 +72,7 @@ def route_units(
             route,
             routing.prefix(route.strategy),
             decays(unit.params, without_decay, unit.label),
+            policies_of(group["policies"], route.strategy, routing),
         )
         for unit, route in _find_routes(model, group, routing, names)
         if unit.shape.numel() and unit.rows
@@ -89,6 +92,7 @@ class RoutedUnit:
         route: Its strategy, and the role or pattern that decided.
         prefix: What precedes the names of the strategy's hyperparameters in the group.
         decays: Whether weight decay applies to it.
+        policies: What changes its directions.
     """
 
     group: dict[str, Any]
@@ -96,6 +100,7 @@ class RoutedUnit:
     route: Route
     prefix: str
     decays: bool
+    policies: tuple[Policy, ...]
 
     @property
     def frozen(self) -> bool:
@@ -105,7 +110,7 @@ class RoutedUnit:
     def key(self) -> BucketKey:
         """Return what the unit shares with those it is stacked with, as its parameters are now."""
         key = _bucket_key(self.unit, self.group, self.route.strategy)
-        return replace(key, decays=self.decays)
+        return replace(key, decays=self.decays, policies=self.policies)
 
 
 def make_buckets(units: Iterable[RoutedUnit], rounding: Rounding) -> list[Bucket]:

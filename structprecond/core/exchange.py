@@ -111,7 +111,7 @@ class Exchange:
     def __init__(self, ranks: Ranks, shares: Sequence[Share], key: BucketKey) -> None:
         self.ranks, self.shares = ranks, list(shares)
         self.all_rows = AllRows(key, [(share.routed, share.mine) for share in shares])
-        self.runs_other_code = runs_other_code(shares[0].routed.route.strategy, key.structures)
+        self.runs_other_code = runs_other_code(shares[0].routed.route.strategy, key)
         first = shares[0].routed.unit.params[0]
         self._dtype, self._device = first.dtype, local(first).device
         self._held = [held for share in shares for held in Held.of(share, ranks)]

@@ -18,7 +18,7 @@ from structprecond.errors import StructPrecondError
 from structprecond.structures.spec import AUTO
 
 _LATER_ROLES = ("depthwise", "router")
-COMPARED = ("strategy", "structures", "combine_params", "no_decay")
+COMPARED = ("strategy", "structures", "combine_params", "no_decay", "policies")
 
 
 def compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
@@ -33,6 +33,10 @@ def compare_groups(number: int, saved: Mapping[str, Any], live: Mapping[str, Any
         if key == "combine_params":  # None means the strategy's default groupings
             usual = plain_value(as_routing(live["strategy"]).main.combine_params)
             theirs, mine = theirs or usual, mine or usual
+        if key == "policies":  # None means the strategy's; older checkpoints have none
+            usual = plain_value(as_routing(live["strategy"]).main.policies)
+            mine = usual if live[key] is None else mine
+            theirs = mine if key not in saved else usual if saved[key] is None else theirs
         if key == "no_decay":  # older checkpoints have none
             theirs = tuple(theirs or ())
         if key == "structures":

@@ -1,4 +1,4 @@
-"""Moves parameters along directions: decay, update, constraint and rounding."""
+"""Moves parameters along directions: policies, decay, update, constraint and rounding."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from structprecond.core.bucket import Bucket
+from structprecond.core.policies import Move, apply_policies
 from structprecond.core.results import usable
 from structprecond.core.rounding import is_low_precision, round_stochastically, row_keys
 from structprecond.core.state import Rows, on_device_of
@@ -19,6 +20,7 @@ from structprecond.core.strategy import StepContext
 def prepare_move(
     bucket: Bucket,
     direction: Tensor,
+    grad: Tensor | None,
     rows: Rows,
     live: Sequence[bool],
     hp: Mapping[str, Any],
@@ -26,29 +28,38 @@ def prepare_move(
 ) -> Callable[[], None]:
     """Return a function that subtracts lr times the directions, decays and constrains.
 
-    The strategy is called here, and not by that function: if it fails, no parameter has changed.
+    The strategy and the policies are called here, and not by that function: if they fail, no
+    parameter has changed.
 
     Args:
         bucket: The bucket.
         direction: The directions of some rows.
+        grad: The gradients of these rows; None unless a policy uses them.
         rows: These rows.
         live: Whether each unit takes part.
         hp: The strategy's hyperparameters.
         ctx: The context of the update.
     """
-    factors = bucket.strategy.decay_factors(hp)
+    move = Move(
+        direction,
+        partial(_values_before, bucket, rows),
+        grad,
+        *bucket.strategy.decay_factors(hp),
+    )
+    _apply_policies(bucket, move, rows)
     constraint = bucket.strategy.constraint()
     params: list[Tensor] = list(bucket.layout.live_params(live))
     # the model, or a part of it, may have been converted after construction
     dtypes = {p.dtype for p in params}
     low = {dtype for dtype in dtypes if is_low_precision(dtype)}
-    if constraint is not None or low == dtypes:
-        values = _moved_stack(bucket, direction, rows, hp["lr"], factors)
+    if constraint is not None or move.needs_params or low == dtypes:
+        values = _moved_stack(move, hp["lr"])
         if constraint is not None:
             name = f"The function from {type(bucket.strategy).__name__}.constraint"
             values = usable(constraint(values), values, name)
         return partial(_write, bucket, values, rows, live, dtypes, ctx)
-    updates = bucket.scatter(direction, rows, live)
+    updates = bucket.scatter(move.direction, rows, live)
+    factors = move.before, move.after
     if not low:
         return partial(_move, params, updates, hp["lr"], factors)
     is_low = [p.dtype in low for p in params]
@@ -58,14 +69,31 @@ def prepare_move(
 _Factors = tuple[float | Tensor, float | Tensor]
 
 
-def _moved_stack(
-    bucket: Bucket, direction: Tensor, rows: Rows, rate: float | Tensor, factors: _Factors
-) -> Tensor:
-    """Return the moved parameters of some rows, in the dtype of the stack."""
-    values, kept = bucket.gather_params(rows), bucket.compensation
-    if kept is not None:
-        values += kept[on_device_of(rows, kept)]
-    return values.mul_(factors[0]).sub_(direction * rate).mul_(factors[1])
+def _apply_policies(bucket: Bucket, move: Move, rows: Rows) -> None:
+    """Let the policies of a bucket change the move of some rows, and what they keep of these."""
+    if not bucket.key.policies:
+        return
+    places = {name: on_device_of(rows, numbers) for name, numbers in bucket.kept.items()}
+    kept = {name: numbers[places[name]].clone() for name, numbers in bucket.kept.items()}
+    apply_policies(bucket.key.policies, move, kept)
+    for name, numbers in kept.items():
+        bucket.kept[name][places[name]] = numbers
+
+
+def _values_before(bucket: Bucket, rows: Rows) -> Tensor:
+    """Return the parameters of some rows with their rounding errors, in the dtype of the stack."""
+    values, lost = bucket.gather_params(rows), bucket.compensation
+    if lost is not None:
+        values += lost[on_device_of(rows, lost)]
+    return values
+
+
+def _moved_stack(move: Move, rate: float | Tensor) -> Tensor:
+    """Return the moved parameters, in the dtype of the stack; overwrites those before the move."""
+    values = move.params.mul_(move.before).sub_(move.direction * rate).mul_(move.after)
+    for project in move.projections:
+        values = usable(project(values), values, "The projection of a policy")
+    return values
 
 
 def _write(
@@ -77,15 +105,15 @@ def _write(
     ctx: StepContext,
 ) -> None:
     """Round moved parameters once, and write them."""
-    kept, rounded = bucket.compensation, values
+    lost, rounded = bucket.compensation, values
     if len(dtypes) == 1:
         (dtype,) = dtypes
         if bucket.rounding == "stochastic" and is_low_precision(dtype):
             rounded = round_stochastically(values, dtype, row_keys(ctx.seeds, ctx.t))
         else:
             rounded = values.to(dtype)
-    if kept is not None:
-        kept[on_device_of(rows, kept)] = (values - rounded).to(kept.dtype)
+    if lost is not None:
+        lost[on_device_of(rows, lost)] = (values - rounded).to(lost.dtype)
     bucket.write_params(rounded, rows, live)
 
 

@@ -16,6 +16,7 @@ from structprecond.core.assembly import Assembly
 from structprecond.core.batch_size import GetBatchSize, Samples
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit
+from structprecond.core.chosen_policies import Policies, as_policies
 from structprecond.core.compiler import leave_to_python
 from structprecond.core.costs import too_high
 from structprecond.core.decay import as_rules
@@ -49,8 +50,8 @@ class StructuredOptimizer(options.SharedKeywords, Resumable):
     """An optimizer that runs a strategy over stacks of a model's parameters.
 
     Named optimizers such as `SIRFShampoo` are facades of this class. `param_groups` stay as given.
-    A param group may have its own `strategy`, `structures`, `preconditioner_dtypes` and
-    `combine_params` besides its hyperparameters.
+    A param group may have its own `strategy`, `structures`, `preconditioner_dtypes`,
+    `combine_params`, `no_decay` and `policies` besides its hyperparameters.
 
     `optimizer.state[p]` shows the state of the unit whose first parameter is `p`, as views under
     stable names. It exists from construction on. Where rows have owners, it shows the rows that
@@ -105,6 +106,7 @@ class StructuredOptimizer(options.SharedKeywords, Resumable):
         structures: StructureSpec = "auto",
         preconditioner_dtypes: PerAxis[torch.dtype | None] = None,
         combine_params: Sequence[PreconditionerGroup] | None = None,
+        policies: Policies | None = None,
         refresh: Refresh = "synchronous",
         nonfinite: Nonfinite = "skip",
         rounding: Rounding = "nearest",
@@ -131,6 +133,7 @@ class StructuredOptimizer(options.SharedKeywords, Resumable):
             "preconditioner_dtypes": preconditioner_dtypes,
             "combine_params": combine_params,
             "no_decay": as_rules(no_decay),
+            "policies": as_policies(policies),
         }
         leave_to_python(StructuredOptimizer, "_step")
         super().__init__(given, defaults)

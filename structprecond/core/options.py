@@ -14,6 +14,7 @@ import torch
 from typing_extensions import Self, Unpack
 
 from structprecond.checks import check_choice, check_flags
+from structprecond.core.chosen_policies import Policies
 from structprecond.core.ranks import Mesh
 from structprecond.core.rounding import Rounding
 from structprecond.core.routing import UserRoutes
@@ -42,6 +43,11 @@ class CommonOptions(TypedDict, total=False):
             in `("norm", "bias", "*.scale")`. Default: (), none.
         combine_params: The groupings, most important first. Default: None, the strategy's own; for
             most, each parameter is a unit.
+        policies: What changes the directions before the parameters move, in this order, as in
+            `(MatchRMS(0.2), CautiousDecay())`. A sequence is for the parameters of the optimizer's
+            own strategy, not for those that `routes` or roles send elsewhere; a dict has one for
+            each strategy by its name, as in `{"muon": (Hyperball(),), "adamw": (CapRMS(),)}`.
+            Default: None, those of the strategy; for most, none.
         nonfinite: What to do with a unit whose gradient is not finite, or so large that state or
             parameters would overflow: "skip" the unit and count it, "raise" before anything is
             changed, or "ignore", without a check. Default: "skip".
@@ -61,6 +67,7 @@ class CommonOptions(TypedDict, total=False):
     routes: UserRoutes | None
     no_decay: Sequence[str]
     combine_params: Sequence[PreconditionerGroup] | None
+    policies: Policies | None
     nonfinite: Nonfinite
     rounding: Rounding
     maximize: bool

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from structprecond.core.build import RoutedUnit
+from structprecond.core.chosen_policies import as_policies, check_policies
 from structprecond.core.decay import as_rules, check_patterns
 from structprecond.core.naming import plain_name, unwrap
 from structprecond.core.plain import plain_number
@@ -20,7 +21,14 @@ from structprecond.errors import GroupError, HyperparameterError, StructPrecondE
 from structprecond.groups import PreconditionerGroup
 from structprecond.roles import ROLES
 
-CONFIGURATION = ("strategy", "structures", "preconditioner_dtypes", "combine_params", "no_decay")
+CONFIGURATION = (
+    "strategy",
+    "structures",
+    "preconditioner_dtypes",
+    "combine_params",
+    "no_decay",
+    "policies",
+)
 """The keys of a group's configuration."""
 
 # names that are as similar as this are taken for misspelt ones; lr_scale is not adamw_lr_scale
@@ -203,6 +211,8 @@ def complete(group: dict[str, Any], routing: Routing, defaults: Mapping[str, Any
     rules = group.setdefault("combine_params", defaults["combine_params"])
     group["combine_params"] = _as_tuple(rules)
     group["no_decay"] = as_rules(group.get("no_decay", defaults["no_decay"]))
+    group["policies"] = as_policies(group.get("policies", defaults["policies"]))
+    check_policies(group["policies"], routing)
     return given
 
 

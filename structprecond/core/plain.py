@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from structprecond.core.policies import Policy
 from structprecond.core.routing import Routing
 from structprecond.core.strategy import Strategy
 from structprecond.groups import PreconditionerGroup
@@ -65,7 +66,7 @@ def describe_object(value: Any) -> str:
         return repr(value.name)
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, Strategy | Routing | PreconditionerGroup) and is_dataclass(value):
+    if isinstance(value, Strategy | Routing | PreconditionerGroup | Policy) and is_dataclass(value):
         values = {
             f.name: getattr(value, f.name) for f in fields(value) if not _is_default(value, f)
         }

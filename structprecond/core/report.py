@@ -54,6 +54,7 @@ class Row:
         decays: Whether `no_decay` leaves it alone.
         owners: The ranks that own some of its rows, counted among those that share the state;
             empty unless rows have owners.
+        policies: What changes its directions, in this order.
     """
 
     group: int
@@ -73,6 +74,7 @@ class Row:
     weight_decay: float | None = None
     decays: bool = True
     owners: tuple[int, ...] = ()
+    policies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,10 @@ class Description:
         exempt = not all(row.decays for row in self.rows)
         by_decay = exempt or len({row.weight_decay for row in self.rows}) > 1
         owned = any(row.owners for row in self.rows)
+        policed = any(row.policies for row in self.rows)
         usual = ("role", "rule", "shape", "rows", "structures", "state", *("owners",) * owned)
         more_columns = ("strategy",) * routed + ("route",) * by_name + ("decay",) * by_decay
+        more_columns += ("policies",) * policed
         table: list[tuple[str, ...]] = [("group", "parameters", *more_columns, *usual)]
         for row in self.rows:
             frozen = "" if row.live else " (frozen)"
@@ -133,6 +137,7 @@ class Description:
                     *(row.strategy,) * routed,
                     *(_shorten(", ".join(row.rules), 30),) * by_name,
                     *("-" if row.weight_decay is None else f"{row.weight_decay:g}",) * by_decay,
+                    *(_shorten(", ".join(row.policies), 40),) * policed,
                     _shorten(", ".join(dict.fromkeys(row.roles)), 30),
                     _shorten(row.rule, 30),
                     describe_shape(row.shape),
@@ -309,6 +314,7 @@ class _Stack:
             weight_decay=self.weight_decay,
             decays=self.key.decays,
             owners=self.owners,
+            policies=tuple(map(describe_object, self.key.policies)),
         )
 
 

@@ -128,6 +128,9 @@ class Plan:
             ctx = self._context(rows, select(due[rows]))
             with rows_of(bucket.state, rows) as state:
                 grad = grads[rows]
+                # a strategy may overwrite its gradients
+                uses_grad = any(policy.uses_grad for policy in bucket.key.policies)
+                given = grad.clone() if uses_grad else None
                 name = f"{type(bucket.strategy).__name__}.update"
                 direction = usable(bucket.strategy.update(state, grad, hp, ctx), grad, name)
             if ctx.due is not None:
@@ -136,7 +139,7 @@ class Plan:
             if self.recorded is None:
                 self.count(live)
             units = bucket.layout.live_units(live)
-            write = prepare_move(bucket, direction, rows, units, hp, ctx)
+            write = prepare_move(bucket, direction, given, rows, units, hp, ctx)
 
         def finish() -> list[str]:
             if write is not None:

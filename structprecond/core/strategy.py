@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from structprecond.checks import A_COUNT, as_number, check_value, is_count
+from structprecond.core.policies import Policy
 from structprecond.core.state import ALL_ROWS, Rows, S, on_device_of
 from structprecond.errors import StructureError
 from structprecond.groups import PerParameter, PreconditionerGroup
@@ -198,12 +199,14 @@ class Strategy(ABC, Generic[S]):
             factors.
         combine_params: The groupings if the user gives none; without a model, those that need
             modules are left out.
+        policies: The policies if the user gives none.
         needs_batch_size: Whether the update depends on the batch size.
     """
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]]
     structures: ClassVar[tuple[type[StructuredMatrix], ...]] = (StructuredMatrix,)
     combine_params: ClassVar[tuple[PreconditionerGroup, ...]] = (PerParameter(),)
+    policies: ClassVar[tuple[Policy, ...]] = ()
     needs_batch_size: ClassVar[bool] = False
 
     @abstractmethod

@@ -8,6 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from structprecond.core.policies import (
+    CapRMS,
+    CautiousDecay,
+    CautiousUpdate,
+    Hyperball,
+    MatchRMS,
+    Policy,
+)
 from structprecond.testing.comparing import first_difference
 from structprecond.testing.runs import PRECISIONS, Make, Precision, Run
 from structprecond.testing.situations import SAVED_AT, SITUATIONS, STEPS, Situation
@@ -31,6 +39,20 @@ STRUCTURES = (
 """One name per structure of `SUPPORTED_STRUCTURES`."""
 
 
+NO_POLICY = "-"
+"""The policies of a strategy without any."""
+
+POLICIES: dict[str, tuple[Policy, ...]] = {
+    "MatchRMS": (MatchRMS(0.1),),
+    "CapRMS": (CapRMS(0.1),),
+    "CautiousUpdate": (CautiousUpdate(),),
+    "CautiousDecay": (CautiousDecay(),),
+    "Hyperball": (Hyperball(),),
+    "three": (CautiousUpdate(), MatchRMS(0.1), Hyperball()),
+}
+"""Policies by name."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """A combination of settings.
@@ -40,20 +62,25 @@ class Cell:
         precision: The dtypes of storage and computation.
         situation: The course of training.
         check: The kind of interruption, a key of `CHECKS`.
+        policies: The policies, a key of `POLICIES`. Default: `NO_POLICY`.
     """
 
     structure: str
     precision: Precision
     situation: Situation
     check: str
+    policies: str = NO_POLICY
 
     def __str__(self) -> str:
-        return ", ".join(map(str, (self.structure, self.precision, self.situation, self.check)))
+        settings = (self.structure, self.precision, self.situation, self.check, self.policies)
+        return ", ".join(map(str, settings))
 
     @property
     def overrides(self) -> dict[str, Any]:
         """The arguments that replace the strategy's own."""
-        return {} if self.structure == NO_STRUCTURE else {"structures": self.structure}
+        structures = {} if self.structure == NO_STRUCTURE else {"structures": self.structure}
+        policies = {} if self.policies == NO_POLICY else {"policies": POLICIES[self.policies]}
+        return structures | policies
 
 
 def _resume(run: Run, make: Make, cell: Cell) -> Run:

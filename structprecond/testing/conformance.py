@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from structprecond.testing.cells import CHECKS, NO_STRUCTURE, Cell
+from structprecond.testing.cells import CHECKS, NO_STRUCTURE, POLICIES, Cell
 from structprecond.testing.runs import PRECISIONS
 from structprecond.testing.situations import SAVED_AT, SITUATIONS, STEPS
 from structprecond.testing.strategies import StrategyContract
@@ -44,7 +44,15 @@ construction. Strategies without factors have the structure {without} and ignore
 `auto` and `dense`. "float16 scaled" is mixed precision: float32 parameters, forward passes in
 float16 under `torch.autocast`, and `torch.amp.GradScaler`, which refuses float16 parameters.
 
-{structures}"""
+{structures}
+## Strategies and policies
+
+With the first structure of the table above, in all precisions and situations. {no_decay} means
+that the strategy has no decoupled weight decay for `CautiousDecay` to change. "three" is
+`CautiousUpdate`, `MatchRMS` and `Hyperball`, in this order.
+
+{policies}"""
+_NO_DECAY = "no decay"
 
 
 @dataclass
@@ -119,6 +127,11 @@ def render(results: Mapping[str, Result], command: str = _COMMAND) -> str:
         mark=_PASSED,
         without=NO_STRUCTURE,
         structures=structures,
+        no_decay=f'"{_NO_DECAY}"',
+        policies=_table(
+            ["strategy", *POLICIES],
+            ([name, *_policy_marks(result)] for name, result in results.items()),
+        ),
     )
     return text + (f"\n## Failures\n\n{failures}" if failures else "")
 
@@ -133,6 +146,11 @@ def _structure_rows(name: str, result: Result) -> Iterable[list[str]]:
         yield [name, ", ".join(refused), *[contract.refusal] * len(PRECISIONS)]
     if result.accepted:
         yield [name, ", ".join(result.accepted), *["✗ not refused"] * len(PRECISIONS)]
+
+
+def _policy_marks(result: Result) -> Iterable[str]:
+    ran = {cell.policies for cell in result.ran}
+    return (result.mark(policies=name) if name in ran else _NO_DECAY for name in POLICIES)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -12,9 +12,19 @@ import pytest
 import torch
 from torch import nn
 
+from structprecond.core.chosen_policies import decay_is_decoupled
 from structprecond.core.optimizer import StructuredOptimizer
+from structprecond.core.routing import as_routing
 from structprecond.errors import StructureError
-from structprecond.testing.cells import FACTORS, NO_STRUCTURE, STRUCTURES, Cell, run_cell
+from structprecond.testing.cells import (
+    FACTORS,
+    NO_POLICY,
+    NO_STRUCTURE,
+    POLICIES,
+    STRUCTURES,
+    Cell,
+    run_cell,
+)
 from structprecond.testing.comparing import first_difference
 from structprecond.testing.covering import all_cases, covering_array
 from structprecond.testing.models import TinyModel, loss_of, set_grads
@@ -31,8 +41,9 @@ class StrategyContract:
     every structure. Saving and resuming, deep-copying or pickling the run must not change its later
     bits. No step may change gradients or units without a gradient, and all values must stay finite.
 
-    `test_pair` covers every pair of these settings. `test_all` runs the full product and is marked
-    `slow`: declare this marker in pytest's settings, and deselect it with `-m "not slow"`.
+    `test_pair` covers every pair of these settings and of some policies. `test_all` runs the full
+    product and is marked `slow`: declare this marker in pytest's settings, and deselect it with
+    `-m "not slow"`.
 
     Attributes:
         structures: The names of the structures that the strategy can use, one of each kind. It must
@@ -59,7 +70,8 @@ class StrategyContract:
 
         Args:
             model: The model.
-            overrides: Arguments to pass on: `params`, and `structures` if the strategy has factors.
+            overrides: Arguments to pass on: `params`, `policies`, and `structures` if the strategy
+                has factors.
         """
         raise NotImplementedError
 
@@ -67,13 +79,25 @@ class StrategyContract:
 
     @classmethod
     def cells(cls) -> list[Cell]:
-        """Return the full product."""
-        return [Cell(**case) for case in all_cases({"structure": cls.structures, **FACTORS})]
+        """Return the full product without policies, and all policies in all situations."""
+        full = {"structure": cls.structures, **FACTORS}
+        policed = {**full, "structure": cls.structures[:1], "check": ("resume",)}
+        cases = [*all_cases(full), *all_cases({**policed, "policies": cls().policies()})]
+        return [Cell(**case) for case in cases]
 
     @classmethod
     def covering_cells(cls) -> list[Cell]:
         """Return cells that cover every pair of settings."""
-        return list(_covering_cells(cls.structures))
+        return list(_covering_cells(cls.structures, (NO_POLICY, *cls().policies())))
+
+    def policies(self) -> tuple[str, ...]:
+        """Return the names of the `POLICIES` that the strategy can use."""
+        main = as_routing(self.make(TinyModel()).param_groups[0]["strategy"]).main
+        return tuple(
+            name
+            for name, own in POLICIES.items()
+            if decay_is_decoupled(main) or not any(one.needs_decoupled_decay for one in own)
+        )
 
     @classmethod
     def refused(cls) -> list[str]:
@@ -185,8 +209,9 @@ def _randomize_gradients(model: nn.Module, step: int) -> None:
 
 
 @cache
-def _covering_cells(structures: tuple[str, ...]) -> tuple[Cell, ...]:
-    return tuple(Cell(**case) for case in covering_array({"structure": structures, **FACTORS}))
+def _covering_cells(structures: tuple[str, ...], policies: tuple[str, ...]) -> tuple[Cell, ...]:
+    factors = {"structure": structures, **FACTORS, "policies": policies}
+    return tuple(Cell(**case) for case in covering_array(factors))
 
 
 def _is_refused(strategy: Any, structure: str) -> bool:

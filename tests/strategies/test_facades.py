@@ -31,6 +31,7 @@ COMMON = {
     "routes",
     "no_decay",
     "combine_params",
+    "policies",
     "nonfinite",
     "rounding",
     "maximize",
