@@ -51,6 +51,7 @@ from structprecond.strategies.scion import Scion, ScionStrategy
 from structprecond.strategies.shampoo import Shampoo, ShampooStrategy
 from structprecond.strategies.sirf import SIRFShampoo, SIRFShampooStrategy
 from structprecond.strategies.soap import SOAP, SOAPStrategy
+from structprecond.strategies.soap_muon import KLMuonStrategy, SOAPMuon, SOAPMuonStrategy
 from structprecond.structures import (
     BlockDiagonalMatrix,
     DenseMatrix,
@@ -93,6 +94,7 @@ __all__ = [
     "Hyperball",
     "Hyperparameter",
     "HyperparameterError",
+    "KLMuonStrategy",
     "KLSOAPStrategy",
     "KLShampoo",
     "KLShampooStrategy",
@@ -114,6 +116,8 @@ __all__ = [
     "Routing",
     "SIRFShampoo",
     "SIRFShampooStrategy",
+    "SOAPMuon",
+    "SOAPMuonStrategy",
     "SOAPStrategy",
     "Scion",
     "ScionStrategy",

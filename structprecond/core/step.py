@@ -122,6 +122,7 @@ class Plan:
         if self.recorded is not None:
             hp["lr"] = self.recorded.lr
         if not bool(bucket.counters.initialized.all()):
+            live &= ~self._wait(live, grads)
             live &= ~self._begin(live, grads, hp)
         rows, write = select(live), None
         if rows is not None:
@@ -186,6 +187,18 @@ class Plan:
             dtype=bucket.dtype,
             device=bucket.device,
         )
+
+    def _wait(self, live: Tensor, grads: Tensor) -> Tensor:
+        """Return which live rows wait for a gradient that can initialize them."""
+        fresh = live & ~self.bucket.counters.initialized
+        waiting = torch.zeros_like(fresh)
+        rows = select(fresh)
+        if rows is not None:
+            with rows_of(self.bucket.state, rows) as state:
+                able = self.bucket.strategy.can_begin(state, grads[rows])
+            if able is not None:
+                waiting[rows] = ~able.to(waiting.device)
+        return waiting
 
     def _begin(self, live: Tensor, grads: Tensor, hp: Mapping[str, Any]) -> Tensor:
         """Initialize rows from their first gradients; return which rows sit this step out."""

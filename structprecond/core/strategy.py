@@ -140,7 +140,8 @@ class StepContext:
         Args:
             beta: The decay of the moving average.
             rows: The rows to return it for. Default: all rows.
-            ago: Use the update \(\max(t - \text{ago}, 1)\) instead of t. Default: 0.
+            ago: Use the update \(\max(t - \text{ago}, 1)\) instead of t; may be negative.
+                Default: 0.
 
         Returns:
             A number if all rows are at the same update, else one per row, `(b, 1, ...)`.
@@ -224,6 +225,18 @@ class Strategy(ABC, Generic[S]):
             structures: The class of structured matrices of each axis, None for no factor.
             dtypes: The dtype of each axis's factor.
         """
+
+    def can_begin(self, state: S, grad: Tensor) -> Tensor | None:
+        """Return the mask `(b,)` of rows that `begin` can initialize from these gradients.
+
+        The others wait: they are not updated, and the next gradient is their first one again.
+        Default: None, all of them.
+
+        Args:
+            state: The rows of the state that are not initialized.
+            grad: Their gradients `(b, *dims)`.
+        """
+        return None
 
     def begin(self, state: S, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext) -> bool:
         """Initialize rows of the state in place from their first gradients `(b, *dims)`.

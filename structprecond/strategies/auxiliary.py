@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from structprecond.checks import check_nonnegative
 from structprecond.core.optimizer import StructuredOptimizer
-from structprecond.core.options import CommonOptions
+from structprecond.core.options import CommonOptions, FactorOptions
 from structprecond.core.routing import Routing
 from structprecond.core.strategy import Strategy
 from structprecond.errors import HyperparameterError
@@ -25,6 +25,10 @@ class AuxiliaryOptions(CommonOptions, total=False):
     adamw_betas: tuple[float, float]
     adamw_eps: float
     adamw_weight_decay: float | None
+
+
+class FactoredAuxiliaryOptions(AuxiliaryOptions, FactorOptions, total=False):
+    """The same with those of optimizers with Kronecker factors."""
 
 
 class WithAdamW(StructuredOptimizer):
@@ -51,7 +55,7 @@ class WithAdamW(StructuredOptimizer):
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float | None = 0.01,
-        **options: Unpack[CommonOptions],
+        **options: Unpack[FactorOptions],
     ) -> None:
         super().__init__(
             model,

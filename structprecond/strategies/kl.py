@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from structprecond.checks import check_flags, check_positive
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.options import FactorOptions, from_keywords
+from structprecond.core.policies import CapRMS, Policy, per_row
 from structprecond.core.refresh import refresh_rows
 from structprecond.core.state import ALL_ROWS, Rows, State
 from structprecond.core.strategy import (
@@ -62,9 +63,13 @@ class KLShampooStrategy(RotatedStrategy):
     r"""The KL-Shampoo rule.
 
     Each factor \(S_k\) of size \(d_k\) has a basis \(Q_k\) and eigenvalues \(\lambda_k\). With
-    \(D = \prod_k d_k\), the first gradient G initializes \(S_k\) as
-    \((1 - \beta_s) \frac{d_k}{D} G_{(k)} G_{(k)}^\top\), \(Q_k\) as its eigenbasis, and
-    \(\lambda_k\) as `init_factor`. Then, with \(G' = G \times_1 Q_1^\top \dots \times_N Q_N^\top\),
+    \(D = \prod_k d_k\), the first gradient G that is not zero initializes
+
+    \[ \lambda_k = \mathrm{mean}(G^2)^{1/N}, \quad
+       S_k = (1 - \beta_s) \frac{d_k}{D} \frac{G_{(k)} G_{(k)}^\top}{\prod_{j \ne k} \lambda_j} \]
+
+    and \(Q_k\) as the eigenbasis of \(S_k\). Then, with
+    \(G' = G \times_1 Q_1^\top \dots \times_N Q_N^\top\),
 
     \[ m \leftarrow \beta_1 m + (1 - \beta_1) G', \quad
        w = \prod_k \lambda_k^{-1/2}, \quad
@@ -85,21 +90,32 @@ class KLShampooStrategy(RotatedStrategy):
 
     A unit without factors, by default a vector, follows AdamW from its first step on.
 
+    The published start is \(\lambda_k = 0.1\) and \(S_k\) without the division. Gradients have root
+    mean squares of 1e-4 to 1e-2 in most models, for which this makes the first hundreds of steps
+    gradient descent with tiny steps. By default, directions with a root mean square above 1 are
+    scaled down (`CapRMS`), so that a gradient that outgrows the eigenvalues makes no huge step. The
+    published rule is `init_factor=0.1, shampoo_beta=-1, policies=()`.
+
     Args:
-        init_factor: The initial eigenvalues. Default: 0.1.
+        init_factor: The initial eigenvalues as published; None for those from the first gradient.
+            Default: None.
+        nesterov: Whether \(\beta_1 m + (1 - \beta_1) G'\) takes the place of m in U, which is not
+            published. Default: False.
         clamping: Whether to clamp \(\lambda_k\) to at least \(c_k^{-2}\) after each update, with
             \(c_k = \max(10, \min(d_k, 4000))\). The initial value is not clamped. Default: True.
 
     Source: Lin et al. 2025 (arXiv 2509.03378) and its official implementation.
     """
 
-    init_factor: float = 0.1
+    init_factor: float | None = None
+    nesterov: bool = False
     clamping: bool = True
 
+    policies: ClassVar[tuple[Policy, ...]] = (CapRMS(1.0),)
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
         "lr": nonnegative(1e-4),
         "betas": pair_of_fractions((0.9, 0.98)),
-        "shampoo_beta": fraction_or_default(-1),
+        "shampoo_beta": fraction_or_default(0.95),
         "eps": nonnegative(1e-8),
         "weight_decay": nonnegative(0.01),
         **RotatedStrategy.hyperparameters,
@@ -107,14 +123,15 @@ class KLShampooStrategy(RotatedStrategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_flags(clamping=self.clamping)
-        check_positive(init_factor=self.init_factor)
+        check_flags(clamping=self.clamping, nesterov=self.nesterov)
+        if self.init_factor is not None:
+            check_positive(init_factor=self.init_factor)
 
     def auto_structures(self, dims: Sequence[int]) -> tuple[Structure, ...]:
         """Return `dense`, and `diagonal` for axes that other strategies leave without a factor.
 
-        Nothing else scales the directions along such an axis: without its eigenvalues, a layer
-        moves about `init_factor**-0.5` times less at first. KL-SOAP has second moments for that.
+        Nothing else scales the directions along such an axis, whose entries may differ in scale:
+        rows of rare and of frequent tokens. KL-SOAP has second moments for that.
         """
         usual = super().auto_structures(dims)
         if self._keeps_second_moment() or not any(usual):
@@ -126,7 +143,7 @@ class KLShampooStrategy(RotatedStrategy):
     ) -> KLState:
         """Return zero factors, identity bases, equal eigenvalues and zero moments."""
         eigenvalues = tuple(
-            None if s is None else like.new_full((like.shape[0], dim), self.init_factor)
+            None if s is None else like.new_full((like.shape[0], dim), self.init_factor or 0.0)
             for s, dim in zip(structures, like.shape[1:], strict=True)
         )
         needs_square = self._keeps_second_moment() or not any(structures)
@@ -140,14 +157,27 @@ class KLShampooStrategy(RotatedStrategy):
     def _keeps_second_moment(self) -> bool:
         return False
 
+    def can_begin(self, state: KLState, grad: Tensor) -> Tensor | None:
+        """Let rows wait whose gradient is zero, unless they start as published or follow AdamW."""
+        if self.init_factor is not None or all(values is None for values in state.eigenvalues):
+            return None
+        return _mean_square(grad) >= torch.finfo(grad.dtype).tiny
+
     def begin(self, state: KLState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext) -> bool:
-        """Initialize the factors and their eigenbases from the first gradient."""
+        """Initialize the factors, their eigenbases and eigenvalues from the first gradient."""
+        own = [values for values in state.eigenvalues if values is not None]
+        whitened = grad
+        if self.init_factor is None and own:
+            start = _mean_square(grad).pow_(1 / len(own))
+            for values in own:
+                values.copy_(start.unsqueeze(1).expand_as(values))
+            whitened = grad * per_row(start, grad) ** ((1 - len(own)) / 2)
         for axis, factor in enumerate(state.factors):
             if factor is not None:
-                X = matricize(grad, axis) * _per_column(grad, axis)
+                X = matricize(whitened, axis) * _per_column(grad, axis)
                 factor.add_inner_(X, factor_decay(hp), 1 - factor_decay(hp))
         refresh_rows(partial(self._find_bases, grad), state, ALL_ROWS, ctx)
-        return any(values is not None for values in state.eigenvalues)
+        return bool(own)
 
     def update(
         self, state: KLState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
@@ -170,11 +200,14 @@ class KLShampooStrategy(RotatedStrategy):
         hp: Mapping[str, Any],
     ) -> Tensor:
         """Average the rotated gradient and return the direction in the eigenbasis."""
-        state.exp_avg.lerp_(rotated, 1 - hp["betas"][0])
+        beta = hp["betas"][0]
+        average = state.exp_avg.lerp_(rotated, 1 - beta)
+        if self.nesterov:
+            average = rotated.lerp(average, beta)
         weight = _product(
             _along(root, rotated, axis) for axis, root in enumerate(roots) if root is not None
         )
-        direction: Tensor = weight / (1 + hp["eps"] * weight) * state.exp_avg
+        direction: Tensor = weight / (1 + hp["eps"] * weight) * average
         return direction
 
     def _inverse_roots(self, eigenvalues: Tensor | None) -> Tensor | None:
@@ -245,9 +278,13 @@ class KLSOAPStrategy(KLShampooStrategy):
         hp: Mapping[str, Any],
     ) -> Tensor:
         assert state.exp_avg_sq is not None
-        return adam_direction(
-            state.exp_avg, state.exp_avg_sq, rotated, hp["betas"], hp["eps"], ctx=None
-        )
+        moments = state.exp_avg, state.exp_avg_sq
+        return adam_direction(*moments, rotated, hp["betas"], hp["eps"], None, self.nesterov)
+
+
+def _mean_square(stack: Tensor) -> Tensor:
+    """Return the mean square of each row `(b,)`."""
+    return stack.flatten(1).square().mean(1)
 
 
 def _smallest_eigenvalue(dim: int) -> float:
@@ -282,13 +319,15 @@ class KLShampoo(StructuredOptimizer):
     Args:
         lr: Learning rate. Default: 1e-4.
         betas: Decay of the first and the second moment. Default: (0.9, 0.98).
-        shampoo_beta: Decay of the factors; negative for `betas[1]`. Default: -1.
+        shampoo_beta: Decay of the factors; negative for `betas[1]`, as published. Default: 0.95.
         eps: Keeps the inverse roots finite. Default: 1e-8.
         weight_decay: Decoupled weight decay. Default: 0.01.
         precondition_frequency: Refresh interval of the bases in steps, or a callable that returns
             whether to refresh at a global step. Default: 10.
         refresh_tolerance: Off-diagonal ratio up to which bases are not refreshed. Default: 0.0.
-        init_factor: Initial eigenvalues of the factors. Default: 0.1.
+        init_factor: Initial eigenvalues of the factors, 0.1 as published; None for those from the
+            first gradient. Default: None.
+        nesterov: Whether to use Nesterov momentum. Default: False.
         clamping: Whether eigenvalues have a lower bound. Default: True.
         max_precond_dim: Axes longer than this get no factor. Default: 10000.
         precondition_1d: Whether vectors get a factor; else they follow AdamW. Default: False.
@@ -312,12 +351,13 @@ class KLShampoo(StructuredOptimizer):
         *,
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.98),
-        shampoo_beta: float = -1,
+        shampoo_beta: float = 0.95,
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         precondition_frequency: int | Callable[[int], bool] = 10,
         refresh_tolerance: float = 0.0,
-        init_factor: float = 0.1,
+        init_factor: float | None = None,
+        nesterov: bool = False,
         clamping: bool = True,
         max_precond_dim: int = 10000,
         precondition_1d: bool = False,

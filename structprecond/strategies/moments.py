@@ -35,6 +35,7 @@ def adam_direction(
     betas: tuple[float, float],
     eps: float,
     ctx: StepContext | None,
+    nesterov: bool = False,
 ) -> Tensor:
     r"""Update moments in place and return Adam's direction, by one call of torch's fused kernel.
 
@@ -49,6 +50,8 @@ def adam_direction(
         betas: The decays of m and v.
         eps: Added to the root of the second moment.
         ctx: The context with the update t of each row; None for no bias correction.
+        nesterov: Whether the numerator is \(\beta_1 m + (1 - \beta_1) g\), without bias correction.
+            Default: False.
 
     Source: Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1.
     """
@@ -78,4 +81,7 @@ def adam_direction(
         amsgrad=False,
         maximize=False,
     )
+    if nesterov:
+        rest = (exp_avg_sq.sqrt() + eps).reciprocal_().mul_(grad)
+        direction.lerp_(rest, 1 - betas[0])
     return direction

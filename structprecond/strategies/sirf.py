@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from structprecond.checks import check_positive
+from structprecond.checks import check_choice, check_positive
 from structprecond.core.inputs import GetBatchSize, get_batch_size
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.options import FactorOptions, from_keywords
@@ -34,6 +34,7 @@ from structprecond.structures.auto import sizes_of_others
 from structprecond.structures.mode_product import matricize, multiply_axes
 from structprecond.structures.spec import Structure
 
+Start = Literal["identity", "gradient"]
 Factors = tuple[StructuredMatrix | None, ...]
 
 
@@ -69,13 +70,23 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
     \(U = G \times_1 K_1 K_1^\top \dots \times_N K_N K_N^\top + \kappa p\),
     \(u \leftarrow \alpha_1 u + U\), direction u. An axis without a factor has \(K_k = I\).
 
+    The published start is \(K_k = I\), from which the first steps are those of gradient descent.
+    With `start="gradient"`, the first gradient that is not zero initializes
+
+    \[ K_k = (b \, \mathrm{mean}(G^2) + \lambda)^{-1/(2N)} I, \]
+
+    where N counts the axes with a factor. Combine it with `policies=(MatchRMS(0.5),)`: alone, it
+    changes little.
+
     Args:
         max_precond_dim: Axes longer than this get no dense factor. Default: 10000.
+        start: The first factors: "identity", as published, or "gradient". Default: "identity".
 
     Source: Lin et al. 2024 (arXiv 2402.03496).
     """
 
     max_precond_dim: int = 10000
+    start: Start = "identity"
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
         "lr": nonnegative(1e-3),
@@ -91,6 +102,7 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
     def __post_init__(self) -> None:
         """Check the static configuration."""
         check_positive(max_precond_dim=self.max_precond_dim)
+        check_choice("init", self.start, Start)
 
     def auto_structures(self, dims: Sequence[int]) -> tuple[Structure, ...]:
         """Return those of every strategy, but `diagonal` for vectors: axes beside which all are 1.
@@ -126,6 +138,22 @@ class SIRFShampooStrategy(Strategy[SIRFShampooState]):
             for make in ("eye", "zeros")
         )
         return SIRFShampooState(eyes, zeros, torch.zeros_like(like))
+
+    def can_begin(self, state: SIRFShampooState, grad: Tensor) -> Tensor | None:
+        """Let rows wait whose gradient is zero, if they start from it."""
+        return None if self.start == "identity" else grad.flatten(1).any(1)
+
+    def begin(
+        self, state: SIRFShampooState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext
+    ) -> bool:
+        """Scale the factors to the first gradient, if they start from it."""
+        factors = [factor for factor in state.preconditioner if factor is not None]
+        if self.start == "gradient":
+            assert ctx.batch_size is not None
+            square = ctx.batch_size * grad.flatten(1).square().mean(1) + hp["lam"]
+            for factor in factors:
+                factor.mul_(square ** (-0.5 / len(factors)))
+        return False
 
     def decay_factors(self, hp: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor]:
         """Leave all weight decay to `update`."""
@@ -200,6 +228,8 @@ class SIRFShampoo(StructuredOptimizer):
         T: Refresh interval of the factors in steps, or a callable that returns whether to refresh
             at a global step. Default: 1.
         max_precond_dim: Axes longer than this get no dense factor. Default: 10000.
+        init: The first factors: "identity", as published, or "gradient", scaled to the first
+            gradient. Default: "identity".
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -228,9 +258,10 @@ class SIRFShampoo(StructuredOptimizer):
         batch_size: int | GetBatchSize = get_batch_size,
         T: int | Callable[[int], bool] = 1,
         max_precond_dim: int = 10000,
+        init: Start = "identity",
         **options: Unpack[FactorOptions],
     ) -> None:
-        strategy, hp = from_keywords(SIRFShampooStrategy, locals())
+        strategy, hp = from_keywords(SIRFShampooStrategy, {**locals(), "start": init})
         super().__init__(
             model,
             params,

@@ -80,7 +80,11 @@ class SOAPStrategy(RotatedStrategy):
     An axis with the structure `diagonal` or `none` is not rotated and stores nothing. Without
     rotated axes the rule is Adam's, except for the place of epsilon and the skipped first step.
 
+    With Nesterov momentum, the numerator is \(\beta_1 m + (1 - \beta_1) G'\) in place of m, and its
+    bias is corrected by \(1 - \beta_1^{t+1}\).
+
     Args:
+        nesterov: Whether to use Nesterov momentum, which is not published. Default: False.
         normalize_grads: Whether directions are divided by their root mean square. Default: False.
         correct_bias: Whether the step size corrects the bias of the moments. Default: True.
         skip_first: Whether the first gradient only initializes, as published. Default: True.
@@ -92,6 +96,7 @@ class SOAPStrategy(RotatedStrategy):
     Source: Vyas et al. 2024 (arXiv 2409.11321), algorithm 3, and its official implementation.
     """
 
+    nesterov: bool = False
     normalize_grads: bool = False
     correct_bias: bool = True
     skip_first: bool = True
@@ -110,6 +115,7 @@ class SOAPStrategy(RotatedStrategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_flags(
+            nesterov=self.nesterov,
             normalize_grads=self.normalize_grads,
             correct_bias=self.correct_bias,
             skip_first=self.skip_first,
@@ -144,20 +150,23 @@ class SOAPStrategy(RotatedStrategy):
             scale = self._clip(rotated, state.exp_avg_sq, betas[1], ctx)
             rotated = rotated * scale
             grad = grad * scale
-        direction = rotate_back(
-            adam_direction(state.exp_avg, state.exp_avg_sq, rotated, betas, hp["eps"], ctx=None),
-            state.bases,
-        )
+        direction = rotate_back(self._whiten(state, rotated, hp), state.bases)
         # without `skip_first`, the first gradient counts twice, which eigenbases do not notice
         average_inner_(state.factors, grad, factor_decay(hp))
         if self.normalize_grads:
             rms = direction.flatten(1).square().mean(1).sqrt_().add_(1e-30)
             direction.div_(rms.reshape(-1, *[1] * (direction.ndim - 1)))
         if self.correct_bias:
-            first, second = (ctx.bias_correction(beta) for beta in betas)
+            first = ctx.bias_correction(betas[0], ago=-1 if self.nesterov else 0)
+            second = ctx.bias_correction(betas[1])
             direction.mul_(second**0.5 / first)
         self._refresh_stale(state, hp, ctx)
         return direction
+
+    def _whiten(self, state: SOAPState, rotated: Tensor, hp: Mapping[str, Any]) -> Tensor:
+        """Average the rotated gradient and return the direction in the eigenbasis."""
+        moments = state.exp_avg, state.exp_avg_sq
+        return adam_direction(*moments, rotated, hp["betas"], hp["eps"], None, self.nesterov)
 
     def _clip(self, rotated: Tensor, exp_avg_sq: Tensor, beta2: float, ctx: StepContext) -> Tensor:
         """Return the factors `(b, 1, ...)` that scale gradients down to `clip_rms`."""
@@ -231,6 +240,7 @@ class SOAP(StructuredOptimizer):
             `combine_params=(MergeDims(max_precond_dim),)`. Merged tensors of one axis with more
             than 1,024 entries are rotated only with `structures="dense"`. Default: False.
         precondition_1d: Whether parameters with one axis are rotated. Default: False.
+        nesterov: Whether to use Nesterov momentum. Default: False.
         normalize_grads: Whether directions are divided by their root mean square. Default: False.
         data_format: "channels_last" if 4-d parameters are stored as `(out, height, width, in)`,
             which matters only for merging. Default: "channels_first".
@@ -265,6 +275,7 @@ class SOAP(StructuredOptimizer):
         max_precond_dim: int = 10000,
         merge_dims: bool = False,
         precondition_1d: bool = False,
+        nesterov: bool = False,
         normalize_grads: bool = False,
         data_format: DataFormat = "channels_first",
         correct_bias: bool = True,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from structprecond.core.optimizer import StructuredOptimizer
+from structprecond.core.policies import MatchRMS
 from structprecond.groups import LinearWeightBias, PerParameter
 from structprecond.strategies.adamw import AdamW, AdamWStrategy
 from structprecond.strategies.kl import KLSOAP, KLShampoo
@@ -20,6 +21,7 @@ from structprecond.strategies.scion import Scion
 from structprecond.strategies.shampoo import Shampoo
 from structprecond.strategies.sirf import SIRFShampoo
 from structprecond.strategies.soap import SOAP, SOAPStrategy
+from structprecond.strategies.soap_muon import SOAPMuon
 from structprecond.testing.cells import NO_STRUCTURE, STRUCTURES
 from structprecond.testing.strategies import StrategyContract
 
@@ -164,6 +166,29 @@ STRATEGIES: dict[str, Usage] = {
         {"lr": 0.01, "precondition_frequency": 3, "structures": _BLOCKS},
         conformance=False,
     ),
+    "KLShampoo as published": _with_bases(
+        KLShampoo,
+        {
+            "lr": 0.01,
+            "precondition_frequency": 3,
+            "init_factor": 0.1,
+            "shampoo_beta": -1,
+            "policies": (),
+        },
+        conformance=False,
+    ),
+    "SIRFShampoo from the first gradient": _any_structure(
+        SIRFShampoo,
+        {
+            "lr": 0.02,
+            "beta2": 0.3,
+            "lam": 2e-4,
+            "batch_size": 4,
+            "init": "gradient",
+            "policies": (MatchRMS(0.5),),
+        },
+        protocol=False,
+    ),
     "Shampoo": _with_roots(
         Shampoo,
         {"lr": 0.02, "precondition_frequency": 3, "start_preconditioning_step": 2},
@@ -220,6 +245,12 @@ STRATEGIES: dict[str, Usage] = {
         conformance=False,
     ),
     "NorMuon": Usage(NorMuon, {"lr": 0.02}, saved_as="NorMuon"),
+    "SOAPMuon": _with_bases(SOAPMuon, {"lr": 0.02, "precondition_frequency": 3}),
+    "SOAPMuon by KL-Shampoo": _with_bases(
+        SOAPMuon,
+        {"lr": 0.02, "whitening": "kl", "precondition_frequency": 2, "refresh": "staggered"},
+        protocol=False,
+    ),
     "Scion": Usage(Scion, {"lr": 0.02, "radius": 1.0, "head_radius": 1.0}, saved_as="Scion"),
     "LARS": Usage(
         LARS,

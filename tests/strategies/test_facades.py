@@ -42,7 +42,8 @@ FACTORS = {"structures", "preconditioner_dtypes", "refresh"}
 # keywords that are neither a field nor a hyperparameter of the same name
 TRANSLATED = {
     "SOAP": {"merge_dims", "data_format"},
-    "SIRFShampoo": {"batch_size"},
+    "SIRFShampoo": {"batch_size", "init"},
+    "SOAPMuon": {"whitening", "adamw_lr", "adamw_betas", "adamw_eps", "adamw_weight_decay"},
     "Muon": {"adamw_lr", "adamw_betas", "adamw_eps", "adamw_weight_decay"},
     "NorMuon": {"adamw_lr", "adamw_betas", "adamw_eps", "adamw_weight_decay"},
     "Scion": {"head_radius"},

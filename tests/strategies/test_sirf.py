@@ -87,3 +87,37 @@ def test_factors_stored_in_bfloat16_follow_those_in_float64() -> None:
         factors.append(optimizer.state[p]["preconditioner.0.mat"].double())
     assert (factors[0] - torch.eye(4)).norm() > 0.1
     assert (factors[1] - factors[0]).norm() < 0.05 * factors[0].norm()
+
+
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "block2diagonal", "triltoeplitz"])
+def test_factors_start_from_the_first_gradient(structure: str) -> None:
+    shapes, samples, damping = [(4, 6), (4, 6), (5,), (2, 3, 2)], 8, 0.3
+    params = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
+    optimizer = SIRFShampoo(
+        params, lr=0.1, beta2=0.0, lam=damping, alpha1=0.0, structures=structure,
+        batch_size=samples, init="gradient",
+    )  # fmt: skip
+    expected = []
+    for i, p in enumerate(params):
+        p.grad = torch.randn_like(p) * 10.0**-i
+        mean = sum(x * x for x in p.grad.flatten().tolist()) / p.numel()
+        # each of the N factors enters twice: K K^T
+        expected.append(p.detach() - 0.1 * p.grad / (samples * mean + damping))
+    optimizer.step()
+    for p, value in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), value)
+
+
+def test_a_row_waits_for_a_gradient_to_start_from() -> None:
+    params = [nn.Parameter(torch.ones(3, 4)) for _ in range(2)]
+    optimizer = SIRFShampoo(params, lr=0.1, kappa=0.1, batch_size=4, lam=0.0, init="gradient")
+    params[0].grad, params[1].grad = torch.randn(3, 4), torch.zeros(3, 4)
+    optimizer.step()
+    assert torch.equal(params[1], torch.ones(3, 4))
+    assert not torch.equal(params[0], torch.ones(3, 4))
+    params[1].grad = torch.randn(3, 4)
+    optimizer.step()
+    assert params[1].isfinite().all()
+    assert not torch.equal(params[1], torch.ones(3, 4))
+    with pytest.raises(structprecond.StructPrecondError, match="init"):
+        SIRFShampoo(params, init="zero", batch_size=4)  # type: ignore[arg-type]

@@ -440,3 +440,28 @@ def test_decay_of_the_factors(shampoo_beta: float, decay: float) -> None:
         optimizer.step()
         assert torch.allclose(optimizer.state[p]["factors.0.mat"], left)
         assert torch.allclose(optimizer.state[p]["factors.1.mat"], right)
+
+
+@pytest.mark.parametrize("make", [SOAP, KLSOAP])
+def test_nesterov_momentum_in_fixed_bases(make: Any) -> None:
+    p = nn.Parameter(torch.randn(4, 5, dtype=torch.float64))
+    beta1, beta2, lr = 0.9, 0.8, 0.1
+    settings: dict[str, Any] = {"policies": ()} if make is KLSOAP else {}
+    optimizer = make(
+        [p], lr=lr, betas=(beta1, beta2), weight_decay=0.0, eps=1e-3, nesterov=True,
+        precondition_frequency=10**6, **settings,
+    )  # fmt: skip
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    left, right = (optimizer.state[p][f"bases.{axis}.mat"] for axis in (0, 1))
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    expected = p.detach().clone()
+    for t in range(1, 6):
+        p.grad = torch.randn_like(p)
+        G = left.mT @ p.grad @ right
+        m, v = beta1 * m + (1 - beta1) * G, beta2 * v + (1 - beta2) * G**2
+        D = left @ ((beta1 * m + (1 - beta1) * G) / (v.sqrt() + 1e-3)) @ right.mT
+        corrected = (1 - beta2**t) ** 0.5 / (1 - beta1 ** (t + 1)) if make is SOAP else 1.0
+        expected = expected - lr * corrected * D
+        optimizer.step()
+        assert _distance(p, expected) < 1e-12
