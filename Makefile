@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist work
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format docs compare bench clean
+.PHONY: help demo test test-all lint format docs scoreboard bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -35,8 +35,9 @@ format: $(VENV)/.test ## Fix what ruff can fix
 docs: $(VENV)/.docs ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-compare: $(VENV)/.demo ## Compare optimizers on one training job
-	$(BIN)/python benchmarks/compare.py
+scoreboard: $(VENV)/.race ## Race optimizers over several tasks: hours, and resumes where it stopped
+	$(BIN)/python benchmarks/scoreboard.py
+	$(BIN)/python benchmarks/scoreboard.py --report
 
 bench: $(VENV)/.bench ## Measure the time of a step, beside other libraries
 	$(BIN)/python benchmarks/step_time.py
@@ -51,6 +52,7 @@ $(VENV)/.test: EXTRAS := dev,examples
 $(VENV)/.models: EXTRAS := dev,examples,models
 $(VENV)/.docs: EXTRAS := docs
 $(VENV)/.bench: EXTRAS := bench
+$(VENV)/.race: EXTRAS := bench,examples
 $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[$(EXTRAS)]"
 	@touch $@

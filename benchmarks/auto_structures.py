@@ -33,11 +33,12 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
 import torch
-from char_lm import VOCABULARY, CharLM, Shape, batches, linear_schedule, load_corpus
+from char_lm import VOCABULARY, CharLM, Shape, batches, load_corpus
 from demo import table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
+from training import linear_schedule
 from vision import load, network
 
 from structprecond import KLSOAP, SOAP, KLShampoo, Shampoo, SIRFShampoo, describe

@@ -7,22 +7,18 @@ with the same seed, two optimizers start from the same weights and see the same 
 
 from __future__ import annotations
 
-import math
 import statistics
 import sysconfig
-import time
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
+from training import Task
 
 # One token for newline and for each printable ASCII character; the last token is "unknown".
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
@@ -168,101 +164,27 @@ def evaluate(model: nn.Module, held_out: list[tuple[Tensor, Tensor]]) -> float:
     return loss
 
 
-@dataclass
-class Run:
-    """The settings and the results of a training run.
-
-    Attributes:
-        name: The optimizer's name.
-        lr: The peak learning rate.
-        seed: The seed of the weights and of the batches.
-        steps: The length of the schedule.
-        curve: (step, training seconds so far, validation loss); evaluations are not timed.
-        step_seconds: The time of a training step: the median over stretches of 20 steps of their
-            mean. It includes rare expensive steps, but not busy moments of the machine.
-        diverged: Whether a non-finite loss ended the run early.
-    """
-
-    name: str
-    lr: float
-    seed: int
-    steps: int
-    curve: list[tuple[int, float, float]] = field(default_factory=list)
-    step_seconds: float = math.nan
-    diverged: bool = False
-
-    @property
-    def final_loss(self) -> float:
-        """The last validation loss, infinite for a run that diverged."""
-        return math.inf if self.diverged else self.curve[-1][2]
-
-    def time_to(self, loss: float) -> tuple[float, float] | None:
-        """Return the step and the seconds at which the validation loss reached `loss`.
-
-        Interpolates linearly between evaluations. None if the loss was never reached.
-        """
-        for before, after in pairwise(self.curve):
-            if after[2] <= loss < before[2]:
-                part = (before[2] - loss) / (before[2] - after[2])
-                step = before[0] + part * (after[0] - before[0])
-                return step, before[1] + part * (after[1] - before[1])
-        return None
-
-
-def linear_schedule(step: int, steps: int) -> float:
-    """Warm up linearly over a tenth of the steps, then decay linearly to 0 at `steps`."""
-    warm_up = max(1, steps // 10)
-    return min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
-
-
-def train(
-    run: Run,
-    make_optimizer: Callable[[nn.Module, float], Optimizer],
-    shape: Shape,
-    corpus: Corpus,
-    *,
-    eval_every: int = 20,
-    eval_batches: int = 8,
-    quiet: bool | None = False,
-) -> Run:
-    """Train a new model.
+class CharTask(Task):
+    """Training of a `CharLM`; the loss is in nats per character.
 
     Args:
-        run: The settings, and the record to fill in.
-        make_optimizer: Makes the optimizer from the model and the peak learning rate.
         shape: The sizes of the model and of a batch.
         corpus: The text.
-        eval_every: The number of steps between two evaluations.
         eval_batches: The number of validation batches, the same in every evaluation.
-        quiet: Whether to hide the progress bar. None hides it without a terminal.
-
-    Returns:
-        The record.
     """
-    torch.manual_seed(run.seed)
-    model = CharLM(shape)
-    optimizer = make_optimizer(model, run.lr)
-    schedule = LambdaLR(optimizer, lambda step: linear_schedule(step, run.steps))
-    held_out = list(islice(batches(corpus.validation, shape, seed=0), eval_batches))
-    run.curve.append((0, 0.0, evaluate(model, held_out)))
-    seconds: list[float] = []
-    drawn = islice(batches(corpus.train, shape, run.seed), run.steps)
-    bar = tqdm(drawn, desc=run.name, total=run.steps, unit="step", disable=quiet)
-    for step, batch in enumerate(bar, start=1):
-        start = time.perf_counter()
-        loss = loss_on(model, *batch)
-        if not math.isfinite(value := loss.item()):
-            run.diverged = True
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        seconds.append(time.perf_counter() - start)
-        if step % eval_every == 0 or step == run.steps:
-            run.curve.append((step, sum(seconds), evaluate(model, held_out)))
-        bar.set_postfix(loss=f"{value:.3f}", validation=f"{run.curve[-1][2]:.3f}", refresh=False)
-    run.diverged |= not math.isfinite(run.curve[-1][2])
-    stretches = [statistics.fmean(seconds[i : i + 20]) for i in range(0, len(seconds), 20)]
-    run.step_seconds = statistics.median(stretches) if stretches else math.nan
-    return run
+
+    def __init__(self, shape: Shape, corpus: Corpus, eval_batches: int = 8) -> None:
+        self.shape, self.corpus = shape, corpus
+        self._held_out = list(islice(batches(corpus.validation, shape, seed=0), eval_batches))
+
+    def model(self) -> nn.Module:
+        return CharLM(self.shape)
+
+    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return batches(self.corpus.train, self.shape, seed)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return loss_on(model, *batch)
+
+    def evaluate(self, model: nn.Module) -> float:
+        return evaluate(model, self._held_out)

@@ -1,7 +1,7 @@
 """Train a small language model with AdamW and with a structured preconditioner.
 
 Both get the same weights, batches, schedule and number of steps. The learning rates come from
-`optimizers.py`, where `benchmarks/compare.py` found them; they are not tuned here.
+`optimizers.py`, where `benchmarks/scoreboard.py` found them; they are not tuned here.
 
     python examples/demo.py
 """
@@ -19,9 +19,10 @@ import matplotlib
 matplotlib.use("Agg")
 
 import torch
-from char_lm import Run, Shape, load_corpus, train
+from char_lm import CharTask, Shape, load_corpus
 from matplotlib import pyplot as plt
 from optimizers import OPTIMIZERS
+from training import Run, train
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,13 +105,9 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
         f"{len(corpus.train) / 1e6:.1f} million characters of Python {sys.version_info[0]}."
         f"{sys.version_info[1]} source to train on, {shape}"
     )
+    task = CharTask(shape, corpus)
     runs = [
-        train(
-            Run(name, OPTIMIZERS[name].lr, args.seed, args.steps),
-            OPTIMIZERS[name].make,
-            shape,
-            corpus,
-        )
+        train(Run(name, OPTIMIZERS[name].lr, args.seed, args.steps), OPTIMIZERS[name].make, task)
         for name in args.optimizers
     ]
     plot(runs, args.out)

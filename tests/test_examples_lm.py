@@ -1,16 +1,15 @@
-"""The language model demo and the comparison, on a tiny model."""
+"""The language model demo, on a tiny model."""
 
-import json
 import math
-import statistics
 
 import char_lm
-import compare
 import demo
 import pytest
 import torch
-from char_lm import Run, Shape
+import training
+from char_lm import CharTask, Shape
 from optimizers import OPTIMIZERS
+from training import Run
 
 TINY = Shape(layers=1, width=16, heads=2, context=16, batch=4)
 TINY_ARGS = "--layers 1 --width 16 --heads 2 --context 16 --batch 4 --steps 6 --threads 1".split()
@@ -24,21 +23,7 @@ def corpus():
 
 @pytest.fixture(autouse=True)
 def small_corpus(monkeypatch, corpus):
-    for script in (demo, compare):
-        monkeypatch.setattr(script, "load_corpus", lambda: corpus)
-
-
-@pytest.fixture
-def trained(monkeypatch):
-    """Record the runs that the comparison trains."""
-    runs = []
-
-    def train(run, *args, **kwargs):
-        runs.append((run.name, run.lr, run.seed))
-        return char_lm.train(run, *args, **kwargs)
-
-    monkeypatch.setattr(compare, "train", train)
-    return runs
+    monkeypatch.setattr(demo, "load_corpus", lambda: corpus)
 
 
 def is_png(path):
@@ -84,7 +69,7 @@ class TestJob:
 
     @pytest.mark.parametrize("steps", [1, 6, 400])
     def test_schedule_warms_up_to_one_and_decays_to_zero(self, steps):
-        factors = [char_lm.linear_schedule(step, steps) for step in range(steps + 1)]
+        factors = [training.linear_schedule(step, steps) for step in range(steps + 1)]
         peak = factors.index(max(factors))
         assert max(factors) == 1
         assert peak == max(1, steps // 10) - 1
@@ -96,9 +81,8 @@ class TestJob:
         make = OPTIMIZERS[name].make
 
         def losses(seed):
-            run = char_lm.train(
-                Run(name, 1e-2, seed, 6), make, TINY, corpus, eval_every=2, quiet=True
-            )
+            task = CharTask(TINY, corpus)
+            run = training.train(Run(name, 1e-2, seed, 6), make, task, eval_every=2, quiet=True)
             assert [step for step, _, _ in run.curve] == [0, 2, 4, 6]
             return [loss for _, _, loss in run.curve]
 
@@ -106,11 +90,10 @@ class TestJob:
         assert losses(0) != losses(1)
 
     def test_divergence_ends_the_run(self, corpus):
-        run = char_lm.train(
+        run = training.train(
             Run("sgd", 1e30, 0, 50),
             lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr),
-            TINY,
-            corpus,
+            CharTask(TINY, corpus),
             eval_every=1000,
             quiet=True,
         )
@@ -157,99 +140,3 @@ class TestDemo:
         assert rows["slow"]["steps to first's loss"] == "-"
         assert rows["slow"]["ms per step"] == "400"
         assert rows["broken"]["validation loss"] == "diverged"
-
-
-def fake_run(name, lr, seed, end, step_seconds=0.1, steps=100):
-    """A run whose loss falls along a line from 4 to `end`."""
-    return Run(name, lr, seed, steps, [(0, 0.0, 4.0), (steps, 10.0, end)], step_seconds)
-
-
-class TestCompare:
-    args = (*TINY_ARGS, "--grid", "3", "--seeds", "2", "--optimizers")
-
-    def test_does_each_run_once_and_survives_a_cut_off_line(self, tmp_path, capsys, trained):
-        out = tmp_path / "runs.jsonl"
-        args = [*self.args, *NAMES, "--out", str(out)]
-        compare.main(args)
-        assert len(trained) == len(set(trained)) == 2 * (3 + 2)
-        complete = out.read_text()
-        assert len(complete.splitlines()) == 10
-
-        last = trained[-1]
-        trained.clear()
-        compare.main(args)
-        assert trained == []
-        assert out.read_text() == complete
-
-        out.write_text(complete[:-40])
-        compare.main(args)
-        assert trained == [last]
-        assert len(out.read_text().splitlines()) == 11
-        assert json.loads(out.read_text().splitlines()[-1])["run"]["name"] == last[0]
-        trained.clear()
-        compare.main(args)
-        assert trained == []
-
-        capsys.readouterr()
-        compare.main([*args, "--report"])
-        assert trained == []
-        assert list(rows_of(capsys.readouterr().out)) == NAMES
-        assert is_png(tmp_path / "runs.png")
-
-    def test_other_settings_are_other_runs(self, tmp_path, trained):
-        args = [*self.args, "adamw", "--out", str(tmp_path / "runs.jsonl")]
-        compare.main(args)
-        compare.main([*args, "--batch", "5"])
-        assert len(trained) == 10
-
-    def test_report_leaves_out_what_is_not_finished(self, tmp_path, capsys):
-        args = [*self.args, *NAMES, "--out", str(tmp_path / "runs.jsonl")]
-        compare.main([*self.args, "adamw", *args[-2:]])
-        capsys.readouterr()
-        compare.main([*args, "--report"])
-        shown = capsys.readouterr()
-        assert list(rows_of(shown.out)) == ["adamw"]
-        assert "sirf" in shown.err
-
-    def test_tunes_on_one_seed_and_repeats_with_others(self):
-        usual = OPTIMIZERS["adamw"].middle
-        asked = []
-
-        def get(name, lr, seed):
-            asked.append((lr / usual, seed))
-            run = fake_run(name, lr, seed, end=2 + abs(lr / usual - 2))
-            run.diverged = lr == usual / 4
-            return run
-
-        found = compare.outcome("adamw", get, grid=5, seeds=3)
-        assert asked[:5] == [(0.25, 0), (0.5, 0), (1, 0), (2, 0), (4, 0)]
-        assert asked[5:] == [(2, 1), (2, 2), (2, 3)]
-        assert found.lr == 2 * usual
-
-    def test_report_measures_against_the_first_seed_by_seed(self, tmp_path):
-        def outcome(name, ends, step_seconds):
-            tuning = [fake_run(name, lr, 0, end=3.0) for lr in (1.0, 2.0, 4.0)]
-            repeats = [fake_run(name, 2.0, 1 + i, e, step_seconds) for i, e in enumerate(ends)]
-            return compare.Outcome(tuning, repeats)
-
-        base = outcome("base", [3.0, 3.2], 0.1)
-        fast = outcome("fast", [2.0, 2.4], 0.15)
-        slow = outcome("slow", [3.1, 3.1], 0.1)
-        rows = rows_of(compare.report([base, fast, slow]))
-        assert rows["base"]["validation loss"] == f"3.1000 ± {statistics.stdev([3.0, 3.2]):.4f}"
-        assert rows["base"]["steps / base's"] == rows["base"]["time / base's"] == "1.00"
-        assert rows["fast"]["steps / base's"] == "0.50"
-        assert rows["fast"]["time / base's"] == "0.75"
-        assert rows["slow"]["steps / base's"] == rows["slow"]["time / base's"] == "-"
-
-    def test_report_marks_the_edge_of_the_grid_and_divergence(self, tmp_path):
-        tuning = [fake_run("base", lr, 0, end=3.0) for lr in (1.0, 2.0, 4.0)]
-        base = compare.Outcome(tuning, [fake_run("base", 1.0, 1, end=3.0)])
-        broken_run = fake_run("broken", 2.0, 1, end=3.0)
-        broken_run.diverged = True
-        broken = compare.Outcome(tuning, [broken_run])
-        rows = rows_of(compare.report([base, broken]))
-        assert rows["base"]["lr"] == "1 (edge)"
-        assert rows["broken"]["validation loss"] == "diverged"
-        compare.plot([base, broken], tmp_path / "curves.png")
-        assert is_png(tmp_path / "curves.png")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from structprecond.core.policies import MatchRMS
+
 # the settings of Muon in docs/measurements.md, "Loss against steps and time", where it needs 0.38
 # of AdamW's steps: directions as large as AdamW's, so that both share one learning rate
 _ORTHOGONALIZED: dict[str, Any] = {
@@ -21,17 +23,45 @@ RECOMMENDED: Mapping[str, dict[str, Any]] = {
     # the weight decay of AdamW; staggered refreshes lose nothing and have no slow steps ("SOAP
     # beyond the published update rule"); embeddings, head and vectors go to AdamW ("Recommended
     # settings")
-    "SOAP": {"lr": 0.032, "weight_decay": 0.1, "refresh": "staggered", "routes": "adamw"},
-    # the default weight decay, 0.01: 0.1 gave a higher loss
-    "KLShampoo": {"lr": 0.064, "routes": "adamw"},
+    "SOAP": {
+        "lr": 0.032,
+        "weight_decay": 0.1,
+        "precondition_frequency": 2,
+        "refresh": "staggered",
+        "routes": "adamw",
+    },
+    # faster factors and bases than the defaults; embeddings, head and vectors go to AdamW
+    "KLShampoo": {
+        "lr": 0.016,
+        "shampoo_beta": 0.9,
+        "weight_decay": 0.1,
+        "precondition_frequency": 2,
+        "refresh": "staggered",
+        "routes": "adamw",
+    },
     "KLSOAP": {"lr": 0.016, "weight_decay": 0.1, "refresh": "staggered"},
     # nothing better than the published defaults was measured: an lr of 0.016 is better on one of
     # two models only, and routes="adamw" is worse
     "Shampoo": {},
-    # natural gradients have another scale, so the factors need faster updates and more damping;
-    # embeddings, head and vectors go to AdamW
-    "SIRFShampoo": {"lr": 0.05, "beta2": 0.1, "lam": 0.03, "routes": "adamw"},
+    # from the first gradient, with directions as large as Muon's and far faster factors than the
+    # published ones; embeddings, head and vectors go to AdamW. Losses that are means over tokens
+    # need batch_size=get_token_count
+    "SIRFShampoo": {
+        "lr": 0.016,
+        "beta2": 0.3,
+        "lam": 2e-4,
+        "init": "gradient",
+        "policies": (MatchRMS(0.2),),
+        "routes": "adamw",
+    },
     "Muon": {**_ORTHOGONALIZED, "scale_mode": "match_rms_adamw"},
+    "SOAPMuon": {
+        "lr": 0.032,
+        "weight_decay": 0.1,
+        "adamw_weight_decay": 0.1,
+        "precondition_frequency": 2,
+        "refresh": "staggered",
+    },
     "NorMuon": {**_ORTHOGONALIZED},
     # nothing better than the published defaults was measured: the coefficients of "polar_express"
     # change nothing, and routes="adamw" is worse
