@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import structprecond
-from structprecond import RECOMMENDED
+from structprecond import RECOMMENDED, Hyperball
 from structprecond.core.plain import describe_object
 from structprecond.roles import NOT_MATRICES, infer_roles
 
@@ -184,6 +184,7 @@ ENTRANTS: dict[str, Entrant] = {
     "SIRFShampoo, hierarchical": _ours(
         "SIRFShampoo", (0.95,), structures={2: "hierarchical32_32", 4: "hierarchical32_32"}
     ),
+    "PSGDKron": _ours("PSGDKron", (0.95,)),
     "NorMuon": _ours("NorMuon", (0.9,)),
     "KLSOAP": _ours("KLSOAP", (0.95,)),
     "Shampoo": _ours("Shampoo", (0.95,)),
@@ -201,3 +202,44 @@ ENTRANTS: dict[str, Entrant] = {
     "SIRF-Shampoo (sirfshampoo)": _peer(_sirfshampoo, "sirfshampoo", 0.05, "beta2 0.1, lam 0.03"),
 }
 """The entrants by name; a new one is one entry."""
+
+_STRUCTURES: dict[str, Any] = {
+    "dense": "dense",
+    "one-sided": {2: ("dense", "none")},
+    "blocks of 128": "block128diagonal",
+    "blocks of 64": "block64diagonal",
+    "blocks of 32": "block32diagonal",
+    "blocks of 16": "block16diagonal",
+    "diagonal": "diagonal",
+}
+_INTERVALS = {"SOAP": "precondition_frequency", "KLShampoo": "precondition_frequency"}
+_INTERVALS |= {"SIRFShampoo": "T"}
+
+
+def _variants(name: str, **structures: Any) -> dict[str, Entrant]:
+    """Return an optimizer with each structure, and with each refresh interval."""
+    found = {}
+    for label, structure in {**_STRUCTURES, **structures}.items():
+        more = {"structures": structure, "refresh": "staggered"}
+        found[f"{name}, {label}"] = _ours(name, (), **more)
+    for every in (1, 2, 5, 10, 20):
+        more = {_INTERVALS[name]: every, "refresh": "staggered"}
+        found[f"{name}, every {every}"] = _ours(name, (), **more)
+    return found
+
+
+VARIANTS: dict[str, Entrant] = {
+    **_variants("SOAP"),
+    **_variants("KLShampoo"),
+    **_variants("SIRFShampoo", hierarchical="hierarchical32_32"),
+}
+"""What structures and refresh intervals buy, at the recommended settings."""
+
+WIDTHS = {
+    "Muon": _ours("Muon", ()),
+    "Muon, hyperball": _ours("Muon", (), policies={"muon": (Hyperball(),)}),
+}
+"""The optimizers whose learning rates are compared for models of several widths."""
+
+KNOWN = {**ENTRANTS, **VARIANTS, **WIDTHS}
+"""All of them by name."""

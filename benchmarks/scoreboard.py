@@ -6,6 +6,8 @@ run at the recommended settings with four learning rates. Every finished run is 
 an interrupted race resumes with the first missing run, and several processes may share the work.
 
     python benchmarks/scoreboard.py           # do the missing runs
+    python benchmarks/scoreboard.py --variants  # structures and refresh intervals
+    python benchmarks/scoreboard.py --widths  # learning rates for models of three widths
     python benchmarks/scoreboard.py --plan    # tell how many are missing, and how long they take
     python benchmarks/scoreboard.py --time    # time the steps of all, on a quiet machine
     python benchmarks/scoreboard.py --report  # write docs/scoreboard.md and the README's table
@@ -25,9 +27,9 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
 import torch
-from entrants import ENTRANTS
+from entrants import ENTRANTS, KNOWN, VARIANTS, WIDTHS
 from records import Records, Setting, claimed
-from search import Found, search
+from search import BUDGET, Found, search
 from tasks.burgers import Burgers
 from tasks.digits import Digits
 from tasks.language import Language
@@ -42,6 +44,7 @@ TASKS: dict[str, Callable[[], Any]] = {
     "burgers": cache(Burgers),
     "digits": cache(Digits),
     **{name: cache(toy) for name, toy in TOYS.items()},
+    **{f"width {width}": cache(partial(Language.of_width, width)) for width in (64, 128, 256)},
 }
 TUNED = ("language", "burgers", "digits")
 """The tasks with a search and several seeds; the others are toys."""
@@ -61,7 +64,7 @@ class MissingRunError(Exception):
 def setting_of(task: str, name: str, lr: float, momentum: float, seed: int) -> Setting:
     """Return the setting of a run."""
     steps = TASKS[task]().steps
-    return Setting(task, name, ENTRANTS[name].settings, lr, momentum, seed, steps)
+    return Setting(task, name, KNOWN[name].settings, lr, momentum, seed, steps)
 
 
 def tuned(get: Get, task: str, name: str) -> Found:
@@ -89,9 +92,26 @@ def on_toy(get: Get, task: str, name: str) -> list[Run]:
     ]
 
 
+def on_width(get: Get, task: str, name: str) -> list[Run]:
+    """Return the runs of an optimizer on a model of some width, for five learning rates."""
+    entrant = WIDTHS[name]
+    rates = [entrant.lr * 2.0**power for power in range(-2, 3)]
+    return [get(setting_of(task, name, lr, entrant.momentum, SEARCH_SEED)) for lr in rates]
+
+
+def as_recommended(get: Get, task: str, name: str) -> list[Run]:
+    """Return the runs of a variant at the recommended learning rate, with two seeds."""
+    variant = VARIANTS[name]
+    return [get(setting_of(task, name, variant.lr, variant.momentum, seed)) for seed in (1, 2)]
+
+
 def campaign(get: Get, task: str, name: str) -> None:
     """Do all runs of an entrant on a task."""
-    if task in TUNED:
+    if task.startswith("width"):
+        on_width(get, task, name)
+    elif name in VARIANTS:
+        as_recommended(get, task, name)
+    elif task in TUNED:
         repeats(get, task, name, tuned(get, task, name))
     else:
         on_toy(get, task, name)
@@ -106,7 +126,7 @@ def from_records(records: Records, setting: Setting) -> Run:
 
 def make(name: str, task: Any, momentum: float, model: nn.Module, lr: float) -> Optimizer:
     """Make the optimizer of an entrant."""
-    return ENTRANTS[name].make(model, lr, momentum, task.samples)
+    return KNOWN[name].make(model, lr, momentum, task.samples)
 
 
 def do(setting: Setting) -> Run:
@@ -135,18 +155,24 @@ def count_missing(records: Records, task: str, name: str) -> int:
     try:
         campaign(get, task, name)
     except MissingRunError:
-        entrant = ENTRANTS[name]
-        return (6 + entrant.seeds if task in TUNED else len(FACTORS)) - found
+        total = len(FACTORS)
+        if task.startswith("width"):
+            total = 5
+        elif name in VARIANTS:
+            total = 2
+        elif task in TUNED:
+            total = BUDGET + ENTRANTS[name].seeds
+        return max(0, total - found)
     return 0
 
 
 def campaigns(tasks: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield tasks and entrants whose packages are there."""
     for name in names:
-        if ENTRANTS[name].available:
+        if KNOWN[name].available:
             yield from ((task, name) for task in tasks)
         else:
-            print(f"{name} is left out: {ENTRANTS[name].package} is missing", file=sys.stderr)
+            print(f"{name} is left out: {KNOWN[name].package} is missing", file=sys.stderr)
 
 
 def run_all(path: Path, pairs: Sequence[tuple[str, str]]) -> None:
@@ -180,7 +206,7 @@ def time_steps(names: Sequence[str], task: Any, rounds: int = 12, steps: int = 1
     for name in names:
         torch.manual_seed(0)
         model = task.model()
-        entrant = ENTRANTS[name]
+        entrant = KNOWN[name]
         jobs[name] = (model, make(name, task, entrant.momentum, model, entrant.lr))
     batches = task.batches(0)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -213,8 +239,11 @@ def estimate(records: Records, pairs: Sequence[tuple[str, str]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Do the missing runs, time steps, or report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    raced = [task for task in TASKS if not task.startswith("width")]
+    parser.add_argument("--tasks", nargs="+", default=raced, choices=raced)
     parser.add_argument("--entrants", nargs="+", default=list(ENTRANTS), choices=ENTRANTS)
+    parser.add_argument("--variants", action="store_true", help="structures and intervals instead")
+    parser.add_argument("--widths", action="store_true", help="learning rates by width instead")
     parser.add_argument("--out", type=Path, default=OUT, help="the runs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plan", action="store_true", help="tell what is missing")
@@ -228,6 +257,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         write(Records(args.out), ROOT)
         return
     pairs = list(campaigns(args.tasks, args.entrants))
+    if args.variants:
+        pairs = list(campaigns(["language"], list(VARIANTS)))
+    if args.widths:
+        pairs = list(campaigns([task for task in TASKS if task not in raced], list(WIDTHS)))
     if args.time:
         names = list(dict.fromkeys(name for _, name in pairs))
         Records(args.out).add_times(time_steps(names, TASKS["language"]()))

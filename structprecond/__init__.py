@@ -46,6 +46,7 @@ from structprecond.strategies.kl import KLSOAP, KLShampoo, KLShampooStrategy, KL
 from structprecond.strategies.lars import LARS, LARSStrategy
 from structprecond.strategies.muon import Muon, MuonStrategy, NorMuon, NorMuonStrategy
 from structprecond.strategies.orthogonalized import OrthogonalizedMomentumStrategy
+from structprecond.strategies.psgd import PSGDKron, PSGDKronStrategy
 from structprecond.strategies.recommended import RECOMMENDED
 from structprecond.strategies.scion import Scion, ScionStrategy
 from structprecond.strategies.shampoo import Shampoo, ShampooStrategy
@@ -110,6 +111,8 @@ __all__ = [
     "NorMuon",
     "NorMuonStrategy",
     "OrthogonalizedMomentumStrategy",
+    "PSGDKron",
+    "PSGDKronStrategy",
     "PerParameter",
     "Policy",
     "PreconditionerGroup",

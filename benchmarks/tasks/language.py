@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from char_lm import CharTask, Corpus, Shape, load_corpus
+from typing_extensions import Self
 
 
 class Language(CharTask):
@@ -14,3 +15,10 @@ class Language(CharTask):
         super().__init__(shape or Shape(), corpus or load_corpus())
         # the loss is a mean over tokens
         self.samples = self.shape.batch * self.shape.context
+
+    @classmethod
+    def of_width(cls, width: int) -> Self:
+        """Return a task of 200 steps with a model of another width, and heads of 32."""
+        task = cls(Shape(width=width, heads=width // 32), load_corpus())
+        task.steps = 200
+        return task

@@ -111,7 +111,7 @@ class MatchRMS(Policy):
 
     def apply(self, move: Move, kept: Mapping[str, Tensor]) -> None:
         """Scale the directions."""
-        move.direction = move.direction * _to_rms(self.rms, move.direction)
+        move.direction = move.direction * factors_to_rms(self.rms, move.direction)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class CapRMS(Policy):
 
     def apply(self, move: Move, kept: Mapping[str, Tensor]) -> None:
         """Scale long directions down."""
-        move.direction = move.direction * _to_rms(self.rms, move.direction).clamp_(max=1.0)
+        move.direction = move.direction * factors_to_rms(self.rms, move.direction).clamp_(max=1.0)
 
 
 @dataclass(frozen=True)
@@ -223,8 +223,8 @@ def _to_norm(target: float | Tensor, stack: Tensor) -> Tensor:
     return per_row(torch.where(possible, target / norms, 1.0), stack)
 
 
-def _to_rms(target: float, stack: Tensor) -> Tensor:
-    """Return the factors that give each row a root mean square."""
+def factors_to_rms(target: float, stack: Tensor) -> Tensor:
+    """Return the factors `(b, 1, ...)` that give each row a root mean square."""
     return _to_norm(target * stack[0].numel() ** 0.5, stack)
 
 

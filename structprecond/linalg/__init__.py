@@ -21,6 +21,7 @@ from structprecond.linalg.polar import (
 )
 from structprecond.linalg.precision import fast_float32, full_precision
 from structprecond.linalg.roots import RootMethod, has_inverse_root, matrix_inverse_root
+from structprecond.linalg.spectral import spectral_norm_bound
 
 __all__ = [
     "COEFFICIENTS",
@@ -41,4 +42,5 @@ __all__ = [
     "rayleigh_quotients",
     "refresh_eigenbasis",
     "sort_eigenbasis_by_approx_eigvals",
+    "spectral_norm_bound",
 ]

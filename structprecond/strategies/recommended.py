@@ -63,6 +63,7 @@ RECOMMENDED: Mapping[str, dict[str, Any]] = {
         "refresh": "staggered",
     },
     "NorMuon": {**_ORTHOGONALIZED},
+    "PSGDKron": {"lr": 0.008, "weight_decay": 0.1, "routes": "adamw"},
     # nothing better than the published defaults was measured: the coefficients of "polar_express"
     # change nothing, and routes="adamw" is worse
     "Scion": {},

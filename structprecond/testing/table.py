@@ -17,6 +17,7 @@ from structprecond.strategies.adamw import AdamW, AdamWStrategy
 from structprecond.strategies.kl import KLSOAP, KLShampoo
 from structprecond.strategies.lars import LARS
 from structprecond.strategies.muon import Muon, MuonStrategy, NorMuon
+from structprecond.strategies.psgd import PSGDKron
 from structprecond.strategies.scion import Scion
 from structprecond.strategies.shampoo import Shampoo
 from structprecond.strategies.sirf import SIRFShampoo
@@ -237,6 +238,12 @@ STRATEGIES: dict[str, Usage] = {
     ),
     "Shampoo joint": _with_roots(
         Shampoo, {"lr": 0.02, "grafting": "sgd", "combine_params": _JOINT}, conformance=False
+    ),
+    "PSGDKron": Usage(
+        PSGDKron,
+        {"lr": 0.01, "precondition_frequency": 2},
+        structures=("dense", "diagonal", "none"),
+        refusal="neither dense nor diagonal",
     ),
     "Muon": Usage(Muon, {"lr": 0.02, "nesterov": True}, saved_as="Muon"),
     "Muon l2": Usage(
