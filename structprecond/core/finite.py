@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from structprecond.core.boxes import is_dtensor, local
+from structprecond.core.bucket import compute_dtype
 from structprecond.core.naming import enumerate_names
 from structprecond.core.norms import norm_over_ranks
 from structprecond.core.step import Plan
@@ -91,14 +92,38 @@ def with_large_gradient(plans: Sequence[Plan]) -> list[nn.Parameter]:
         if all(map(_FITS_ALL.__ge__, sizes)):
             continue
         bucket = plan.bucket
-        largest = min(torch.finfo(dtype).max for dtype in {p.dtype for p in bucket.params})
-        limit = min(torch.finfo(bucket.dtype).max ** 0.25, largest)
+        limit = min(map(_limit_of, {p.dtype for p in bucket.params}))
         if all(size <= limit for size in sizes):
             continue
         for unit, span, on in zip(bucket.units, bucket.spans, plan.live, strict=True):
             if on and not all(size <= limit for size in sizes[span]):
                 found += unit.tensors
     return found
+
+
+def _limit_of(dtype: torch.dtype) -> float:
+    """Return the largest norm of a gradient that surely can be computed with."""
+    fourth_root: float = torch.finfo(compute_dtype(dtype)).max ** 0.25
+    return min(fourth_root, torch.finfo(dtype).max)
+
+
+def count_suspects(params: Sequence[nn.Parameter], parts: int) -> int:
+    """Return how many gradients may be parts of ones that are too large to compute with.
+
+    If there is none on any rank, then no whole gradient is in `with_large_gradient`.
+
+    Args:
+        params: Parameters, of which this rank may hold parts.
+        parts: The largest number of parts of a unit on all ranks.
+    """
+    known = [(p.dtype, local(p.grad)) for p in params if p.grad is not None]
+    if not known:
+        return 0
+    norms = torch._foreach_norm([grad for _, grad in known])
+    sizes = _to_lists([norm.reshape(1) for norm in norms])
+    limits = {dtype: _limit_of(dtype) / parts**0.5 for dtype, _ in known}
+    pairs = zip(known, sizes, strict=True)
+    return sum(not size <= limits[dtype] for (dtype, _), (size,) in pairs)
 
 
 def _norms_of(plans: Sequence[Plan]) -> list[list[float]]:

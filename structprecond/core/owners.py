@@ -16,7 +16,7 @@ from structprecond.core.all_rows import AllRows
 from structprecond.core.bucket import Bucket
 from structprecond.core.build import RoutedUnit
 from structprecond.core.exchange import Exchange
-from structprecond.core.finite import exclude_unusable
+from structprecond.core.finite import count_suspects, exclude_unusable
 from structprecond.core.inspection import check_values
 from structprecond.core.layout import are_live
 from structprecond.core.ownership import Loads, Share, assign, bytes_of_row, items_of
@@ -212,6 +212,8 @@ class Owners(Replicas):
         """Exclude on all ranks the units that are unusable on one that owns rows of them."""
         if not self.shares_skips:
             return exclude_unusable(plans, refuse)
+        if not self._doubts:
+            return None
 
         def make() -> tuple[tuple[str | None, list[str]], Facts, tuple[int, int]]:
             message = exclude_unusable(plans, refuse)
@@ -228,8 +230,16 @@ class Owners(Replicas):
         return message
 
     def _suspects(self, plans: Sequence[Plan]) -> int:
-        """Return 0, since gradients have not arrived."""
-        return 0
+        """Return the number of parts on this rank that may make a gradient unusable.
+
+        Without ranks to tell, owners look at whole gradients, once these have arrived.
+        """
+        if not self.shares_skips:
+            return 0
+        units = [routed.unit for routed in self.units]
+        most = max((len(unit.params) for unit in units), default=1)
+        params = [p for unit in units for p in unit.params]
+        return count_suspects(params, most * self.ranks.size)
 
     def _runs_other_code(self, plans: Sequence[Plan]) -> bool:
         return any(exchange.runs_other_code for exchange in self.exchanges)

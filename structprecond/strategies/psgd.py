@@ -150,7 +150,8 @@ class PSGDKronStrategy(Strategy[PSGDKronState]):
     def _scale(self, grad: Tensor) -> Tensor:
         rows = grad.flatten(1)
         # fourth powers of gradients leave the range of float32
-        largest = rows.abs().amax(1).clamp_(min=torch.finfo(grad.dtype).tiny)
+        smallest = max(self.damping, torch.finfo(grad.dtype).tiny)
+        largest = rows.abs().amax(1).clamp_(min=smallest)
         mean = (rows / largest.unsqueeze(1)).pow(4).mean(1) + (self.damping / largest) ** 4
         return mean ** (-1 / 8) * largest**-0.5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 from unittest import mock
 
@@ -15,9 +16,18 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from workloads import WORKLOADS
 
-from structprecond import SOAP, KLShampoo, Muon, SIRFShampoo, StructuredOptimizer
+from structprecond import (
+    SOAP,
+    KLShampoo,
+    Muon,
+    PerParameter,
+    SIRFShampoo,
+    SplitHeads,
+    StructuredOptimizer,
+)
 from structprecond.core import agreement
 from structprecond.core.boxes import Box, box_of
+from structprecond.core.finite import count_suspects
 from structprecond.core.ranks import holders_of, share_of_data
 from structprecond.errors import StructPrecondError
 from structprecond.plan import plan
@@ -32,11 +42,12 @@ def square(layers: int = 8) -> nn.Module:
     return nn.Sequential(*[nn.Linear(32, 32, bias=False) for _ in range(layers)]).double()
 
 
-def measure(rank: int, layout: str) -> tuple[int, int, int]:
+def measure(rank: int, layout: str, heads: int = 1) -> tuple[int, int, int]:
     """Return the bytes that a step sends to other ranks, its collectives, and its buckets."""
     model = layouts.LAYOUTS[layout](square())
     mesh: Any = dist.group.WORLD if layout == "replicated" else None
-    optimizer = SOAP(model, lr=0.01, mesh=mesh)
+    rules = (SplitHeads("*.weight", heads), PerParameter()) if heads > 1 else None
+    optimizer = SOAP(model, lr=0.01, mesh=mesh, combine_params=rules)
     group: Any = optimizer.team
     me = group.ranks.me
     sent, calls = 0, 0
@@ -93,12 +104,45 @@ def test_shards_take_two_collectives_per_bucket_and_three_times_their_part(
     answers = pool.run(world, measure, layout)
     for _, calls, buckets in answers:
         assert buckets == 1
-        # replicas also tell each other what they skip
-        assert calls == 2 * buckets + (2 if layout == "hsdp" else 1)
+        assert calls == 2 * buckets + 1
     # in: a rank holds P/S of the parameters and of the gradients, of which the S - 1 other owners
     # own (S - 1)/S; out: an owner sends all of its P/S except what it holds itself
     expected = 3 * size / owners * (owners - 1) / owners
     assert [sent for sent, _, _ in answers] == pytest.approx([expected] * world, rel=0.01)
+
+
+# under FSDP, each rank holds the head that it owns
+@pytest.mark.parametrize(("layout", "expected"), [("replicated", 1), ("fsdp", 0)])
+def test_units_with_several_owners_take_no_more_collectives(layout: str, expected: int) -> None:
+    for _, calls, buckets in pool.run(2, measure, layout, 2):
+        assert buckets == 1
+        assert calls == expected + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [0.0, 0.99, 1.01, 1e3, math.inf, math.nan])
+def test_parts_of_a_gradient_that_is_too_large_are_suspects(
+    dtype: torch.dtype, size: float
+) -> None:
+    """Some rank has to notice, however the gradient is split."""
+    limits = {torch.float64: 1.158e77, torch.float16: 65504.0}
+    limit = limits.get(dtype, 4.29e9)
+    for parts in (1, 2, 8):
+        params = [nn.Parameter(torch.zeros(16, dtype=dtype)) for _ in range(parts)]
+        for p in params:
+            p.grad = torch.full_like(p, limit * min(size, 2) / (16 * parts) ** 0.5)
+        grad = params[-1].grad
+        assert grad is not None
+        grad[0] = grad[0] if size < 2 else size * limit if math.isfinite(size) else size
+        found = [count_suspects([p], parts) for p in params]
+        assert any(found) == (not size < 1)
+
+
+def test_parameters_without_a_gradient_are_no_suspects() -> None:
+    assert count_suspects([nn.Parameter(torch.zeros(2))], 1) == 0
+    empty = nn.Parameter(torch.zeros(0))
+    empty.grad = torch.zeros(0)
+    assert count_suspects([empty], 4) == 0
 
 
 # --- state ---------------------------------------------------------------------------------------
