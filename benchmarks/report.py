@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from demo import table
-from entrants import BASELINE, ENTRANTS, RIVAL
+from entrants import BASELINE, ENTRANTS, RIVAL, VARIANTS, WIDTHS
 from matplotlib import pyplot as plt
 from records import Records
 from scipy import stats
@@ -24,13 +25,16 @@ from scoreboard import (
     TASKS,
     TUNED,
     MissingRunError,
+    as_recommended,
     from_records,
     on_toy,
+    on_width,
     repeats,
     setting_of,
     tuned,
 )
 from search import BUDGET, Found
+from tasks.toys import TOYS
 from training import Run
 
 _MARKS = "<!-- scoreboard -->", "<!-- /scoreboard -->"
@@ -78,6 +82,23 @@ held-out cross-entropy). Means over seeds, geometric ones for Burgers' equation.
 The best learning rate of each optimizer as a multiple of that of {baseline}:
 
 {transfer}
+
+## What structure buys
+
+The language task at the recommended settings of SOAP, KL-Shampoo and SIRF-Shampoo with other
+structures and refresh intervals, two seeds each, one thread; the last column is the time of a step
+as a multiple of that of {baseline}.
+
+{variants}
+
+![Time of a step and final loss of structures and intervals](images/scoreboard_structures.png)
+
+## Learning rates and width
+
+The language task with models of three widths, 200 steps, one seed. The best of five learning rates,
+a factor of 2 apart, and the losses of all five.
+
+{widths}
 
 ## Toy problems
 
@@ -166,7 +187,7 @@ def language_rows(results: Sequence[Result], slower: dict[str, float]) -> list[t
     by_name = {result.name: result for result in results}
     target = statistics.fmean(by_name[BASELINE].losses)
     rival = by_name[RIVAL].steps_to(target) if RIVAL in by_name else None
-    rows = []
+    ranked: list[tuple[float, float, tuple[str, ...]]] = []
     for result in results:
         steps = result.steps_to(target) if result.name != BASELINE else [1.0]
         p = "-"
@@ -185,8 +206,8 @@ def language_rows(results: Sequence[Result], slower: dict[str, float]) -> list[t
             result.lr,
             f"{result.found.best[1]:g}",
         )
-        rows.append((mean, statistics.fmean(result.losses), row))
-    return [tuple("-" if cell == "inf" else cell for cell in row) for *_, row in sorted(rows)]
+        ranked.append((mean, statistics.fmean(result.losses), row))
+    return [tuple("-" if cell == "inf" else cell for cell in row) for *_, row in sorted(ranked)]
 
 
 _LANGUAGE = (
@@ -210,7 +231,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 def other_rows(by_task: dict[str, list[Result]]) -> list[tuple[str, ...]]:
     """Return the rows of the table of the other two tasks."""
     tasks = [task for task in TUNED if task != "language"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in ENTRANTS:
         cells = [name]
         for task in tasks:
@@ -235,7 +256,7 @@ def _loss(task: str, loss: float) -> str:
 def transfer_rows(by_task: dict[str, list[Result]]) -> list[tuple[str, ...]]:
     """Return the learning rates of all entrants as multiples of the baseline's."""
     base = {t: r.found.best[0] for t, rs in by_task.items() for r in rs if r.name == BASELINE}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in ENTRANTS:
         cells = [name]
         for task in TUNED:
@@ -250,7 +271,7 @@ def solved(records: Records, name: str) -> dict[str, int]:
     """Return how many learning rates solve each toy problem, as far as its runs are finished."""
     counts = {}
     for task in TASKS:
-        if task in TUNED:
+        if task not in TOYS:
             continue
         try:
             runs = on_toy(partial(from_records, records), task, name)
@@ -259,6 +280,40 @@ def solved(records: Records, name: str) -> dict[str, int]:
         target = TASKS[task]().target
         counts[task] = sum(min(loss for *_, loss in run.curve) <= target for run in runs)
     return counts
+
+
+def variant_rows(records: Records, slower: dict[str, float]) -> list[tuple[str, ...]]:
+    """Return the rows of structures and refresh intervals whose runs are finished."""
+    rows: list[tuple[str, ...]] = []
+    for name in VARIANTS:
+        losses = variant_losses(records, name)
+        if losses:
+            slow = f"{slower[name]:.2f}" if name in slower else "-"
+            rows.append((name, mean_and_deviation(losses), slow))
+    return rows
+
+
+def variant_losses(records: Records, name: str) -> list[float]:
+    """Return the final losses of a variant; none if runs are missing."""
+    with suppress(MissingRunError):
+        get = partial(from_records, records)
+        return [run.final_loss for run in as_recommended(get, "language", name)]
+    return []
+
+
+def width_rows(records: Records) -> list[tuple[str, ...]]:
+    """Return the best learning rate of each optimizer and width whose runs are finished."""
+    rows: list[tuple[str, ...]] = []
+    for name in WIDTHS:
+        for task in TASKS:
+            if not task.startswith("width"):
+                continue
+            with suppress(MissingRunError):
+                runs = on_width(partial(from_records, records), task, name)
+                best = min(runs, key=lambda run: run.final_loss)
+                losses = " ".join(f"{run.final_loss:.3f}" for run in runs)
+                rows.append((name, task.split()[1], f"{best.lr:g}", losses))
+    return rows
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -303,10 +358,40 @@ def plot_pareto(results: Sequence[Result], slower: dict[str, float], path: Path)
     _save(figure, [panel], path)
 
 
+def plot_variants(
+    records: Records, results: Sequence[Result], slower: dict[str, float], path: Path
+) -> None:
+    """Plot the final loss of structures and refresh intervals against the time of a step."""
+    figure, panel = plt.subplots(figsize=(9, 6), layout="constrained")
+    points = {
+        name: (slower[name], statistics.fmean(losses))
+        for name in VARIANTS
+        if name in slower and (losses := variant_losses(records, name))
+    }
+    groups: dict[str, list[str]] = {}
+    for name in points:
+        groups.setdefault(name.partition(",")[0], []).append(name)
+    for i, (group, names) in enumerate(groups.items()):
+        pairs = [points[name] for name in names]
+        panel.plot(*zip(*pairs, strict=True), "o", color=f"C{i}", label=group)
+        for name in names:
+            text = name.partition(", ")[2]
+            panel.annotate(text, points[name], (4, 3), textcoords="offset points", size=7)
+    for result in results:
+        if result.name in (BASELINE, RIVAL) and result.name in slower:
+            place = slower[result.name], statistics.fmean(result.losses)
+            panel.plot(*place, "kx")
+            panel.annotate(result.name, place, (4, 3), textcoords="offset points", size=8)
+    if groups:
+        panel.legend()
+    panel.set(xlabel=f"time of a step / {BASELINE}", ylabel="final validation loss")
+    _save(figure, [panel], path)
+
+
 def plot_toys(counts: dict[str, dict[str, int]], path: Path) -> None:
     """Plot which optimizer solves which toy problem."""
     names = [name for name, own in counts.items() if own]
-    toys = [task for task in TASKS if task not in TUNED]
+    toys = list(TOYS)
     cells = [[counts[name].get(toy, math.nan) for toy in toys] for name in names]
     size = (0.6 * len(toys) + 4, 0.32 * len(names) + 2)
     figure, panel = plt.subplots(figsize=size, layout="constrained")
@@ -368,6 +453,7 @@ def write(records: Records, root: Path) -> None:
     images.mkdir(parents=True, exist_ok=True)
     plot_curves(by_task["language"], slower, images / "scoreboard_curves.png")
     plot_pareto(by_task["language"], slower, images / "scoreboard_pareto.png")
+    plot_variants(records, by_task["language"], slower, images / "scoreboard_structures.png")
     counts = {name: solved(records, name) for name in ENTRANTS}
     plot_toys(counts, images / "scoreboard_toys.png")
     rows = language_rows(by_task["language"], slower)
@@ -386,6 +472,12 @@ def write(records: Records, root: Path) -> None:
             other_rows(by_task),
         ),
         transfer=table(("optimizer", *TUNED), transfer_rows(by_task)),
+        variants=table(("setting", "validation loss", "time of a step"), variants)
+        if (variants := variant_rows(records, slower))
+        else "Not measured yet.",
+        widths=table(("optimizer", "width", "best lr", "losses"), widths)
+        if (widths := width_rows(records))
+        else "Not measured yet.",
         factors=", ".join(f"{factor:g}" for factor in FACTORS),
         toys=table(
             ("optimizer", "solved by any", "solved runs"),
