@@ -89,3 +89,16 @@ def check_policies(given: Any, routing: Routing) -> None:
             f"policies has {', '.join(map(repr, unknown))}, expected names of the strategies in "
             f"use: {', '.join(map(repr, known))}."
         )
+
+
+def inherited(given: Any, routing: Routing, usual: Routing) -> Any:
+    """Return the optimizer's policies for a param group without policies of its own.
+
+    Args:
+        given: The optimizer's `policies`, from `as_policies`.
+        routing: The routing of the group.
+        usual: The routing of the optimizer. A sequence is for its main strategy, and not for that
+            of a group with another one.
+    """
+    for_main = not isinstance(given, Mapping)
+    return None if for_main and type(routing.main) is not type(usual.main) else given

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from structprecond.core.build import RoutedUnit
-from structprecond.core.chosen_policies import as_policies, check_policies
+from structprecond.core.chosen_policies import as_policies, check_policies, inherited
 from structprecond.core.decay import as_rules, check_patterns
 from structprecond.core.naming import plain_name, unwrap
 from structprecond.core.plain import plain_number
@@ -211,20 +211,25 @@ def complete(group: dict[str, Any], routing: Routing, defaults: Mapping[str, Any
     rules = group.setdefault("combine_params", defaults["combine_params"])
     group["combine_params"] = _as_tuple(rules)
     group["no_decay"] = as_rules(group.get("no_decay", defaults["no_decay"]))
-    group["policies"] = as_policies(group.get("policies", defaults["policies"]))
-    check_policies(group["policies"], routing)
+    if "policies" in group:
+        group["policies"] = as_policies(group["policies"])
+        check_policies(group["policies"], routing)
+    else:
+        group["policies"] = inherited(defaults["policies"], routing, usual)
     return given
 
 
 def check_rules(defaults: Mapping[str, Any], used: set[str], names: Mapping[Any, str]) -> None:
-    """Raise `GroupError` if a route or a `no_decay` of the optimizer matches nothing.
+    """Raise `StructPrecondError` if a route, `no_decay` or policy of the optimizer has no effect.
 
     Args:
         defaults: The defaults of all groups.
         used: The roles and patterns that routed a unit.
         names: The names of all parameters.
     """
-    as_routing(defaults["strategy"]).check_used(used)
+    routing = as_routing(defaults["strategy"])
+    routing.check_used(used)
+    check_policies(defaults["policies"], routing)
     check_patterns(defaults["no_decay"], names.values())
 
 

@@ -291,6 +291,23 @@ def test_a_param_group_has_its_own() -> None:
         torch.testing.assert_close(p.detach(), value)
 
 
+def test_a_group_with_its_own_strategy_inherits_only_what_is_named_for_it() -> None:
+    layers = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    groups: list[dict[str, Any]] = [
+        {"params": list(layers[0].parameters())},
+        {"params": list(layers[1].parameters()), "strategy": "adamw"},
+    ]
+    expected: list[tuple[Any, tuple[str, ...]]] = [
+        ((MatchRMS(0.3),), ()),
+        ({"soap": (MatchRMS(0.3),)}, ()),
+    ]
+    for given, theirs in expected:
+        optimizer = SOAP(nn.ModuleList(layers), [dict(group) for group in groups], policies=given)
+        rows = describe(optimizer).rows
+        assert {row.policies for row in rows if row.group == 0} == {("MatchRMS(rms=0.3)",)}
+        assert {row.policies for row in rows if row.group == 1} == {theirs}
+
+
 def test_bad_policies_are_refused() -> None:
     model = nn.Linear(3, 2)
     bad: list[tuple[Any, str]] = [

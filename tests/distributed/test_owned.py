@@ -30,6 +30,7 @@ from structprecond.linalg.precision import step_precision
 from structprecond.structures import DenseMatrix
 from structprecond.structures.mode_product import Method, average_inner_, multiply_axes
 from structprecond.testing import covering_array
+from structprecond.testing.cells import NO_POLICY, POLICIES
 from structprecond.testing.covering import all_cases
 from structprecond.testing.table import STRATEGIES
 from tests.distributed import layouts, pool
@@ -100,11 +101,19 @@ SETUPS = {
 
 
 def make(
-    build: Any, strategy: str, model: nn.Module, grouping: str, rounding: Any, mesh: Any
+    build: Any,
+    strategy: str,
+    model: nn.Module,
+    grouping: str,
+    rounding: Any,
+    mesh: Any,
+    policies: str = NO_POLICY,
 ) -> StructuredOptimizer:
     """Return an optimizer of the table."""
     usage = STRATEGIES[strategy]
     settings: dict[str, Any] = {"mesh": mesh}
+    if policies != NO_POLICY:
+        settings["policies"] = POLICIES[policies]
     if build is uneven and "diagonal" in usage.structures:
         # few gradients of a vector leave a dense factor of low rank, whose root magnifies rounding
         settings["structures"] = {1: "diagonal", 2: "dense"}
@@ -152,26 +161,35 @@ Case = Mapping[str, Any]
 
 
 def trained(
-    build: Any, layout: str, strategy: str, grouping: str = "default", precision: str = "float64"
+    build: Any,
+    layout: str,
+    strategy: str,
+    grouping: str = "default",
+    precision: str = "float64",
+    policies: str = NO_POLICY,
 ) -> nn.Module:
     """Return a model that was trained with owners."""
     dtype, rounding = PRECISIONS[precision]
     model = layouts.LAYOUTS[layout](build(grouping).to(dtype))
     mesh = dist.group.WORLD if layout == "replicated" else None
-    train(model, make(build, strategy, model, grouping, rounding, mesh))
+    train(model, make(build, strategy, model, grouping, rounding, mesh, policies))
     return model
 
 
 @cache
 def alone(
-    build: Any, strategy: str, grouping: str = "default", precision: str = "float64"
+    build: Any,
+    strategy: str,
+    grouping: str = "default",
+    precision: str = "float64",
+    policies: str = NO_POLICY,
 ) -> list[Tensor]:
     """Train as one process does, with the seed of the first rank."""
     dtype, rounding = PRECISIONS[precision]
     model = build(grouping).to(dtype)
     with torch.random.fork_rng(), layouts.alone():
         torch.manual_seed(0)
-        train(model, make(build, strategy, model, grouping, rounding, None))
+        train(model, make(build, strategy, model, grouping, rounding, None, policies))
     return layouts.full_params(model)
 
 
@@ -232,6 +250,7 @@ FACTORS: dict[str, Any] = {
     "strategy": chosen(),
     "grouping": list(GROUPINGS),
     "precision": list(PRECISIONS),
+    "policies": [NO_POLICY, "three"],
     "setup": list(SETUPS),
 }
 CASES = covering_array(FACTORS, impossible)
