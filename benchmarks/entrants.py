@@ -70,7 +70,10 @@ def _ours(name: str, momenta: tuple[float, ...], seeds: int = 2, **more: Any) ->
         made: Optimizer = optimizer(model, **given)
         return made
 
-    rest = {k: v for k, v in settings.items() if k != "lr"}
+    rest = {k: v for k, v in settings.items() if k not in ("lr", keyword)}
+    default = inspect.signature(optimizer).parameters[keyword].default
+    if keyword == "betas" and usual["betas"][1] != default[1]:
+        rest["beta2"] = usual["betas"][1]
     shown = describe_object(rest)
     return Entrant(make, usual["lr"], momentum, momenta, shown, seeds)
 
@@ -166,17 +169,17 @@ ENTRANTS: dict[str, Entrant] = {
         _torch_adamw, 0.016, 0.9, (0.95,), "weight_decay 0.1, beta2 0.95", _FINALISTS, "torch"
     ),
     RIVAL: Entrant(
-        _torch_muon, 0.032, 0.95, (0.9,), "weight_decay 0.1, match_rms", _FINALISTS, "torch"
+        _torch_muon, 0.032, 0.9, (0.95,), "weight_decay 0.1, match_rms", _FINALISTS, "torch"
     ),
     "SOAPMuon": _ours("SOAPMuon", (0.95,)),
     "SOAPMuon, kl": _ours("SOAPMuon", (0.95,), _FINALISTS, whitening="kl"),
-    "Muon": _ours("Muon", (0.9,)),
+    "Muon": _ours("Muon", (0.95,)),
     "KLShampoo": _ours("KLShampoo", (0.95,)),
     "KLShampoo, frequency 10": _ours(
         "KLShampoo", (0.95,), precondition_frequency=10, refresh="synchronous"
     ),
-    "SOAP": _ours("SOAP", (0.9,)),
-    "SOAP, frequency 10": _ours("SOAP", (0.9,), precondition_frequency=10, refresh="synchronous"),
+    "SOAP": _ours("SOAP", (0.95,)),
+    "SOAP, frequency 10": _ours("SOAP", (0.95,), precondition_frequency=10, refresh="synchronous"),
     "SIRFShampoo": _ours("SIRFShampoo", (0.95,)),
     "SIRFShampoo, blocks of 32": _ours(
         "SIRFShampoo", (0.95,), structures={2: "block32diagonal", 4: "block32diagonal"}

@@ -7,8 +7,7 @@ from typing import Any
 
 from structprecond.core.policies import MatchRMS
 
-# the settings of Muon in docs/measurements.md, "Loss against steps and time", where it needs 0.38
-# of AdamW's steps: directions as large as AdamW's, so that both share one learning rate
+# directions as large as AdamW's, so that both share one learning rate
 _ORTHOGONALIZED: dict[str, Any] = {
     "lr": 0.032,
     "nesterov": True,
@@ -20,11 +19,11 @@ _ORTHOGONALIZED: dict[str, Any] = {
 RECOMMENDED: Mapping[str, dict[str, Any]] = {
     # betas and weight decay that are common for transformers; the baseline of all comparisons
     "AdamW": {"lr": 0.016, "betas": (0.9, 0.95), "weight_decay": 0.1},
-    # the weight decay of AdamW; staggered refreshes lose nothing and have no slow steps ("SOAP
-    # beyond the published update rule"); embeddings, head and vectors go to AdamW ("Recommended
-    # settings")
+    # refreshes in every second step, staggered, follow the gradients closely; embeddings, head and
+    # vectors go to AdamW
     "SOAP": {
         "lr": 0.032,
+        "betas": (0.9, 0.95),
         "weight_decay": 0.1,
         "precondition_frequency": 2,
         "refresh": "staggered",
@@ -54,7 +53,8 @@ RECOMMENDED: Mapping[str, dict[str, Any]] = {
         "policies": (MatchRMS(0.2),),
         "routes": "adamw",
     },
-    "Muon": {**_ORTHOGONALIZED, "scale_mode": "match_rms_adamw"},
+    "Muon": {**_ORTHOGONALIZED, "momentum": 0.9, "scale_mode": "match_rms_adamw"},
+    # the best one of the scoreboard, with whitening="kl" by a little
     "SOAPMuon": {
         "lr": 0.032,
         "weight_decay": 0.1,
@@ -63,7 +63,7 @@ RECOMMENDED: Mapping[str, dict[str, Any]] = {
         "refresh": "staggered",
     },
     "NorMuon": {**_ORTHOGONALIZED},
-    "PSGDKron": {"lr": 0.008, "weight_decay": 0.1, "routes": "adamw"},
+    "PSGDKron": {"lr": 0.032, "weight_decay": 0.1, "routes": "adamw"},
     # nothing better than the published defaults was measured: the coefficients of "polar_express"
     # change nothing, and routes="adamw" is worse
     "Scion": {},
@@ -72,10 +72,11 @@ RECOMMENDED: Mapping[str, dict[str, Any]] = {
 }
 """Keywords by the name of the optimizer, as in `Muon(model, **RECOMMENDED["Muon"])`.
 
-They come from short trainings of a small transformer with a linear warm-up and a linear decay to
-zero (docs/measurements.md, "Recommended settings"). Learning rates depend on the model and on the
-number of steps: search around these, as in `Muon(model, **RECOMMENDED["Muon"] | {"lr": 0.01})`, and
-expect larger models to want smaller ones.
+Those of `AdamW`, `SOAP`, `KLShampoo`, `SIRFShampoo`, `PSGDKron`, `SOAPMuon` and `Muon` come from
+the language task of docs/scoreboard.md, the others from shorter trainings: small transformers with
+a linear warm-up and a linear decay to zero. Learning rates depend on the model and on the number of
+steps: search around these, as in `Muon(model, **RECOMMENDED["Muon"] | {"lr": 0.01})`, and expect
+larger models to want smaller ones.
 
 Example:
     >>> from structprecond import Muon
