@@ -134,8 +134,7 @@ def _forecast(optimizer: StructuredOptimizer, team: Owners, spec: MeshSpec) -> F
     for part in parts:
         own[part.owner].append(part)
     crossing = [t.crosses for e in team.exchanges for t in (e.inward, e.outward)]
-    # ranks decide about the inputs, about skips, and about the updates if these may fail
-    skips = optimizer.nonfinite != "ignore" and team.shares_skips
+    # ranks decide about the inputs, and about the updates if these may fail
     may_fail = optimizer.nonfinite == "raise" or any(e.runs_other_code for e in team.exchanges)
     units = _units(parts)
     return Forecast(
@@ -144,7 +143,7 @@ def _forecast(optimizer: StructuredOptimizer, team: Owners, spec: MeshSpec) -> F
         ranks=tuple(_rank(rank, some, team.exchanges) for rank, some in enumerate(own)),
         units=units,
         parameter_bytes=sum(p.nbytes for group in optimizer.param_groups for p in group["params"]),
-        collectives=sum(crossing) + 1 + skips + may_fail,
+        collectives=sum(crossing) + 1 + may_fail,
         advice=advise([part.item for part in parts], spec),
     )
 
