@@ -1,4 +1,4 @@
-"""PSGD-Kron against its formulas for one tensor, given the same noise."""
+"""PSGD-Kron against the published code and its formulas for one tensor, given the same noise."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from structprecond import PSGDKron, StepContext, StructureError, describe
+from structprecond import (
+    HyperparameterError,
+    PSGDKron,
+    PSGDKronStrategy,
+    StepContext,
+    StructureError,
+    describe,
+)
 from structprecond.linalg import spectral_norm_bound
 from structprecond.strategies import psgd
+from tests import golden
+from tests.helpers import same_bits, set_grads
 
 Array = np.ndarray[Any, Any]
 LR, RATE, BETA, MOMENTUM, DAMPING = 0.05, 0.1, 0.9, 0.8, 1e-3
@@ -106,6 +115,33 @@ def noise(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return drawn
 
 
+def skew(optimizer: PSGDKron, p: nn.Parameter, oracle: Oracle) -> None:
+    """Add the same strictly triangular matrices to the dense factors of both."""
+    for axis, (Q, diagonal) in enumerate(zip(oracle.Q, oracle.diagonal, strict=True)):
+        if not diagonal:
+            added = np.abs(Q).max() * np.triu(np.ones_like(Q), 1)
+            Q += added
+            optimizer.state[p][f"factors.{axis}.mat"].add_(torch.from_numpy(added))
+
+
+@pytest.mark.parametrize("name", golden.names("psgd_"))
+def test_reproduces_the_published_trajectory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their noise, exact norms, and factors balanced at fixed updates: the rest is theirs."""
+    recorded = golden.load(name)
+    model = recorded.model()
+    shapes = {tuple(p.shape): name for name, p in model.named_parameters()}
+
+    def randn(ctx: StepContext, *dims: int) -> Tensor:
+        assert isinstance(ctx.t, int)
+        return torch.from_numpy(recorded.arrays[f"noise|{ctx.t - 1}|{shapes[dims]}"]).unsqueeze(0)
+
+    monkeypatch.setattr(StepContext, "randn", randn)
+    monkeypatch.setattr(psgd, "spectral_norm_bound", lambda A: torch.linalg.matrix_norm(A, 2))
+    monkeypatch.setattr(psgd, "_BALANCED_EVERY", recorded.meta["balanced_every"])
+    optimizer = PSGDKron(model.parameters(), **recorded.kwargs)
+    assert recorded.replay(model, optimizer) < 1e-9
+
+
 @pytest.mark.parametrize(
     ("shape", "structures", "diagonal"),
     [
@@ -139,6 +175,10 @@ def test_stacked_rows_follow_the_formulas(
         if not oracles:
             pairs = zip(params, grads, strict=True)
             oracles = [Oracle(p.detach().numpy().copy(), g, diagonal) for p, g in pairs]
+        if step == 5:
+            # far from symmetric, so that turns have their largest angle
+            for p, oracle in zip(params, oracles, strict=True):
+                skew(optimizer, p, oracle)
         optimizer.step()
         for i, (p, oracle) in enumerate(zip(params, oracles, strict=True)):
             oracle.fit(grads[i], noise[-1][i].numpy())
@@ -153,6 +193,25 @@ def test_stacked_rows_follow_the_formulas(
             expected = np.diag(Q) if diagonal[axis] else Q
             np.testing.assert_allclose(names[name].numpy(), expected, rtol=1e-8, atol=1e-10)
             assert names[f"bounds.{axis}"].item() == pytest.approx(oracles[i].L[axis], rel=1e-8)
+
+
+def test_large_gradients_have_larger_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise of 1 / eps without damping adds |G|: the factors of positive gradients see 2 G."""
+    G = torch.rand(4, 4, dtype=torch.float64) + 0.1
+
+    def factors(noise: float, gradient: Tensor) -> Tensor:
+        monkeypatch.setattr(
+            StepContext, "randn", lambda ctx, *dims: gradient.new_full((1, *dims), noise)
+        )
+        p = nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
+        optimizer = PSGDKron([p], damping=0.0, init_scale=1.0)
+        p.grad = gradient.clone()
+        optimizer.step()
+        return optimizer.state[p]["factors.0.mat"].clone()
+
+    doubled = factors(0.0, 2 * G)
+    torch.testing.assert_close(factors(1 / torch.finfo(G.dtype).eps, G), doubled)
+    assert not torch.allclose(factors(0.0, G), doubled)
 
 
 def test_factors_whiten_gradients() -> None:
@@ -187,6 +246,38 @@ def test_rows_with_their_own_updates_have_their_own_momentum(noise: list[Tensor]
             # the first gradient of a row is its whole momentum
             assert params[1].grad is not None
             torch.testing.assert_close(optimizer.state[params[1]]["exp_avg"], params[1].grad)
+
+
+def test_staggered_runs_resume_with_the_same_bits() -> None:
+    """The noise depends on a row and its update, not on the run, nor on which rows are due."""
+
+    def run(seed: int, steps: range, resumed: dict[str, Any] | None = None) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        optimizer = PSGDKron(params, damping=1.0, precondition_frequency=3, refresh="staggered")
+        if resumed is not None:
+            optimizer.load_state_dict(resumed)
+        for step in steps:
+            set_grads(params, step)
+            optimizer.step()
+        return optimizer.state_dict()
+
+    params = [nn.Parameter(torch.zeros(3, 3)) for _ in range(4)]
+    expected = run(0, range(10))["state"]
+    moved = [p.detach().clone() for p in params]
+    for p in params:
+        p.detach().zero_()
+    half = run(0, range(5))
+    assert same_bits(run(1, range(5, 10), half)["state"], expected)
+    assert same_bits([p.detach() for p in params], moved)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("init_scale", 0.0), ("init_scale", -1.0), ("max_skew", 0.0), ("damping", -1e-9)],
+)
+def test_bad_options_are_refused(option: str, value: float) -> None:
+    with pytest.raises(HyperparameterError, match=option):
+        PSGDKronStrategy(**{option: value})
 
 
 def test_long_axes_are_diagonal() -> None:
