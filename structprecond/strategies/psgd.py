@@ -167,6 +167,7 @@ class PSGDKronStrategy(Strategy[PSGDKronState]):
                 self._balance(part, ctx.t if isinstance(ctx.t, int) else ctx.t[ctx.due])
         state.exp_avg.lerp_(grad, _share_of_gradient(ctx.t, hp["momentum"], grad))
         direction = _precondition(state.exp_avg, state.factors)
+        # not the policy CapRMS: policies come after the update, and this one before the clamp
         direction = direction * factors_to_rms(_LARGEST_RMS, direction).clamp_(max=1.0)
         return direction.clamp_(-_LARGEST_ENTRY, _LARGEST_ENTRY)
 
