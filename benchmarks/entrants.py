@@ -209,20 +209,20 @@ ENTRANTS: dict[str, Entrant] = {
 _STRUCTURES: dict[str, Any] = {
     "dense": "dense",
     "one-sided": {2: ("dense", "none")},
-    "blocks of 128": "block128diagonal",
-    "blocks of 64": "block64diagonal",
-    "blocks of 32": "block32diagonal",
-    "blocks of 16": "block16diagonal",
+    "block128diagonal": "block128diagonal",
+    "block64diagonal": "block64diagonal",
+    "block32diagonal": "block32diagonal",
+    "block16diagonal": "block16diagonal",
     "diagonal": "diagonal",
 }
 _INTERVALS = {"SOAP": "precondition_frequency", "KLShampoo": "precondition_frequency"}
 _INTERVALS |= {"SIRFShampoo": "T"}
 
 
-def _variants(name: str, **structures: Any) -> dict[str, Entrant]:
+def _variants(name: str, structures: dict[str, Any]) -> dict[str, Entrant]:
     """Return an optimizer with each structure, and with each refresh interval."""
     found = {}
-    for label, structure in {**_STRUCTURES, **structures}.items():
+    for label, structure in structures.items():
         more = {"structures": structure, "refresh": "staggered"}
         found[f"{name}, {label}"] = _ours(name, (), **more)
     for every in (1, 2, 5, 10, 20):
@@ -232,9 +232,9 @@ def _variants(name: str, **structures: Any) -> dict[str, Entrant]:
 
 
 VARIANTS: dict[str, Entrant] = {
-    **_variants("SOAP"),
-    **_variants("KLShampoo"),
-    **_variants("SIRFShampoo", hierarchical="hierarchical32_32"),
+    **_variants("SOAP", _STRUCTURES),
+    **_variants("KLShampoo", _STRUCTURES),
+    **_variants("SIRFShampoo", {**_STRUCTURES, "hierarchical32_32": "hierarchical32_32"}),
 }
 """What structures and refresh intervals buy, at the recommended settings."""
 

@@ -14,7 +14,7 @@ import report
 import scoreboard
 import torch
 from char_lm import Shape, load_corpus
-from entrants import BASELINE, ENTRANTS, RIVAL, Entrant
+from entrants import BASELINE, ENTRANTS, KNOWN, RIVAL, VARIANTS, WIDTHS, Entrant
 from records import Records, Setting, claimed
 from search import search
 from tasks.burgers import Burgers, Points, residual
@@ -140,6 +140,12 @@ def test_digits_are_moved_and_held_out() -> None:
     other, _ = next(task.batches(1))
     assert not torch.equal(images, other)
     assert math.log(10) * 0.8 < task.evaluate(task.model()) < math.log(10) * 1.2
+
+
+def test_names_tell_settings_apart() -> None:
+    """One name for two settings would hide the runs of one of them."""
+    for names in (ENTRANTS, VARIANTS, WIDTHS):
+        assert all(KNOWN[name].settings == one.settings for name, one in names.items())
 
 
 # --- races ---------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ class Bucket:
         counters: The core's counters for each row.
         compensation: The rounding error of the parameters `(b, *dims)`, in their dtype; None
             unless they have low precision and rounding is "kahan".
-        kept: The numbers that policies keep for each row `(b,)`, by name.
+        policy_numbers: The numbers that policies keep for each row `(b,)`, by name.
         refresh_decomposes: Whether a refresh decomposes matrices, which needs a host-device sync;
             None before the first refresh.
         staggered_over: The interval for which the rows' phase offsets were assigned; None if that
@@ -129,7 +129,7 @@ class Bucket:
         self.compensation: Tensor | None = None
         if rounding == "kahan" and is_low_precision(key.param_dtype):
             self.compensation = torch.zeros(self.shape, dtype=key.param_dtype, device=key.device)
-        self.kept = {
+        self.policy_numbers = {
             name: torch.full((self.rows,), value, dtype=self.dtype, device=key.device)
             for policy in key.policies
             for name, value in policy.initial.items()
@@ -140,7 +140,7 @@ class Bucket:
         self._check_names()
 
     def _check_names(self) -> None:
-        own = {field.name for field in fields(Counters)} | {"compensation", *self.kept}
+        own = {field.name for field in fields(Counters)} | {"compensation", *self.policy_numbers}
         if shadowing := sorted(own & set(self.state.named_tensors())):
             raise StructPrecondError(
                 f"The state of {type(self.strategy).__name__} has fields called "
@@ -201,7 +201,9 @@ class Bucket:
     def named_tensors(self) -> dict[str, Tensor]:
         """Return all state by name, stacked, the counters included."""
         more = {} if self.compensation is None else {"compensation": self.compensation}
-        return self.counters.named_tensors() | more | self.kept | self.state.named_tensors()
+        return (
+            self.counters.named_tensors() | more | self.policy_numbers | self.state.named_tensors()
+        )
 
     def unit_tensors(self) -> list[dict[str, Tensor]]:
         """Return views of each unit's rows by name; units of one row have no row dimension."""
@@ -225,7 +227,9 @@ class Bucket:
         twin.state = self.state.map(torch.clone)
         twin.counters = self.counters.map(torch.clone)
         twin.compensation = None if self.compensation is None else self.compensation.clone()
-        twin.kept = {name: numbers.clone() for name, numbers in self.kept.items()}
+        twin.policy_numbers = {
+            name: numbers.clone() for name, numbers in self.policy_numbers.items()
+        }
         twin.layout = copy(self.layout)
         twin.layout.params = [nn.Parameter(p.detach().clone()) for p in self.params]
         return twin
@@ -251,7 +255,9 @@ class Bucket:
         self.state = self.state.map(lambda t: t.to(self.device))
         if self.compensation is not None:
             self.compensation = self.compensation.to(self.device)
-        self.kept = {name: numbers.to(self.device) for name, numbers in self.kept.items()}
+        self.policy_numbers = {
+            name: numbers.to(self.device) for name, numbers in self.policy_numbers.items()
+        }
         return True
 
     def keep(self, units: Sequence[bool], renewed: Mapping[nn.Parameter, nn.Parameter]) -> None:
@@ -266,7 +272,9 @@ class Bucket:
         if not all(units):
             rows = self.layout.live_rows(units).nonzero().squeeze(1)
             self.state = self.state.map(lambda t: t[on_device_of(rows, t)])
-            self.kept = {name: t[on_device_of(rows, t)] for name, t in self.kept.items()}
+            self.policy_numbers = {
+                name: t[on_device_of(rows, t)] for name, t in self.policy_numbers.items()
+            }
             self.counters = self.counters.map(lambda t: t[rows])
             if self.compensation is not None:
                 self.compensation = self.compensation[on_device_of(rows, self.compensation)]

@@ -73,11 +73,11 @@ def _apply_policies(bucket: Bucket, move: Move, rows: Rows) -> None:
     """Let the policies of a bucket change the move of some rows, and what they keep of these."""
     if not bucket.key.policies:
         return
-    places = {name: on_device_of(rows, numbers) for name, numbers in bucket.kept.items()}
-    kept = {name: numbers[places[name]].clone() for name, numbers in bucket.kept.items()}
+    places = {name: on_device_of(rows, numbers) for name, numbers in bucket.policy_numbers.items()}
+    kept = {name: numbers[places[name]].clone() for name, numbers in bucket.policy_numbers.items()}
     apply_policies(bucket.key.policies, move, kept)
     for name, numbers in kept.items():
-        bucket.kept[name][places[name]] = numbers
+        bucket.policy_numbers[name][places[name]] = numbers
 
 
 def _values_before(bucket: Bucket, rows: Rows) -> Tensor:
@@ -89,8 +89,12 @@ def _values_before(bucket: Bucket, rows: Rows) -> Tensor:
 
 
 def _moved_stack(move: Move, rate: float | Tensor) -> Tensor:
-    """Return the moved parameters, in the dtype of the stack; overwrites those before the move."""
-    values = move.params.mul_(move.before).sub_(move.direction * rate).mul_(move.after)
+    """Return the moved parameters, in the dtype of the stack.
+
+    Overwrites those before the move, unless projections may look at them.
+    """
+    values = move.params.clone() if move.projections else move.params
+    values.mul_(move.before).sub_(move.direction * rate).mul_(move.after)
     for project in move.projections:
         values = usable(project(values), values, "The projection of a policy")
     return values

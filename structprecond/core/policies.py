@@ -190,9 +190,9 @@ class Hyperball(Policy):
 
     def apply(self, move: Move, kept: Mapping[str, Tensor]) -> None:
         """Scale the directions, and project onto the sphere after the move."""
-        norm = kept["initial_norm"]
-        norm.copy_(torch.where(norm < 0, row_norms(move.params), norm))
-        radius = norm.clone()  # the numbers of the row may change before the projection
+        known = kept["initial_norm"]
+        radius = torch.where(known < 0, row_norms(move.params), known)
+        known.copy_(radius)
 
         def to_sphere(stack: Tensor) -> Tensor:
             return torch.where(per_row(radius > 0, stack), stack * _to_norm(radius, stack), stack)
@@ -234,8 +234,8 @@ def _keep_decay(move: Move, where: Tensor) -> None:
     def kept(factor: Factor) -> Factor:
         if not isinstance(factor, Tensor) and factor == 1.0:
             return factor
-        # two numbers would be rounded to float32
-        ones = torch.ones_like(move.direction)
+        # in the shape of the mask, which may have one entry per row; two numbers would be float32
+        ones = torch.ones_like(where, dtype=move.direction.dtype)
         return torch.where(where, ones * factor, ones)
 
     move.before, move.after = kept(move.before), kept(move.after)

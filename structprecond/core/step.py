@@ -194,8 +194,8 @@ class Plan:
         waiting = torch.zeros_like(fresh)
         rows = select(fresh)
         if rows is not None:
-            with rows_of(self.bucket.state, rows) as state:
-                able = self.bucket.strategy.can_begin(state, grads[rows])
+            # the whole state, not a copy of these rows: some may wait for many steps
+            able = self.bucket.strategy.can_begin(self.bucket.state, grads[rows])
             if able is not None:
                 waiting[rows] = ~able.to(waiting.device)
         return waiting

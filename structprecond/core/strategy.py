@@ -233,8 +233,8 @@ class Strategy(ABC, Generic[S]):
         Default: None, all of them.
 
         Args:
-            state: The rows of the state that are not initialized.
-            grad: Their gradients `(b, *dims)`.
+            state: The state of the whole stack, which tells how it is laid out.
+            grad: The gradients of the rows that are not initialized `(b, *dims)`.
         """
         return None
 

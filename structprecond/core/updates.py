@@ -55,7 +55,7 @@ class Updates:
             note(exclude(self._plans, nonfinite == "raise"))
         for plan in self._others:
             self._keep(plan.bucket.state)
-            self._kept.extend((t, t.clone()) for t in plan.bucket.kept.values())
+            self._kept.extend((t, t.clone()) for t in plan.bucket.policy_numbers.values())
             self._writes.append(plan.prepare())
 
     def apply(self, moved: Callable[[Bucket], None]) -> list[str]:

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from structprecond.checks import check_choice
 from structprecond.core.options import from_keywords
 from structprecond.core.policies import MatchRMS, Policy
-from structprecond.core.strategy import Hyperparameter, nonnegative, pair_of_fractions
+from structprecond.core.strategy import Hyperparameter, pair_of_fractions
 from structprecond.groups import Matricize, PreconditionerGroup, StackExperts
 from structprecond.linalg.polar import (
     CoefficientType,
@@ -23,7 +23,6 @@ from structprecond.linalg.polar import (
 from structprecond.strategies.auxiliary import FactoredAuxiliaryOptions, WithAdamW
 from structprecond.strategies.kl import KLShampooStrategy, KLState
 from structprecond.strategies.moments import fraction_or_default
-from structprecond.strategies.rotation import RotatedStrategy
 from structprecond.strategies.soap import SOAPState, SOAPStrategy
 
 Whitening = Literal["soap", "kl"]
@@ -46,12 +45,9 @@ class Polar:
     policies: ClassVar[tuple[Policy, ...]] = (MatchRMS(0.2),)
     combine_params: ClassVar[tuple[PreconditionerGroup, ...]] = (StackExperts(), Matricize())
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
-        "lr": nonnegative(3e-3),
+        **SOAPStrategy.hyperparameters,
         "betas": pair_of_fractions((0.9, 0.95)),
         "shampoo_beta": fraction_or_default(0.9),
-        "eps": nonnegative(1e-8),
-        "weight_decay": nonnegative(0.01),
-        **RotatedStrategy.hyperparameters,
     }
 
     def __post_init__(self) -> None:
@@ -95,7 +91,8 @@ class SOAPMuonStrategy(Polar, SOAPStrategy):
 class KLMuonStrategy(Polar, KLShampooStrategy):
     r"""KL-Shampoo with polar factors: Muon whose momentum is whitened by KL-Shampoo's factors.
 
-    As `SOAPMuonStrategy`, with the whitened momentum of `KLShampooStrategy`.
+    As `SOAPMuonStrategy`, with the whitened momentum of `KLShampooStrategy`. Here too, a unit
+    without factors follows AdamW.
 
     Args:
         nesterov: Whether to use Nesterov momentum. Default: True.

@@ -213,7 +213,7 @@ def test_hyperball_keeps_the_norm_over_1000_steps(make: Any, dtype: torch.dtype)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), nn.Linear(4, 2)).to(dtype)
     optimizer = make(model, lr=0.02, weight_decay=0.1, policies=(Hyperball(),))
-    own = {p for row in optimizer.buckets if row.kept for p in row.params}
+    own = {p for row in optimizer.buckets if row.policy_numbers for p in row.params}
     assert len(own) >= 2
     before = {p: p.detach().double().norm() for p in own}
     start = {p: p.detach().clone() for p in own}
@@ -376,6 +376,22 @@ def test_a_policy_that_fails_changes_nothing(value: float, message: str) -> None
     after = {n: t for b in optimizer.buckets for n, t in b.named_tensors().items()}
     assert all(torch.equal(after[name], state[name]) for name in state)
     assert after["calls"].max() >= 1
+
+
+@dataclass(frozen=True)
+class Halfway(Policy):
+    """Goes half as far; what the projection compares with must be the old parameters."""
+
+    def apply(self, move: Move, kept: Mapping[str, Tensor]) -> None:
+        move.projections.append(lambda moved: (moved + move.params) / 2)
+
+
+def test_projections_see_the_parameters_before_the_move() -> None:
+    params = matrices()
+    expected = [(p.detach() + decayed_before(grad_of(p) + SHEAR, p.detach())) / 2 for p in params]
+    StructuredOptimizer(params, strategy=Sheared(), policies=(Halfway(),)).step()
+    for p, value in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), value)
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
