@@ -1,6 +1,8 @@
 """Structured preconditioners for PyTorch: one optimizer core, every strategy, every structure."""
 
+from structprecond.chooser import Recommendation, recommend
 from structprecond.core.captured import CapturedStep
+from structprecond.core.estimate import Estimate, estimate
 from structprecond.core.inputs import get_batch_size, get_token_count
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.policies import (
@@ -87,6 +89,7 @@ __all__ = [
     "DenseMatrix",
     "DiagonalMatrix",
     "DistributedError",
+    "Estimate",
     "FlattenAndConcatenate",
     "FlattenEmbedding",
     "GradientError",
@@ -116,6 +119,7 @@ __all__ = [
     "PerParameter",
     "Policy",
     "PreconditionerGroup",
+    "Recommendation",
     "Routing",
     "SIRFShampoo",
     "SIRFShampooStrategy",
@@ -142,8 +146,10 @@ __all__ = [
     "TriuToeplitzMatrix",
     "TriuTopLeftDiagMatrix",
     "describe",
+    "estimate",
     "freeze_batch_norm",
     "get_batch_size",
     "get_token_count",
     "infer_roles",
+    "recommend",
 ]

@@ -17,6 +17,7 @@ FLOORS = (
     {"linalg", "structures", "groups", "roles"},
     {"core"},
     {"strategies", "sharpness"},
+    {"chooser"},
     {"testing", "plan"},
 )
 

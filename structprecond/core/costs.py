@@ -55,12 +55,12 @@ def step_operations(strategy: Strategy[Any], key: BucketKey) -> int:
     taken to be \(\sum_k 6 D e_k / d_k\) for D numbers and factors that store \(e_k\) each; dense
     ones have \(e_k = d_k^2\).
     """
-    return _ENTRYWISE_OPERATIONS * key.shape.numel() + _products(strategy, key)
+    return _ENTRYWISE_OPERATIONS * key.shape.numel() + product_operations(strategy, key)
 
 
 @lru_cache(maxsize=2**12)
-def _products(strategy: Strategy[Any], key: BucketKey) -> int:
-    """Return how many operations the products of an ordinary step of one row take."""
+def product_operations(strategy: Strategy[Any], key: BucketKey) -> int:
+    """Return how many operations the matrix products of an ordinary step of one row take."""
     shape, dtype = (1, *key.shape), compute_dtype(key.param_dtype)
     try:
         # precision first: on some CPUs, the first use of it multiplies matrices to check it

@@ -286,7 +286,7 @@ def test_operations_of_a_step_include_the_products_of_an_orthogonalization(
 
 
 def test_operations_do_not_count_the_check_of_the_precision() -> None:
-    for cached in (precision._onednn_keeps_float32, precision._checked, costs._products):
+    for cached in (precision._onednn_keeps_float32, precision._checked, costs.product_operations):
         cached.cache_clear()
     assert products_of(MuonStrategy(num_ns_steps=1), 8, 12) == 2 * 8**2 * (2 * 12 + 8)
 
