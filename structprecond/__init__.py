@@ -18,6 +18,7 @@ from structprecond.core.report import describe
 from structprecond.core.routing import Routing
 from structprecond.core.state import State
 from structprecond.core.strategy import Hyperparameter, StepContext, Strategy
+from structprecond.diagnostics import Diagnosis, Diagnostics, to_tensorboard
 from structprecond.errors import (
     CheckpointError,
     DecompositionError,
@@ -87,6 +88,8 @@ __all__ = [
     "CheckpointError",
     "DecompositionError",
     "DenseMatrix",
+    "Diagnosis",
+    "Diagnostics",
     "DiagonalMatrix",
     "DistributedError",
     "Estimate",
@@ -152,4 +155,5 @@ __all__ = [
     "get_token_count",
     "infer_roles",
     "recommend",
+    "to_tensorboard",
 ]

@@ -17,7 +17,7 @@ FLOORS = (
     {"linalg", "structures", "groups", "roles"},
     {"core"},
     {"strategies", "sharpness"},
-    {"chooser"},
+    {"chooser", "diagnostics"},
     {"testing", "plan"},
 )
 
