@@ -41,6 +41,7 @@ from structprecond.groups import (
     SplitHeads,
     StackExperts,
 )
+from structprecond.migrate import load_adamw
 from structprecond.roles import infer_roles
 from structprecond.sharpness.batch_norm import freeze_batch_norm
 from structprecond.sharpness.sam import SAM
@@ -154,6 +155,7 @@ __all__ = [
     "get_batch_size",
     "get_token_count",
     "infer_roles",
+    "load_adamw",
     "recommend",
     "to_tensorboard",
 ]

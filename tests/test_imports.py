@@ -17,7 +17,7 @@ FLOORS = (
     {"linalg", "structures", "groups", "roles"},
     {"core"},
     {"strategies", "sharpness"},
-    {"chooser", "diagnostics"},
+    {"chooser", "diagnostics", "migrate"},
     {"testing", "plan"},
 )
 
