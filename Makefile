@@ -49,7 +49,7 @@ clean: ## Remove the environment and everything built
 # Each stamp is the environment with some extras; it is made again when the requirements change.
 $(VENV)/.demo: EXTRAS := examples
 $(VENV)/.test: EXTRAS := dev,examples
-$(VENV)/.models: EXTRAS := dev,examples,models
+$(VENV)/.models: EXTRAS := dev,examples,models,integrations
 $(VENV)/.docs: EXTRAS := docs
 $(VENV)/.bench: EXTRAS := bench
 $(VENV)/.race: EXTRAS := bench,examples
