@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist work
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format docs scoreboard bench clean
+.PHONY: help demo test test-all lint format docs scoreboard bench gpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,10 @@ scoreboard: $(VENV)/.race ## Race optimizers over several tasks: hours, and resu
 bench: $(VENV)/.bench ## Measure the time of a step, beside other libraries
 	$(BIN)/python benchmarks/step_time.py
 
+gpu: $(VENV)/.gpu ## Test and time the optimizers on a GPU: parts of at most 9 minutes, and resumes
+	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/gpu.py --report
+
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -52,6 +56,7 @@ $(VENV)/.test: EXTRAS := dev,examples
 $(VENV)/.models: EXTRAS := dev,examples,models,integrations
 $(VENV)/.docs: EXTRAS := docs
 $(VENV)/.bench: EXTRAS := bench
+$(VENV)/.gpu: EXTRAS := bench,dev,examples
 $(VENV)/.race: EXTRAS := bench,examples
 $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[$(EXTRAS)]"

@@ -37,7 +37,7 @@ import torch
 from contestants import OURS, RACES, Build
 from matplotlib import pyplot as plt
 from torch import nn
-from workloads import WORKLOADS, fill_gradients
+from workloads import LARGE, WORKLOADS, fill_gradients
 
 from structprecond import StructuredOptimizer
 
@@ -164,10 +164,15 @@ def _resident(field: str) -> int:
 
 
 def race(
-    workload: str, name: str, builds: Mapping[str, Build], cycles: int, device: str
+    workload: str,
+    name: str,
+    builds: Mapping[str, Build],
+    cycles: int,
+    device: str,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Result]:
     """Step all contestants alternately, for a warm-up cycle and `cycles` that count."""
-    model = WORKLOADS[workload]().to(device)
+    model = (WORKLOADS | LARGE)[workload]().to(device, dtype)
     contestants = []
     for who, build in builds.items():
         try:

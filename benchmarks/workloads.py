@@ -50,10 +50,21 @@ WORKLOADS: dict[str, Callable[[], nn.Module]] = {
     "transformer28": transformer_matrices,
 }
 
+LARGE: dict[str, Callable[[], nn.Module]] = {
+    # GPT-2 with 124 million parameters
+    "W5": lambda: transformer_matrices(layers=12, width=768, gated=False, vocabulary=50257),
+    # 1.2 billion parameters
+    "W6": lambda: transformer_matrices(layers=24, width=2048, gated=False),
+    # for a look at the program itself
+    "tiny": lambda: transformer_matrices(layers=1, width=16, gated=False, vocabulary=32),
+}
+"""Workloads that only `gpu.py` runs."""
+
 
 def fill_gradients(model: nn.Module, seed: int) -> None:
     """Give every parameter a random gradient with an expected squared norm of 1."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     for p in model.parameters():
-        grad = torch.randn(p.shape, generator=generator) / p.numel() ** 0.5
-        p.grad = grad.to(p.device, p.dtype)
+        grad = torch.randn(p.shape, generator=generator, device=device) / p.numel() ** 0.5
+        p.grad = grad.to(p.dtype)
