@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist work
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format docs scoreboard bench gpu clean
+.PHONY: help demo test test-all test-torch lint format docs scoreboard bench gpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -22,6 +22,14 @@ test: lint ## Lint, check types, run the tests
 
 test-all: lint $(VENV)/.models ## The same with the slow tests, and with models of other libraries
 	$(PYTEST) -m ""
+
+test-torch: ## Run the tests with another torch: make test-torch VERSION=2.15.0, several gigabytes
+	@test -n "$(VERSION)" || { echo "Name the version, as in make test-torch VERSION=2.15.0"; exit 2; }
+	$(PYTHON) -m venv .venv-torch-$(VERSION)
+	grep -vE '^(torch|torchvision|triton|setuptools)==' constraints.txt > .venv-torch-$(VERSION)/constraints.txt
+	.venv-torch-$(VERSION)/bin/python -m pip install -qq -c .venv-torch-$(VERSION)/constraints.txt \
+		"torch==$(VERSION)" -e ".[dev,examples,bench]"
+	OMP_NUM_THREADS=1 .venv-torch-$(VERSION)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.test ## Check style and types
 	$(BIN)/ruff check
@@ -47,7 +55,7 @@ gpu: $(VENV)/.gpu ## Test and time the optimizers on a GPU: parts of at most 9 m
 	$(BIN)/python benchmarks/gpu.py --report
 
 clean: ## Remove the environment and everything built
-	rm -rf $(VENV) build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-torch-* build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is the environment with some extras; it is made again when the requirements change.

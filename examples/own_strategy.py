@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from structprecond import State, StepContext, Strategy, StructuredOptimizer, describe
 from structprecond.core.options import CommonOptions, from_keywords

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from char_lm import CharTask, Corpus, Shape, load_corpus
-from typing_extensions import Self
 
 
 class Language(CharTask):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Self
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from structprecond.core.state import State
 from structprecond.core.units import Unit

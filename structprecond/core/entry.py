@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from structprecond.core.bucket import Bucket
 from structprecond.core.memory import keep_freed_memory

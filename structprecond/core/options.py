@@ -8,10 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any, Literal, TypedDict, TypeVar, get_args, get_origin
+from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack, get_args, get_origin
 
 import torch
-from typing_extensions import Self, Unpack
 
 from structprecond.checks import check_choice, check_flags
 from structprecond.core.chosen_policies import Policies

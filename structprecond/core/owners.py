@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from structprecond.core.agreement import Agreement, Facts, digest_of
 from structprecond.core.all_rows import AllRows

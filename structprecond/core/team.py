@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from structprecond.core.agreement import NOTHING, Agreement, Facts
 from structprecond.core.batch_size import Samples

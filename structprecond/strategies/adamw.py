@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.options import CommonOptions, from_keywords

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from structprecond.checks import check_nonnegative
 from structprecond.core.optimizer import StructuredOptimizer

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from structprecond.checks import check_flags, check_positive
 from structprecond.core.optimizer import StructuredOptimizer

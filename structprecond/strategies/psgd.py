@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from structprecond.checks import check_nonnegative, check_positive
 from structprecond.core.optimizer import StructuredOptimizer

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from structprecond.checks import check_choice, check_positive
 from structprecond.core.inputs import GetBatchSize, get_batch_size

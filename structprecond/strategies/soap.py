@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from structprecond.checks import check_choice, check_flags, check_positive
 from structprecond.core.optimizer import StructuredOptimizer

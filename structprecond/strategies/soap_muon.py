@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from structprecond.checks import check_choice
 from structprecond.core.options import from_keywords

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from structprecond.linalg import (
     RootMethod,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from structprecond.linalg import left_eigenbasis
 from structprecond.linalg.product import as_stack

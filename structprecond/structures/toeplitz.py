@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from typing_extensions import Self
 
 from structprecond.linalg.product import matmul
 from structprecond.structures.base import StructuredMatrix, _per_matrix, matmul_like

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from typing_extensions import Self
 
 from structprecond.core.optimizer import StructuredOptimizer
 from structprecond.core.units import Unit
