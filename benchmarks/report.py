@@ -467,7 +467,8 @@ def write(records: Records, root: Path) -> None:
     images.mkdir(parents=True, exist_ok=True)
     plot_curves(by_task["language"], slower, images / "scoreboard_curves.png")
     plot_pareto(by_task["language"], slower, images / "scoreboard_pareto.png")
-    if variant_rows(records, slower):
+    timed = any(name in slower and variant_losses(records, name) for name in VARIANTS)
+    if timed:
         plot_variants(records, by_task["language"], slower, images / "scoreboard_structures.png")
     counts = {name: solved(records, name) for name in ENTRANTS}
     if toy_rows(counts):
@@ -489,7 +490,9 @@ def write(records: Records, root: Path) -> None:
         variants=section(
             ("setting", "validation loss", "time of a step"),
             variant_rows(records, slower),
-            "![Time of a step and final loss of each setting](images/scoreboard_structures.png)",
+            "![Time of a step and final loss of each setting](images/scoreboard_structures.png)"
+            if timed
+            else "The times of these steps are not measured yet.",
         ),
         widths=section(("optimizer", "width", "best lr", "losses"), width_rows(records)),
         factors=", ".join(f"{factor:g}" for factor in FACTORS),
