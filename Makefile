@@ -60,8 +60,8 @@ clean: ## Remove the environment and everything built
 
 # Each stamp is the environment with some extras; it is made again when the requirements change.
 $(VENV)/.demo: EXTRAS := examples
-$(VENV)/.test: EXTRAS := dev,examples
-$(VENV)/.models: EXTRAS := dev,examples,models,integrations
+$(VENV)/.test: EXTRAS := dev,docs,examples
+$(VENV)/.models: EXTRAS := dev,docs,examples,models,integrations
 $(VENV)/.docs: EXTRAS := docs
 $(VENV)/.bench: EXTRAS := bench
 $(VENV)/.gpu: EXTRAS := bench,dev,examples

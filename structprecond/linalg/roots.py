@@ -14,6 +14,8 @@ from structprecond.linalg.precision import at_least_float32, full_precision
 from structprecond.linalg.product import matmul
 
 RootMethod = Literal["eigh", "coupled_newton", "newton_db"]
+"""How `matrix_inverse_root` computes roots: by eigenvalues, or by one of two Newton iterations."""
+
 Tensors = tuple[Tensor, ...]
 
 

@@ -20,6 +20,8 @@ RoleName: TypeAlias = Literal[
     "matrix",
     "other",
 ]
+"""The role of a parameter."""
+
 ROLES: tuple[RoleName, ...] = get_args(RoleName)
 """All roles."""
 
