@@ -39,12 +39,13 @@ def picture(name: str) -> str:
     entries = [number for row in matrix for number in row if number]
     repeated = len(set(entries)) < len(entries)
     side = SIZE * CELL + GAP
-    squares = "".join(
-        f'<path d="M{x * CELL + GAP} {y * CELL + GAP}h{CELL - GAP}v{CELL - GAP}h{GAP - CELL}z" '
-        f'fill="{_fill(number, repeated)}"/>\n'
-        for y, row in enumerate(matrix)
-        for x, number in enumerate(row)
-    )
+    paths: dict[str, str] = {}
+    for y, row in enumerate(matrix):
+        for x, number in enumerate(row):
+            square = f"M{x * CELL + GAP} {y * CELL + GAP}h{CELL - GAP}v{CELL - GAP}h{GAP - CELL}z"
+            fill = _fill(number, repeated)
+            paths[fill] = paths.get(fill, "") + square
+    squares = "".join(f'<path fill="{fill}" d="{path}"/>\n' for fill, path in paths.items())
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {side} {side}" '
         f'width="{side}" height="{side}">\n{squares}</svg>\n'
