@@ -75,8 +75,8 @@ class KLShampooStrategy(RotatedStrategy):
        U = \left( m \circ \frac{w}{1 + \epsilon w} \right) \times_1 Q_1 \dots \times_N Q_N, \]
     \[ X_k = G' \times_{j \ne k} \mathrm{diag}(\lambda_j)^{-1/2}, \quad
        S_k \leftarrow \beta_s S_k + (1 - \beta_s) \frac{d_k}{D}
-       Q_k X_{k,(k)} X_{k,(k)}^\top Q_k^\top, \quad
-       \lambda_k \leftarrow \beta_s \lambda_k + (1 - \beta_s) \frac{d_k}{D} \mathrm{diag}(X_{k,(k)}
+       Q_k X_{k,(k)} X_{k,(k)}^\top Q_k^\top, \]
+    \[ \lambda_k \leftarrow \beta_s \lambda_k + (1 - \beta_s) \frac{d_k}{D} \mathrm{diag}(X_{k,(k)}
        X_{k,(k)}^\top), \]
 
     \(p \leftarrow p - \eta U\), \(p \leftarrow p - \eta \lambda p\). Whenever

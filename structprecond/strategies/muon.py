@@ -109,8 +109,8 @@ class NorMuonStrategy(MuonStrategy):
     r"""The NorMuon rule: Muon with a second moment for every row (neuron).
 
     \[ O = \mathrm{NewtonSchulz}(u), \quad
-       v \leftarrow \beta_2 v + (1 - \beta_2) \, \mathrm{mean}_{columns}(O^2), \quad
-       \hat O = O / (\sqrt v + \epsilon), \quad
+       v \leftarrow \beta_2 v + (1 - \beta_2) \, \mathrm{mean}_{columns}(O^2), \]
+    \[ \hat O = O / (\sqrt v + \epsilon), \quad
        p \leftarrow p - \eta \, s \sqrt{\min(out, in)} \, \hat O / \|\hat O\|_F. \]
 
     With the scale s of "match_rms_adamw", the default here, the factor is the published

@@ -43,8 +43,8 @@ class OrthogonalizedMomentumStrategy(Strategy[Any]):
     r"""Base of update rules that step along a normalized momentum, such as Muon.
 
     \[ m \leftarrow \mu m + (1 - \mu) g, \quad
-       u = m \text{ or, with Nesterov momentum, } (1 - \mu) g + \mu m, \quad
-       p \leftarrow p - \eta \, \mathrm{scaled\_orthogonalize\_fn}(u). \]
+       u = m \text{ or, with Nesterov momentum, } (1 - \mu) g + \mu m, \]
+    \[ p \leftarrow p - \eta \, \mathrm{scaled\_orthogonalize\_fn}(u). \]
 
     Subclasses define `scaled_orthogonalize_fn` for matrices `(out, in)`. Trailing axes are
     flattened: a convolution is `(out, in * kh * kw)`, and a vector is a column.
