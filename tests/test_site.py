@@ -1,4 +1,4 @@
-"""The site shows every formula without a script, and has every public name."""
+"""The site: formulas without a script, every public name, pictures of all structures."""
 
 import ast
 import importlib
@@ -9,6 +9,8 @@ import zlib
 from pathlib import Path
 
 import pytest
+
+from structprecond.structures import SUPPORTED_STRUCTURES, structure_class
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMULA = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
@@ -101,3 +103,13 @@ def test_the_site_builds(tmp_path):
     assert sum(text.count("<math ") for text in pages.values()) > 250
     fetched = re.compile(r'<(?:script|img)[^>]*src="https?:|<link[^>]*stylesheet"? href="https?:')
     assert [page.name for page, text in pages.items() if fetched.search(text)] == []
+
+
+def test_pictures_of_structures_are_those_of_the_classes():
+    pictures = importlib.import_module("docs.pictures")
+    for name in pictures.NAMES:
+        file = pictures.FOLDER / f"{name}.svg"
+        assert file.read_text(encoding="utf-8") == pictures.picture(name), file
+    drawn = [structure_class(name) for name in pictures.NAMES]
+    for known in filter(None, SUPPORTED_STRUCTURES.values()):
+        assert any(issubclass(one, known) for one in drawn), known
