@@ -19,8 +19,7 @@ NAMES = (
 ).split()
 SIZE, CELL, GAP = 10, 12, 1
 # hues that are visible on white and on black
-HUES = ("#5c6bc0", "#7e57c2", "#ab47bc", "#ec407a", "#ef5350", "#ff7043", "#ffa726", "#d4b106")
-HUES += ("#9ccc65", "#26a69a")
+HUES = "#5c6bc0 #7e57c2 #ab47bc #ec407a #ef5350 #ff7043 #ffa726 #d4b106 #9ccc65 #26a69a".split()
 
 
 def numbered(name: str) -> Tensor:  # (SIZE, SIZE)
