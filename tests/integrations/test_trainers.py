@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from structprecond import SOAP, Diagnostics, KLShampoo, Muon, SIRFShampoo
+from tests.integrations.examples import assert_equal, example
 from tests.roles.architectures.table import package
 
 # their own deprecations
@@ -18,22 +17,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 OPTIMIZERS = pytest.mark.parametrize("optimizer", [SOAP, Muon, KLShampoo, SIRFShampoo])
 
 
-def example(name: str, needs: str) -> Any:
-    """Return an example; skip the test if the package that it needs is not installed."""
-    package(needs)
-    return importlib.import_module(f"integrations.{name}")
-
-
 def settings_of(optimizer: Any) -> dict[str, Any]:
     """Return settings with refreshes in every second step, so that some come after the resume."""
     if optimizer is SIRFShampoo:
         return {"T": 2, "batch_size": 16}
     return {} if optimizer is Muon else {"precondition_frequency": 2}
-
-
-def assert_equal(one: Any, other: Any) -> None:
-    for p, q in zip(one.parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q)
 
 
 @OPTIMIZERS
