@@ -1,4 +1,4 @@
-"""Prove the library on a GPU: tests, parity with the CPU, times of steps, and captured steps.
+"""Prove the library on a GPU: tests, parity with the CPU, times and floors of steps, graphs.
 
 Every finished piece is a line in a file, so a run that was stopped resumes with the first missing
 one.
@@ -7,6 +7,10 @@ one.
     python benchmarks/gpu.py --part steps --minutes 5     # one part, for at most 5 minutes
     python benchmarks/gpu.py --device cpu --short --out short.jsonl  # a look at the program itself
     python benchmarks/gpu.py --report                     # write docs/gpu.md
+
+`--peer-path NAME=DIR`, once per package, adds packages from local checkouts to the part `steps`:
+
+    python benchmarks/gpu.py --part steps --peer-path dion=../dion --peer-path dash=../dash
 """
 
 from __future__ import annotations
@@ -18,26 +22,33 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import RACES
-from step_time import Contestant, race
+from contestants import OURS, PEERS, RACES, Build, with_peers
+from roofline import Rates, compare, estimated_floor
+from step_time import Contestant, race, wait
 from torch import nn
 from workloads import LARGE, WORKLOADS, fill_gradients
 
-from structprecond import RECOMMENDED, SOAP, AdamW, CapturedStep, Muon
+from structprecond import RECOMMENDED, SOAP, AdamW, CapturedStep, Muon, StructPrecondError
 from structprecond.testing.table import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "results" / "gpu.jsonl"
-PARTS = ("tests", "parity", "steps", "captured", "share")
+PARTS = ("tests", "parity", "steps", "floor", "captured", "share")
 TESTS = ("tests/core/test_devices.py", "tests/core/test_captured.py", "tests/linalg")
 PRECISIONS = ("float32", "tf32", "bfloat16")
+WITH_FLOOR = ("adamw", "muon, float32", "muon, bfloat16", "soap", "shampoo")
+GOALS = {"W5": 2.0, "W6": 1.5}
+"""The most that a step may take, in floors."""
+Races = Mapping[str, Mapping[str, Build]]
 
 Piece = tuple[dict[str, Any], Callable[[], Any]]
 """What tells a piece from others, and what does it."""
@@ -89,31 +100,71 @@ def parity(device: str, short: bool) -> Iterator[Piece]:
             yield {"strategy": name, "dtype": str(dtype).removeprefix("torch.")}, run
 
 
-def steps(device: str, short: bool) -> Iterator[Piece]:
+def steps(device: str, short: bool, races: Races = RACES) -> Iterator[Piece]:
     """Time steps beside other packages."""
-    workloads = ("tiny",) if short else ("W1", "W2", "W3", "W4", "W5", "W6")
-    races = ("adamw", "muon, float32") if short else tuple(RACES)
-    for workload in workloads:
+    chosen = [n for n in races if not short or n in WITH_FLOOR[:2] or PEERS.keys() & races[n]]
+    for workload, name, precision in _cases(chosen, short):
+
+        def run(
+            workload: str = workload, name: str = name, precision: str = precision
+        ) -> list[Any]:
+            with _precision(precision) as dtype:
+                found = race(workload, name, races[name], 1 if short else 3, device, dtype)
+            syncs = _syncs(workload, races[name], device, dtype)
+            return [asdict(result) | {"syncs": syncs} for result in found]
+
+        peers = [peer for peer in races[name] if peer in PEERS]
+        piece = {"workload": workload, "race": name, "precision": precision}
+        yield piece | ({"peers": peers} if peers else {}), run
+
+
+def floor(device: str, short: bool) -> Iterator[Piece]:
+    """Compare steps with the time that their products and their memory traffic need at least."""
+    for precision in PRECISIONS[:1] if short else PRECISIONS:
+
+        def rates(precision: str = precision) -> dict[str, float]:
+            with _precision(precision) as dtype:
+                found = Rates(device, dtype)
+                return {"TFLOP/s": found.speed / 1e12, "GB/s": found.bandwidth / 1e9}
+
+        yield {"rates": precision}, rates
+    for workload, name, precision in _cases(WITH_FLOOR[: 2 if short else None], short):
+
+        def run(
+            workload: str = workload, name: str = name, precision: str = precision
+        ) -> dict[str, float]:
+            with _precision(precision) as dtype:
+                model = (WORKLOADS | LARGE)[workload]().to(device, dtype)
+                build = RACES[name][OURS]
+                least = estimated_floor(model, build)
+                # steps compute in float32 except where the race says otherwise
+                products = torch.bfloat16 if name == "muon, bfloat16" else torch.float32
+                rates = partial(Rates, device, products)
+                bound, measured = compare(least, build, model, 1 if short else 3, rates)
+            return {"floor (ms)": bound, "step (ms)": measured, "step / floor": measured / bound}
+
+        yield {"workload": workload, "race": name, "precision": precision}, run
+
+
+def _cases(races: Sequence[str], short: bool) -> Iterator[tuple[str, str, str]]:
+    """Yield workloads, races and precisions."""
+    for workload in ("tiny",) if short else ("W1", "W2", "W3", "W4", "W5", "W6"):
         for name in races:
             # factors of width 2,048 and 8,192 are a matter of many devices
             if workload == "W6" and name.partition(" ")[0] not in ("muon,", "adamw"):
                 continue
             for precision in PRECISIONS[:1] if short else PRECISIONS:
+                yield workload, name, precision
 
-                def run(
-                    workload: str = workload, name: str = name, precision: str = precision
-                ) -> list[Any]:
-                    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-                    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-                    try:
-                        cycles = 1 if short else 3
-                        found = race(workload, name, RACES[name], cycles, device, dtype)
-                    finally:
-                        torch.set_float32_matmul_precision("highest")
-                    syncs = _syncs(workload, RACES[name], device, dtype)
-                    return [asdict(result) | {"syncs": syncs} for result in found]
 
-                yield {"workload": workload, "race": name, "precision": precision}, run
+@contextmanager
+def _precision(name: str) -> Iterator[torch.dtype]:
+    """Set the precision of float32 products; give the type of the parameters."""
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    try:
+        yield torch.bfloat16 if name == "bfloat16" else torch.float32
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def captured(device: str, short: bool) -> Iterator[Piece]:
@@ -133,10 +184,10 @@ def captured(device: str, short: bool) -> Iterator[Piece]:
                 for seed in range(5 if short else 35):
                     for kind, own in enumerate((model, other)):
                         _fill_in_place(own, seed)
-                        _wait(device)
+                        wait(device)
                         start = time.perf_counter()
                         (plain.step if kind == 0 else replayed or base.step)()
-                        _wait(device)
+                        wait(device)
                         times[kind].append(1e3 * (time.perf_counter() - start))
                 pairs = zip(model.parameters(), other.parameters(), strict=True)
                 medians = [sorted(t)[len(t) // 2] for t in times]
@@ -171,16 +222,16 @@ def share(device: str, short: bool) -> Iterator[Piece]:
             for _ in range(3 if short else 21):
                 x = torch.randint(vocabulary, (batch, tokens), device=device)
                 optimizer.zero_grad()
-                _wait(device)
+                wait(device)
                 start = time.perf_counter()
                 with torch.autocast(device, torch.bfloat16):
                     logits = model(x)[:, :-1].flatten(0, 1)
                     loss = nn.functional.cross_entropy(logits, x[:, 1:].flatten())
                 loss.backward()
-                _wait(device)
+                wait(device)
                 middle = time.perf_counter()
                 optimizer.step()
-                _wait(device)
+                wait(device)
                 parts[0].append(middle - start)
                 parts[1].append(time.perf_counter() - middle)
             passes, own = (1e3 * sum(t[1:]) / len(t[1:]) for t in parts)
@@ -195,11 +246,6 @@ def _network() -> nn.Module:
 
 def _distance(p: torch.Tensor, q: torch.Tensor) -> float:
     return float((p - q).detach().norm() / p.detach().norm())
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def _fill_in_place(model: nn.Module, seed: int) -> None:
@@ -239,12 +285,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line]
 
 
-def do(part: str, device: str, short: bool, minutes: float, out: Path) -> int:
+def do(part: str, device: str, short: bool, minutes: float, out: Path, races: Races = RACES) -> int:
     """Do the missing pieces of a part; return how many are left when the time is up."""
     makers: dict[str, Callable[[str, bool], Iterator[Piece]]] = {
         "tests": tests,
         "parity": parity,
-        "steps": steps,
+        "steps": partial(steps, races=races),
+        "floor": floor,
         "captured": captured,
         "share": share,
     }
@@ -270,19 +317,43 @@ def do(part: str, device: str, short: bool, minutes: float, out: Path) -> int:
     return left
 
 
+NOTES = {
+    "steps": (
+        "`--peer-path NAME=DIR` adds packages from local checkouts:",
+        "",
+        *(f"- `{name}`: {peer.repository} on GitHub" for name, peer in PEERS.items()),
+        "",
+        "Those with Kronecker factors get the matrices without axes above 10,000, those of Muon",
+        "the matrices of Muon; AdamW takes the rest. Ours also preconditions the short axis of",
+        "longer matrices, such as the embedding of W5.",
+        "",
+    ),
+    "floor": (
+        "The floor of a step is the time of the operations of its matrix products, with its share",
+        "of the refreshes, at the rate of a large product, plus the time to read gradients and to",
+        "read and write parameters and state at the rate of a large copy. Decompositions count as",
+        "products. The goals are at most",
+        " and ".join(f"{most:g} floors on {workload}" for workload, most in GOALS.items()) + ".",
+        "",
+    ),
+}
+"""What the page says about a part, run or not."""
+
+
 def report(records: Sequence[dict[str, Any]]) -> str:
     """Return the page about runs on GPUs."""
     lines = [
         "# On a GPU",
         "",
         "`make gpu` runs the tests that use a GPU, compares each strategy with its run on the CPU,",
-        "and times steps beside other packages, captured steps, and the optimizer's share of a",
-        "training step. This page is generated from `benchmarks/results/gpu.jsonl`.",
+        "times steps beside other packages, compares them with their floor, and times captured",
+        "steps and the optimizer's share of a training step. This page is generated from",
+        "`benchmarks/results/gpu.jsonl`.",
         "",
     ]
     own = [r for r in records if not r["short"] and r["device"] != "cpu"]
     for part in PARTS:
-        lines += [f"## {part.capitalize()}", ""]
+        lines += [f"## {part.capitalize()}", "", *NOTES.get(part, ())]
         found = [r for r in own if r["part"] == part]
         if not found:
             lines += ["Not yet run on a GPU.", ""]
@@ -311,8 +382,16 @@ def _result(record: dict[str, Any]) -> str:
     if isinstance(result, dict):
         return ", ".join(
             f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()
-        )
+        ) + _verdict(record)
     return f"{result:.1e}"
+
+
+def _verdict(record: dict[str, Any]) -> str:
+    most = GOALS.get(record["piece"].get("workload"))
+    ratio = record["result"].get("step / floor")
+    if most is None or ratio is None:
+        return ""
+    return f" (goal: at most {most:g}, {'met' if ratio <= most else 'missed'})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -324,16 +403,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--short", action="store_true", help="tiny models and few steps")
     parser.add_argument("--out", type=Path, default=OUT, help="the finished pieces")
     parser.add_argument("--report", action="store_true", help="write docs/gpu.md")
+    parser.add_argument(
+        "--peer-path",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help=f"a local checkout to time steps of: {', '.join(PEERS)}",
+    )
     args = parser.parse_args(argv)
     if args.report:
         (ROOT / "docs" / "gpu.md").write_text(report(read(args.out)), encoding="utf-8")
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU. To look at the program itself, pass --device cpu --short.")
+    try:
+        races = with_peers(args.peer_path)
+    except StructPrecondError as error:
+        parser.error(str(error))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     left = 0
     for part in [args.part] if args.part else PARTS:
-        missing = do(part, args.device, args.short, args.minutes, args.out)
+        missing = do(part, args.device, args.short, args.minutes, args.out, races)
         if missing:
             print(f"{part}: {missing} pieces are left. Run the same command again.")
         left += missing

@@ -22,14 +22,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
+from typing import Any
 
 import torch
 from contestants import OURS, RACES, Build
-from step_time import CYCLE, Contestant
+from step_time import CYCLE, Contestant, wait
 from torch import nn
 from workloads import WORKLOADS
 
-from structprecond import infer_roles
+from structprecond import estimate, infer_roles
 from structprecond.linalg import fast_float32
 from structprecond.linalg.polar import _gram_saves, _segments
 from structprecond.linalg.qr import orthogonal_factor
@@ -64,21 +65,52 @@ class Floor:
         return sum(share * 2 * b * m * k * n for (b, m, k, n), share in self.products.items())
 
 
-class Rates:
-    """The rates of this machine, measured on demand."""
+@dataclass
+class Total:
+    """The least cost of a step from two numbers, at the rates of large products and copies.
 
-    def __init__(self) -> None:
+    Args:
+        operations: The operations of the products of a step, with its share of refreshes.
+        bytes: The number of bytes moved per step.
+    """
+
+    operations: float
+    bytes: float
+
+    def milliseconds(self, rates: Rates) -> float:
+        """Return the total time."""
+        return 1e3 * (self.operations / rates.speed + self.bytes / rates.bandwidth)
+
+
+class Rates:
+    """The rates of a device, measured on demand.
+
+    Args:
+        device: The device.
+        dtype: The type of the matrices; float32 products follow torch's settings.
+    """
+
+    def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.device, self.dtype = device, dtype
         self.known: dict[object, float] = {}
-        source, target = torch.ones(2, 2**24)
+        # on a GPU, larger than the caches
+        source, target = torch.ones(2, 2**24 if device == "cpu" else 2**28, device=device)
         # a copy reads and writes
-        self.bandwidth = 2 * FLOAT * 2**24 / (1e-3 * self._time(lambda: target.copy_(source)))
+        self.bandwidth: float = 2e3 * source.nbytes / self._time(lambda: target.copy_(source))
+
+    @property
+    def speed(self) -> float:
+        """The operations per second of a large product."""
+        n = 1024 if self.device == "cpu" else 8192
+        return float(2e3 * n**3 / self.product((1, n, n, n)))
 
     def product(self, key: Product) -> float:
         """Return the milliseconds of a stack of products."""
         b, m, k, n = key
         if key not in self.known:
-            left, right = torch.randn(b, m, k), torch.randn(b, k, n)
-            out = torch.empty(b, m, n)
+            kind: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+            left, right = torch.randn(b, m, k, **kind), torch.randn(b, k, n, **kind)
+            out = torch.empty(b, m, n, **kind)
             self.known[key] = self._time(lambda: torch.bmm(left, right, out=out))
         return self.known[key]
 
@@ -86,7 +118,7 @@ class Rates:
         """Return the milliseconds of a stack of QR decompositions."""
         b, n = key
         if key not in self.known:
-            matrix = torch.randn(b, n, n)
+            matrix = torch.randn(b, n, n, device=self.device)
             self.known[key] = self._time(lambda: orthogonal_factor(matrix))
         return self.known[key]
 
@@ -95,10 +127,23 @@ class Rates:
         call()
         times = []
         for _ in range(3):
+            wait(self.device)
             start = time.perf_counter()
             call()
+            wait(self.device)
             times.append(1e3 * (time.perf_counter() - start))
         return statistics.median(times)
+
+
+def estimated_floor(model: nn.Module, build: Build) -> Total:
+    """Return the floor of any of our optimizers, from what `estimate` tells.
+
+    A step reads gradients, and reads and writes parameters and state. Decompositions count as if
+    they ran at the rate of products.
+    """
+    costs = estimate(model, build)  # type: ignore[arg-type]
+    parameters = sum(p.nbytes for p in model.parameters())
+    return Total(costs.mean_flops, 3 * parameters + 2 * costs.state_bytes)
 
 
 def stacks(model: nn.Module) -> Iterator[tuple[int, torch.Size]]:
@@ -168,7 +213,13 @@ FLOORS: dict[str, Callable[[nn.Module], Floor]] = {
 }
 
 
-def compare(floor: Floor, build: Build, model: nn.Module, cycles: int) -> tuple[float, float]:
+def compare(
+    floor: Floor | Total,
+    build: Build,
+    model: nn.Module,
+    cycles: int,
+    rates: Callable[[], Rates] = Rates,
+) -> tuple[float, float]:
     """Return the floor and the mean time of a step over a refresh cycle, in milliseconds."""
     gc.collect()
     contestant = Contestant(OURS, build, model)
@@ -177,7 +228,7 @@ def compare(floor: Floor, build: Build, model: nn.Module, cycles: int) -> tuple[
         contestant.step(seed)
     least = []
     for round_ in range(cycles):
-        least.append(floor.milliseconds(Rates()))
+        least.append(floor.milliseconds(rates()))
         for seed in range(CYCLE):
             contestant.step(CYCLE * round_ + seed)
     return statistics.median(least), statistics.fmean(contestant.cycle(1 + CYCLE))

@@ -8,7 +8,7 @@ and the extra memory of a step.
     python benchmarks/step_time.py --report times.json
 
 Contestants that fail to import or fail at their first step are skipped with a message.
-`--peer-path` adds a directory to the import path.
+`--peer-path NAME=DIR` adds a package from a local checkout; the names are in `contestants.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import matplotlib
@@ -34,12 +35,12 @@ import matplotlib
 matplotlib.use("Agg")
 
 import torch
-from contestants import OURS, RACES, Build
+from contestants import OURS, RACES, Build, with_peers
 from matplotlib import pyplot as plt
 from torch import nn
 from workloads import LARGE, WORKLOADS, fill_gradients
 
-from structprecond import StructuredOptimizer
+from structprecond import StructPrecondError, StructuredOptimizer
 
 CYCLE = 10
 
@@ -68,6 +69,12 @@ class Result:
     peak: float | None
 
 
+def wait(device: torch.device | str) -> None:
+    """Wait until a GPU is done; the CPU always is."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Contestant:
     """An optimizer with its own copy of the model, and the times of its steps."""
 
@@ -80,12 +87,10 @@ class Contestant:
         """Make one timed step; making gradients is not timed."""
         fill_gradients(self.model, seed)
         device = next(self.model.parameters()).device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         start = time.perf_counter()
         self.optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         self.times.append(1e3 * (time.perf_counter() - start))
 
     def cycle(self, settled: int, length: int = CYCLE) -> list[float]:
@@ -107,6 +112,7 @@ class Contestant:
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Return the bytes of all state, counting shared memory once."""
     found: dict[tuple[int, int], int] = {}
+    seen: dict[int, Any] = {}  # objects of other packages may refer to each other in circles
     params = {p.data_ptr() for group in optimizer.param_groups for p in group["params"]}
 
     def add(value: Any) -> None:
@@ -122,7 +128,10 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
                 add(entry)
         elif hasattr(value, "named_tensors"):
             add(dict(value.named_tensors()))
+        elif id(value) in seen or isinstance(value, type | ModuleType):
+            return
         elif hasattr(value, "__dict__") and not isinstance(value, nn.Module):
+            seen[id(value)] = value
             add(vars(value))
 
     # other packages keep some state in attributes
@@ -267,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         action="store_true",
         help="use oneDNN products for all contestants, as ours on AMD (see docs/performance.md)",
     )
-    parser.add_argument("--peer-path", type=Path, action="append", default=[])
+    parser.add_argument("--peer-path", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--json", type=Path, help="write the results here, and a plot next to it")
     parser.add_argument("--report", type=Path, help="print the tables of such a file")
     args = parser.parse_args(argv)
@@ -276,7 +285,10 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         results = [Result(**entry) for entry in saved["results"]]
         print(f"{saved['machine']}\n\n{report(results)}")
         return results
-    sys.path[:0] = map(str, args.peer_path)
+    try:
+        races = with_peers(args.peer_path)
+    except StructPrecondError as error:
+        parser.error(str(error))
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.onednn:
@@ -289,8 +301,8 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         for name in args.races:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # some packages warn about their own slowness
-                results += race(workload, name, RACES[name], args.cycles, args.device)
-            print(report(results[-len(RACES[name]) :]), flush=True)
+                results += race(workload, name, races[name], args.cycles, args.device)
+            print(report(results[-len(races[name]) :]), flush=True)
             if args.json:
                 saved = {"machine": machine, "results": [asdict(r) for r in results]}
                 args.json.write_text(json.dumps(saved, indent=1))
