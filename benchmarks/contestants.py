@@ -218,7 +218,15 @@ def _distributed_shampoo(model: nn.Module, soap: bool) -> torch.optim.Optimizer:
     else:
         kind = {"grafting_config": package.AdamPreconditionerConfig(beta2=0.95, epsilon=1e-8)}
     settings = (_SOAP if soap else _SHAMPOO) | kind
-    made = package.DistributedShampoo(factored, max_preconditioner_dim=LONGEST, **settings)
+    made = package.DistributedShampoo(
+        factored,
+        max_preconditioner_dim=LONGEST,
+        # its default merges the axes of small matrices into one
+        distributed_config=package.SingleDeviceDistributedConfig(
+            target_parameter_dimensionality=math.inf
+        ),
+        **settings,
+    )
     return _WithAdamW(made, rest)
 
 

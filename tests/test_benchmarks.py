@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import compiled
 import contestants
@@ -83,6 +84,9 @@ def test_state_outside_of_the_state_dict_counts() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     assert step_time.state_bytes(optimizer) == 0
     optimizer.hidden = {"factors": [torch.ones(3, 3), torch.ones(2, dtype=torch.float64)]}  # type: ignore[attr-defined]
+    assert step_time.state_bytes(optimizer) == 9 * 4 + 2 * 8
+    optimizer.owner = SimpleNamespace(optimizer=optimizer)  # type: ignore[attr-defined]
+    optimizer.owner.owner = optimizer.owner  # type: ignore[attr-defined]
     assert step_time.state_bytes(optimizer) == 9 * 4 + 2 * 8
     ours = SIRFShampoo(model, batch_size=4)
     views = sum(t.numel() * t.element_size() for e in ours.state.values() for t in e.values())

@@ -72,6 +72,9 @@ STAND_INS = {
         """
         class AdamPreconditionerConfig:
             def __init__(self, *, beta2=0.999, epsilon=1e-10): ...
+        class SingleDeviceDistributedConfig:
+            def __init__(self, *, target_parameter_dimensionality=1):
+                self.axes = target_parameter_dimensionality
         DefaultSOAPConfig = DefaultShampooConfig = object()
         class DistributedShampoo(SGD):
             def __init__(
@@ -82,7 +85,7 @@ STAND_INS = {
                 use_pin_memory=False, shampoo_pt2_compile_config=None, distributed_config=None,
                 preconditioner_config=DefaultShampooConfig,
             ):
-                assert 0 < precondition_frequency == 10
+                assert precondition_frequency == 10 and distributed_config.axes >= 4
                 super().__init__(params, lr)
         """,
     ),
