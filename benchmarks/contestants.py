@@ -27,10 +27,15 @@ STRUCTURES = ("dense", "diagonal", "block30diagonal", "hierarchical15_15", "tril
 def _matrices_apart(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return Muon's parameters and the others, as our roles split them."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return _apart(model, lambda p: p.ndim >= 2 and id(p) not in embeddings)
+
+
+def _apart(
+    model: nn.Module, chosen: Callable[[nn.Parameter], bool]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the chosen parameters and the others."""
     params = list(model.parameters())
-    matrices = [p for p in params if p.ndim >= 2 and id(p) not in embeddings]
-    chosen = {id(p) for p in matrices}
-    return matrices, [p for p in params if id(p) not in chosen]
+    return [p for p in params if chosen(p)], [p for p in params if not chosen(p)]
 
 
 _MUON: dict[str, Any] = {"lr": 1e-3, "momentum": 0.95, "weight_decay": 0.1, "nesterov": True}
@@ -49,7 +54,23 @@ def our_muon(model: nn.Module, precision: MatmulPrecision = "highest") -> torch.
     )
 
 
-class TorchMuon(torch.optim.Optimizer):
+class _WithAdamW(torch.optim.Optimizer):
+    """Another package's optimizer for some parameters, with torch's fused AdamW for the rest."""
+
+    def __init__(self, main: torch.optim.Optimizer, rest: Sequence[nn.Parameter]) -> None:
+        self.parts = [main, *([torch.optim.AdamW(rest, fused=True)] if rest else [])]
+        super().__init__([p for part in self.parts for p in _params(part)], {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+def _params(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+class TorchMuon(_WithAdamW):
     """torch's Muon for matrices, in bfloat16 or float32, with torch's fused AdamW for the rest."""
 
     def __init__(self, model: nn.Module, float32: bool) -> None:
@@ -57,10 +78,7 @@ class TorchMuon(torch.optim.Optimizer):
         # torch's Muon takes only matrices; these views share the convolutions' memory
         self.views = [nn.Parameter(p.detach().flatten(1)) for p in matrices]
         self.matrices, self.float32 = matrices, float32
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.Muon(self.views, **_MUON)]
-        if rest:
-            self.parts.append(torch.optim.AdamW(rest, fused=True))
-        super().__init__(matrices, {})
+        super().__init__(torch.optim.Muon(self.views, **_MUON), rest)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for view, p in zip(self.views, self.matrices, strict=True):
@@ -70,11 +88,9 @@ class TorchMuon(torch.optim.Optimizer):
         if self.float32:
             module._zeropower_via_newtonschulz = lambda g, *args: iterate(_Float32(g), *args)
         try:
-            for part in self.parts:
-                part.step()
+            super().step()
         finally:
             module._zeropower_via_newtonschulz = iterate
-        self.state.update({k: v for part in self.parts for k, v in part.state.items()})
 
 
 class _Float32:
@@ -185,28 +201,9 @@ LONGEST = 10000
 """The longest axis with a Kronecker factor, as in our defaults."""
 
 
-class _WithAdamW(torch.optim.Optimizer):
-    """Another package's optimizer for some parameters, with torch's fused AdamW for the rest."""
-
-    def __init__(self, main: torch.optim.Optimizer, rest: Sequence[nn.Parameter]) -> None:
-        self.parts = [main, *([torch.optim.AdamW(rest, fused=True)] if rest else [])]
-        super().__init__([p for part in self.parts for p in _params(part)], {})
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for part in self.parts:
-            part.step()
-
-
-def _params(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def _factored_apart(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return the parameters whose axes all get factors, and the others."""
-    params = list(model.parameters())
-    factored = [p for p in params if p.ndim >= 2 and max(p.shape) <= LONGEST]
-    chosen = {id(p) for p in factored}
-    return factored, [p for p in params if id(p) not in chosen]
+    return _apart(model, lambda p: p.ndim >= 2 and max(p.shape) <= LONGEST)
 
 
 def _distributed_shampoo(model: nn.Module, soap: bool) -> torch.optim.Optimizer:

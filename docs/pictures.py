@@ -32,6 +32,11 @@ def numbered(name: str) -> Tensor:  # (SIZE, SIZE)
     return matrix.to_dense().round().long()
 
 
+def count(name: str) -> int:
+    """Return how many numbers a structure stores."""
+    return int(numbered(name).max())
+
+
 def picture(name: str) -> str:
     """Return an SVG: a square for each entry, of one color where all stored numbers occur once."""
     matrix = numbered(name).tolist()
@@ -62,7 +67,7 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in NAMES:
         (FOLDER / f"{name}.svg").write_text(picture(name), encoding="utf-8")
-        print(f"{name}: {len(set(numbered(name).flatten().tolist()) - {0})} numbers")
+        print(f"{name}: {count(name)} numbers")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,9 @@ def test_the_site_builds(tmp_path):
 
 def test_pictures_of_structures_are_those_of_the_classes():
     pictures = importlib.import_module("docs.pictures")
+    page = (ROOT / "docs" / "structures.md").read_text(encoding="utf-8")
     for name in pictures.NAMES:
+        assert f"<code>{name}</code><br>{pictures.count(name)} numbers<" in page
         file = pictures.FOLDER / f"{name}.svg"
         assert file.read_text(encoding="utf-8") == pictures.picture(name), file
     drawn = [structure_class(name) for name in pictures.NAMES]
