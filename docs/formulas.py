@@ -39,7 +39,7 @@ def convert_formulas(html: str) -> str:
     r"""Replace the formulas that Markdown has marked, \( \) and \[ \], by MathML."""
 
     def one(match: re.Match[str]) -> str:
-        formula = unescape(unescape(match[2])).strip()
+        formula = unescape(match[2]).strip()
         return to_mathml(formula[2:-2].strip(), "inline" if match[1] == "span" else "block")
 
     return _MARKED.sub(one, html)
