@@ -10,6 +10,7 @@ from torch import Tensor
 
 from structprecond.errors import StructPrecondError
 from structprecond.linalg.decompose import decompose
+from structprecond.linalg.powers import entrywise_power
 from structprecond.linalg.precision import at_least_float32, full_precision
 from structprecond.linalg.product import matmul
 
@@ -85,7 +86,7 @@ def has_inverse_root(method: str, root: float) -> bool:
 def _eigh_inverse_root(A: Tensor, root: float, damping: Tensor) -> Tensor:
     values, Q = torch.linalg.eigh(A)
     values = values - values[..., :1].clamp(max=0.0) + damping.unsqueeze(-1)
-    inverse_root: Tensor = matmul(Q * values.pow(-1.0 / root).unsqueeze(-2), Q.mT)
+    inverse_root: Tensor = matmul(Q * entrywise_power(values, -1.0 / root).unsqueeze(-2), Q.mT)
     return inverse_root
 
 
@@ -106,7 +107,7 @@ def _coupled_newton(A: Tensor, p: int) -> Tensor:
         N = (1 - alpha) * eye + alpha * M
         return X @ N, torch.linalg.matrix_power(N, p) @ M
 
-    return _iterate(step, (z.pow(1.0 / p) * eye, z * A), steps=100)[0]
+    return _iterate(step, (entrywise_power(z, 1.0 / p) * eye, z * A), steps=100)[0]
 
 
 def _newton_db(A: Tensor, p: int) -> Tensor:

@@ -23,6 +23,7 @@ from structprecond.core.strategy import (
     nonnegative,
     pair_of_fractions,
 )
+from structprecond.linalg.powers import entrywise_power
 from structprecond.strategies.moments import adam_direction, factor_decay, fraction_or_default
 from structprecond.strategies.rotation import (
     RotatedFactors,
@@ -167,10 +168,10 @@ class KLShampooStrategy(RotatedStrategy):
         own = [values for values in state.eigenvalues if values is not None]
         whitened = grad
         if self.init_factor is None and own:
-            start = _mean_square(grad).pow_(1 / len(own))
+            start = entrywise_power(_mean_square(grad), 1 / len(own))
             for values in own:
                 values.copy_(start.unsqueeze(1).expand_as(values))
-            whitened = grad * per_row(start, grad) ** ((1 - len(own)) / 2)
+            whitened = grad * per_row(entrywise_power(start, (1 - len(own)) / 2), grad)
         for axis, factor in enumerate(state.factors):
             if factor is not None:
                 X = matricize(whitened, axis) * _per_column(grad, axis)

@@ -23,6 +23,7 @@ from structprecond.core.strategy import (
     interval,
     nonnegative,
 )
+from structprecond.linalg.powers import entrywise_power
 from structprecond.linalg.product import matmul
 from structprecond.linalg.spectral import spectral_norm_bound
 from structprecond.structures import DenseMatrix, DiagonalMatrix
@@ -141,9 +142,15 @@ class PSGDKronStrategy(Strategy[PSGDKronState]):
     ) -> bool:
         """Scale the factors to the first gradient."""
         own = [factor for factor in state.factors if factor is not None]
+        if not own:
+            return False
+        scale: float | Tensor
+        if self.init_scale is None:
+            scale = entrywise_power(self._scale(grad), 1 / len(own))
+        else:
+            scale = self.init_scale ** (1 / len(own))
         for factor in own:
-            scale = self.init_scale or self._scale(grad)
-            factor.mul_(scale ** (1 / len(own)))
+            factor.mul_(scale)
         return False
 
     def _scale(self, grad: Tensor) -> Tensor:
@@ -151,8 +158,9 @@ class PSGDKronStrategy(Strategy[PSGDKronState]):
         # fourth powers of gradients leave the range of float32
         smallest = max(self.damping, torch.finfo(grad.dtype).tiny)
         largest = rows.abs().amax(1).clamp_(min=smallest)
-        mean = (rows / largest.unsqueeze(1)).pow(4).mean(1) + (self.damping / largest) ** 4
-        return mean ** (-1 / 8) * largest**-0.5
+        fourth = (rows / largest.unsqueeze(1)).square().square().mean(1)
+        mean = fourth + (self.damping / largest).square().square()
+        return entrywise_power(mean, -1 / 8) * largest**-0.5
 
     def update(
         self, state: PSGDKronState, grad: Tensor, hp: Mapping[str, Any], ctx: StepContext

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from structprecond.linalg.powers import entrywise_power
 from structprecond.structures.base import EntrywiseMatrix, _per_matrix
 
 
@@ -85,7 +86,8 @@ class DiagonalMatrix(EntrywiseMatrix):
             root: The order \(p\).
             damping: \(\lambda\), a number or one number per matrix `(*b,)`. Default: 0.0.
         """
-        return type(self)((self.diag + _per_matrix(damping, self.diag)).pow(-1.0 / root))
+        damped = self.diag + _per_matrix(damping, self.diag)
+        return type(self)(entrywise_power(damped, -1.0 / root))
 
     @classmethod
     def refresh_cost(cls, dim: int) -> int:
